@@ -1,0 +1,229 @@
+"""Neural memory: a small network per head that is trained, token by token, while the sequence is read.
+
+`neural_memory` is the public operation. `reference.py` defines it, `chunked.py` computes it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nestor.errors import ConfigError, ShapeError
+from nestor.ops.neural_memory.checks import self_check
+from nestor.ops.neural_memory.chunked import ChunkState, Plan, Rows, SlowParts, scan
+from nestor.ops.neural_memory.coefficients import Coefficients, chunk_coefficients
+from nestor.ops.neural_memory.layout import ChunkGrid, chunk_grid
+from nestor.ops.neural_memory.reference import neural_memory_reference
+from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
+
+__all__ = ["BACKENDS", "MemorySpec", "MemoryState", "choose_backend", "neural_memory", "self_check"]
+
+BACKENDS = ("chunked", "reference")
+
+
+def choose_backend(spec: MemorySpec, device: torch.device) -> tuple[str, str]:
+    """The backend that `neural_memory` uses for these choices on this device, and why."""
+    return "chunked", f"the chunked PyTorch form covers every choice on {device.type}"
+
+
+def neural_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    initial: Sequence[Tensor],
+    *,
+    spec: MemorySpec,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    state: MemoryState | None = None,
+    start: MemoryState | None = None,
+    mask: Tensor | None = None,
+    resets: Tensor | None = None,
+    backend: str | None = None,
+    return_surprise: bool = False,
+) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Tensor]:
+    """Write (k, v) into the memory with a step of gradient descent per token, and read it with q.
+
+    Titans, arXiv 2501.00663, equations 8-15; the general recurrence is spec/neural-memory.md section 1.1.
+
+    Shapes (B sequences, T tokens, H heads, p head width):
+        q, k, v: ``[B, T, H, p]``. theta (write step), eta (momentum keep), alpha (forget fraction):
+        ``[B, T, H]``; eta = None is a memory without momentum, alpha = None one that never forgets.
+        initial: learned initial weights, one ``[H, in, out]`` per layer of the memory network (1 to 4).
+        gamma, beta: ``[H, p]``, slow parameters of the norm "residual_layernorm".
+        state: what an earlier call returned; None starts every sequence afresh.
+        start: state (batch of 1) that fresh sequences and resets begin with; None is (initial, S = 0).
+        mask: bool ``[B, T]``; a False token is skipped as if it were not there, and its output is 0.
+        resets: bool ``[B, T]``, True at the first token of a document: the memory forgets all before it.
+    Dtypes: q, k, v and the gates are cast to float32 (float64 stays); fast weights are float32 or float64.
+    Returns: y ``[B, T, H, p]`` in the dtype of q, and the state after the last token; with `return_surprise`
+        also the norm of each token's inner gradient, float32 ``[B, T, H]``, without a gradient.
+    Raises: ShapeError for shapes that do not fit, ConfigError for an unknown backend.
+    """
+    _check_shapes(q, k, v, theta, eta, alpha, initial, gamma, beta, spec, state, mask, resets)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out_dtype = q.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, theta, eta, alpha, gamma, beta = (
+            None if t is None else t.to(dtype) for t in (q, k, v, theta, eta, alpha, gamma, beta)
+        )
+        initial = tuple(w.to(dtype) for w in initial)
+        chosen = backend or choose_backend(spec, q.device)[0]
+        if chosen == "chunked":
+            y, after, surprise = _chunked(q, k, v, theta, eta, alpha, initial, gamma, beta, state, start, spec, mask, resets)
+        elif chosen == "reference":
+            first = start or MemoryState.fresh(initial, 1, eta is not None)
+            state = state or _expand(first, q.shape[0])
+            state = state._replace(phase=state.phase.clone())
+            gamma4, beta4 = (None if t is None else t[None] for t in (gamma, beta))
+            y, after = neural_memory_reference(
+                q, k, v, theta, eta, alpha, initial, gamma4, beta4, state, first, spec, mask, resets
+            )
+            surprise = None
+        else:
+            raise ConfigError(f"backend is {chosen!r}; it must be one of {', '.join(BACKENDS)}.")
+    if not return_surprise:
+        return y.to(out_dtype), after
+    if surprise is None:
+        raise ConfigError("the reference backend does not report surprise; use backend='chunked'.")
+    return y.to(out_dtype), after, surprise
+
+
+def _expand(state: MemoryState, batch: int) -> MemoryState:
+    def grow(t: Tensor) -> Tensor:
+        return t.expand(batch, *t.shape[1:])
+
+    return MemoryState(
+        tuple(map(grow, state.weights)), tuple(map(grow, state.momentum)), tuple(map(grow, state.anchor)), grow(state.phase)
+    )
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
+    initial: tuple[Tensor, ...], gamma: Tensor | None, beta: Tensor | None,
+    state: MemoryState | None, start: MemoryState | None, spec: MemorySpec, mask: Tensor | None, resets: Tensor | None,
+) -> tuple[Tensor, MemoryState, Tensor]:  # fmt: skip
+    batch, length, heads, width = q.shape
+    grid = chunk_grid(batch, length, spec.chunk_size, q.device, None if state is None else state.phase, mask, resets)
+
+    def to_rows(x: Tensor) -> Tensor:
+        """[B, T, H, ...] -> [N, B H, C, ...]"""
+        x = grid.gather(x)
+        axes = (1, 0, 3, 2, *range(4, x.dim()))
+        return x.permute(axes).reshape(grid.rows, batch * heads, grid.width, *x.shape[4:])
+
+    def per_head(x: Tensor) -> Tensor:
+        """[H, ...] -> [B H, ...]"""
+        return x.unsqueeze(0).expand(batch, *x.shape).reshape(batch * heads, *x.shape[1:])
+
+    def merge(x: Tensor) -> Tensor:
+        """[B or 1, H, ...] -> [B H, ...]"""
+        return x.to(q.dtype).expand(batch, *x.shape[1:]).reshape(batch * heads, *x.shape[2:])
+
+    valid = None
+    if grid.valid is not None:
+        valid = grid.valid.permute(1, 0, 2).repeat_interleave(heads, 1)
+    gates = [None if g is None else to_rows(g) for g in (theta, eta, alpha)]
+    assert gates[0] is not None
+    coefficients = chunk_coefficients(gates[0], gates[1], gates[2], valid)
+    keep = None
+    if spec.grad_at == "post_decay" and gates[2] is not None:
+        keep = (1.0 - gates[2]).unsqueeze(-1)
+
+    begin = start or MemoryState.fresh(initial, 1, eta is not None)
+    opening = state or begin
+    has_target = spec.decay == "initial" and alpha is not None
+    plan = Plan(
+        spec=spec,
+        depth=len(initial),
+        momentum=eta is not None,
+        resets=[None if r is None else r.repeat_interleave(heads)[:, None, None] for r in grid.resets],
+        closes=[c if isinstance(c, bool) else c.repeat_interleave(heads)[:, None, None] for c in grid.closes],
+        has_target=has_target,
+        has_norm=gamma is not None,
+    )
+    slow = SlowParts(
+        target=[per_head(w) for w in initial] if has_target else None,
+        gamma=None if gamma is None else per_head(gamma).unsqueeze(1),
+        beta=None if beta is None else per_head(beta).unsqueeze(1),
+    )
+    outputs, surprise, after = scan(
+        plan,
+        _rows(to_rows(q), to_rows(k), to_rows(v), coefficients, keep, spec),
+        slow,
+        ChunkState([merge(w) for w in begin.weights], [merge(s) for s in begin.momentum], []),
+        ChunkState(*([merge(w) for w in part] for part in (opening.weights, opening.momentum, opening.anchor))),
+    )
+
+    def from_rows(x: Tensor) -> Tensor:
+        """[N, B H, C, ...] -> [B, T, H, ...]"""
+        x = x.reshape(grid.rows, batch, heads, grid.width, *x.shape[3:])
+        return grid.scatter(x.permute(1, 0, 3, 2, *range(4, x.dim())), length)
+
+    def split(parts: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(w.reshape(batch, heads, *w.shape[1:]) for w in parts)
+
+    final = MemoryState(split(after.weights), split(after.momentum), split(after.anchor), grid.phase)
+    return from_rows(outputs), final, from_rows(surprise)
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, c: Coefficients, keep: Tensor | None, spec: MemorySpec) -> Rows:
+    read: Coefficients | None = {"inclusive": c, "exclusive": c.exclusive(), "chunk_start": None}[spec.read_mode]
+
+    def column(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unsqueeze(-1)
+
+    return Rows(
+        q=q, k=k, v=v,
+        A=None if read is None else column(read.A),
+        F=None if read is None else column(read.F),
+        G=None if read is None else read.G,
+        A_end=c.A_end.unsqueeze(-1), F_end=column(c.F_end), m_end=column(c.m_end),
+        G_end=c.G_end.unsqueeze(-1), E_end=column(c.E_end), keep=keep,
+    )  # fmt: skip
+
+
+def _check_shapes(q, k, v, theta, eta, alpha, initial, gamma, beta, spec, state, mask, resets) -> None:  # noqa: ANN001
+    if q.dim() != 4:
+        raise ShapeError(f"q has shape {tuple(q.shape)}; it must be [batch, tokens, heads, head width].")
+    batch, length, heads, width = q.shape
+    if length == 0:
+        raise ShapeError("q has no tokens; neural_memory needs at least one.")
+    expected = {
+        "k": (k, (batch, length, heads, width)),
+        "v": (v, (batch, length, heads, width)),
+        "theta": (theta, (batch, length, heads)),
+        "eta": (eta, (batch, length, heads)),
+        "alpha": (alpha, (batch, length, heads)),
+        "mask": (mask, (batch, length)),
+        "resets": (resets, (batch, length)),
+    }
+    if spec.norm == "residual_layernorm":
+        if gamma is None or beta is None:
+            raise ShapeError(f"norm {spec.norm!r} needs gamma and beta of shape {(heads, width)}; one of them is None.")
+        expected |= {"gamma": (gamma, (heads, width)), "beta": (beta, (heads, width))}
+    elif gamma is not None or beta is not None:
+        raise ShapeError(f"norm {spec.norm!r} takes no gamma and beta; pass None.")
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be {shape}.")
+    for name, (tensor, _) in expected.items():
+        if name in ("mask", "resets") and tensor is not None and tensor.dtype != torch.bool:
+            raise ShapeError(f"{name} has dtype {tensor.dtype}; it must be torch.bool.")
+    widths = [w.shape[-2] for w in initial] + [initial[-1].shape[-1]] if initial else []
+    chained = all(a.shape[-1] == b.shape[-2] for a, b in zip(initial, initial[1:], strict=False))
+    if not widths or widths[0] != width or widths[-1] != width or not chained or any(w.shape[0] != heads for w in initial):
+        shapes = [tuple(w.shape) for w in initial]
+        raise ShapeError(f"initial weights have shapes {shapes}; they must chain from ({heads}, {width}, ..) to ({heads}, .., {width}).")
+    if state is None:
+        return
+    if state.phase.shape != (batch,) or state.weights[0].shape[:2] != (batch, heads):
+        raise ShapeError(
+            f"the state holds {tuple(state.weights[0].shape[:2])} (batch, heads); q has {(batch, heads)}. "
+            "Select or stack states so that there is one row a sequence."
+        )
+    if bool(state.momentum) != (eta is not None):
+        raise ShapeError("the state and eta disagree about momentum: both must have it, or neither.")

@@ -1,0 +1,54 @@
+"""A quick comparison of every backend with the reference, for `nestor doctor` and for tests."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from nestor.ops.neural_memory.spec import MemorySpec
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One backend of one operation against its reference; error is relative to the largest output."""
+
+    name: str
+    backend: str
+    reason: str
+    error: float
+    tolerance: float
+    seconds: float
+    ok: bool
+
+
+def self_check(device: torch.device | str = "cpu") -> list[CheckResult]:
+    """Compare outputs, final state and gradients of the chosen backend with the token loop, in float64."""
+    from nestor.ops.neural_memory import choose_backend, neural_memory
+
+    device = torch.device(device)
+    results = []
+    for depth in (1, 2):
+        spec = MemorySpec(chunk_size=4)
+        started = time.perf_counter()
+        backend, reason = choose_backend(spec, device)
+        values = []
+        for name in (backend, "reference"):
+            generator = torch.Generator().manual_seed(0)
+
+            def draw(*shape: int) -> torch.Tensor:
+                return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()  # noqa: B023
+
+            q, k, v = (draw(2, 11, 2, 4) for _ in range(3))
+            gates = [torch.sigmoid(draw(2, 11, 2)) for _ in range(3)]
+            widths = [4, 4] if depth == 1 else [4, 6, 4]
+            initial = [draw(2, a, b) for a, b in zip(widths, widths[1:], strict=False)]
+            gamma, beta = draw(2, 4), draw(2, 4)
+            y, state = neural_memory(q, k, v, *gates, initial, spec=spec, gamma=gamma, beta=beta, backend=name)
+            outputs = [y, *state.weights, *state.momentum]
+            sum((o * o).sum() for o in outputs).backward()
+            values.append([o.detach() for o in outputs] + [t.grad for t in (q, k, v, *initial, gamma, beta)])
+        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*values, strict=True))
+        seconds = time.perf_counter() - started
+        name = f"neural_memory, {'linear' if depth == 1 else f'{depth}-layer'} network"
+        results.append(CheckResult(name, backend, reason, error, 1e-10, seconds, error < 1e-10))
+    return results
