@@ -3,7 +3,8 @@
 import fcntl
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,16 +25,19 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
     The bytes and the folder entry are synced to disk before this returns. A reader, or a process that
     starts after a crash, sees the old file or the new one and never a part of one. Missing parent folders
-    are created; the permissions are those of an ordinary new file.
+    are created. The file keeps the permissions of the one it replaces.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    os.close(descriptor)
     try:
+        if target.exists():
+            mode = target.stat().st_mode
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, stat.S_IMODE(mode))
         _sync(temporary)
         os.replace(temporary, target)
     except BaseException:
@@ -132,13 +136,6 @@ class FileLock:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def _umask() -> int:
-    """The umask, which the system lets a process read only by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:
