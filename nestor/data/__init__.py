@@ -1,6 +1,8 @@
 """Data: tokenizers, corpora, token streams, synthetic tasks."""
 
 from nestor.data.corpora import Corpus, open_corpus, shipped_corpora
+from nestor.data.mixture import Mixture
+from nestor.data.prefetch import Prefetcher
 from nestor.data.streams import IGNORED, Batch, LaneStream, TokenStream, rank_lanes
 from nestor.data.tokenized import TokenizedCorpus, default_cache_dir, tokenize
 from nestor.data.tokenizers import (
@@ -18,6 +20,8 @@ __all__ = [
     "ByteTokenizer",
     "Corpus",
     "LaneStream",
+    "Mixture",
+    "Prefetcher",
     "StreamDecoder",
     "TokenStream",
     "TokenizedCorpus",

@@ -1,0 +1,29 @@
+"""Synthetic tasks that measure and train memory: recall in real text, associative recall of tokens, needles."""
+
+from nestor.data.tasks.facts import TEMPLATES, Fact, FactSpec, FactsPage, facts_page
+from nestor.data.tasks.haystack import CorpusHaystack, Haystack, RepeatedHaystack
+from nestor.data.tasks.mqar import MqarTask
+from nestor.data.tasks.needle import NEEDLE_KINDS, Needle, needle
+from nestor.data.tasks.recall import RecallProbe, RecallTask
+from nestor.data.tasks.stream import Answer, Task, TaskDocument, TaskStream
+
+__all__ = [
+    "NEEDLE_KINDS",
+    "TEMPLATES",
+    "Answer",
+    "CorpusHaystack",
+    "Fact",
+    "FactSpec",
+    "FactsPage",
+    "Haystack",
+    "MqarTask",
+    "Needle",
+    "RecallProbe",
+    "RecallTask",
+    "RepeatedHaystack",
+    "Task",
+    "TaskDocument",
+    "TaskStream",
+    "facts_page",
+    "needle",
+]

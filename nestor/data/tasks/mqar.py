@@ -1,0 +1,94 @@
+"""Multi-query associative recall over plain tokens (Arora et al. 2023, arXiv:2312.04927)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nestor.data.tasks.stream import Answer, TaskDocument, check_loss_on
+from nestor.errors import ConfigError
+
+
+class MqarTask:
+    """Key-value pairs, then every key again, in random gaps, each followed by its value.
+
+    The first `vocab_size // 3` ids are keys, the next third values, the rest filler. A document is
+    `k1 v1 k2 v2 ... kn vn` followed by filler tokens among which each key occurs once more, then its value: the
+    prediction of that value is the answer. The gap between a pair and its query is drawn log-uniformly from `distances`
+    and moved to the nearest free place. No key or value occurs twice among the pairs.
+
+    Args:
+        vocab_size: ids used are 0 .. vocab_size - 1 (256 for a byte model).
+        n_pairs: pairs of a document.
+        document_length: tokens of a document.
+        distances: least and greatest number of tokens between pair and query; the greatest defaults to the document.
+        loss_on: `"answers"` counts only the values after queries, `"all"` every token.
+
+    Raises:
+        ConfigError: the vocabulary or the document is too small for the pairs.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_pairs: int,
+        document_length: int,
+        *,
+        distances: tuple[int, int | None] = (1, None),
+        loss_on: str = "answers",
+    ) -> None:
+        third = vocab_size // 3
+        if n_pairs < 1 or n_pairs > third:
+            raise ConfigError(
+                f"n_pairs is {n_pairs}; a vocabulary of {vocab_size} has {third} keys and as many values, so 1 to {third} "
+                "pairs are possible"
+            )
+        if document_length < 4 * n_pairs:
+            raise ConfigError(
+                f"document_length is {document_length}; {n_pairs} pairs and their queries take {4 * n_pairs} tokens"
+            )
+        low, high = distances
+        if low < 1 or (high is not None and high < low):
+            raise ConfigError(f"distances are {distances}; they must be at least 1 and in order")
+        self.vocab_size, self.n_pairs, self.document_length = vocab_size, n_pairs, document_length
+        self.distances = (low, high)
+        self.loss_on = check_loss_on(loss_on)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "name": "mqar",
+            "vocab_size": self.vocab_size,
+            "n_pairs": self.n_pairs,
+            "document_length": self.document_length,
+            "distances": list(self.distances),
+            "loss_on": self.loss_on,
+        }
+
+    def document(self, rng: np.random.Generator) -> TaskDocument:
+        """Draw one document. An answer's `distance` counts the tokens between its pair and its query."""
+        third, n = self.vocab_size // 3, self.n_pairs
+        keys = rng.choice(third, n, replace=False)
+        values = third + rng.choice(third, n, replace=False)
+        ids = rng.integers(2 * third, self.vocab_size, self.document_length)
+        ids[0 : 2 * n : 2], ids[1 : 2 * n : 2] = keys, values
+        counted = np.full(self.document_length, self.loss_on == "all")
+        answers = []
+        free = np.ones((self.document_length - 2 * n) // 2, dtype=bool)
+        low, high = self.distances
+        high = min(high or self.document_length, self.document_length)
+        for pair in rng.permutation(n):
+            pair_end = 2 * int(pair) + 2
+            gap = np.exp(rng.uniform(np.log(low), np.log(max(high, low + 1))))
+            slot = _nearest_free(free, (pair_end + gap - 2 * n) / 2)
+            query = 2 * n + 2 * slot
+            ids[query], ids[query + 1] = keys[pair], values[pair]
+            counted[query + 1] = True
+            free[slot] = False
+            answers.append(Answer(query + 1, query + 2, query - pair_end))
+        return TaskDocument(ids, counted, tuple(sorted(answers, key=lambda answer: answer.start)))
+
+
+def _nearest_free(free: np.ndarray, wanted: float) -> int:
+    slots = np.flatnonzero(free)
+    return int(slots[np.argmin(np.abs(slots - wanted))])
