@@ -10,10 +10,11 @@ from torch import Tensor
 
 from nestor.errors import ConfigError, ShapeError
 from nestor.ops.neural_memory.checks import self_check
-from nestor.ops.neural_memory.chunked import ChunkState, Plan, Rows, SlowParts, scan
-from nestor.ops.neural_memory.coefficients import Coefficients, chunk_coefficients
-from nestor.ops.neural_memory.layout import ChunkGrid, chunk_grid
+from nestor.ops.neural_memory.chunked import ChunkState, Norm, make_rows
+from nestor.ops.neural_memory.coefficients import chunk_coefficients
+from nestor.ops.neural_memory.layout import chunk_grid
 from nestor.ops.neural_memory.reference import neural_memory_reference
+from nestor.ops.neural_memory.scan import Plan, scan
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
 
 __all__ = ["BACKENDS", "MemorySpec", "MemoryState", "choose_backend", "neural_memory", "self_check"]
@@ -73,7 +74,9 @@ def neural_memory(
         initial = tuple(w.to(dtype) for w in initial)
         chosen = backend or choose_backend(spec, q.device)[0]
         if chosen == "chunked":
-            y, after, surprise = _chunked(q, k, v, theta, eta, alpha, initial, gamma, beta, state, start, spec, mask, resets)
+            y, after, surprise = _chunked(
+                q, k, v, theta, eta, alpha, initial, gamma, beta, state, start, spec, mask, resets, return_surprise
+            )
         elif chosen == "reference":
             first = start or MemoryState.fresh(initial, 1, eta is not None)
             state = state or _expand(first, q.shape[0])
@@ -105,7 +108,8 @@ def _chunked(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
     initial: tuple[Tensor, ...], gamma: Tensor | None, beta: Tensor | None,
     state: MemoryState | None, start: MemoryState | None, spec: MemorySpec, mask: Tensor | None, resets: Tensor | None,
-) -> tuple[Tensor, MemoryState, Tensor]:  # fmt: skip
+    surprise_wanted: bool,
+) -> tuple[Tensor, MemoryState, Tensor | None]:  # fmt: skip
     batch, length, heads, width = q.shape
     grid = chunk_grid(batch, length, spec.chunk_size, q.device, None if state is None else state.phase, mask, resets)
 
@@ -114,10 +118,6 @@ def _chunked(
         x = grid.gather(x)
         axes = (1, 0, 3, 2, *range(4, x.dim()))
         return x.permute(axes).reshape(grid.rows, batch * heads, grid.width, *x.shape[4:])
-
-    def per_head(x: Tensor) -> Tensor:
-        """[H, ...] -> [B H, ...]"""
-        return x.unsqueeze(0).expand(batch, *x.shape).reshape(batch * heads, *x.shape[1:])
 
     def merge(x: Tensor) -> Tensor:
         """[B or 1, H, ...] -> [B H, ...]"""
@@ -139,23 +139,25 @@ def _chunked(
     plan = Plan(
         spec=spec,
         depth=len(initial),
-        momentum=eta is not None,
+        written=1 if eta is None else 2,
         resets=[None if r is None else r.repeat_interleave(heads)[:, None, None] for r in grid.resets],
         closes=[c if isinstance(c, bool) else c.repeat_interleave(heads)[:, None, None] for c in grid.closes],
-        has_target=has_target,
         has_norm=gamma is not None,
+        surprise=surprise_wanted,
     )
-    slow = SlowParts(
-        target=[per_head(w) for w in initial] if has_target else None,
-        gamma=None if gamma is None else per_head(gamma).unsqueeze(1),
-        beta=None if beta is None else per_head(beta).unsqueeze(1),
-    )
+    targets = [(w.unsqueeze(0),) for w in initial] if has_target else [()] * len(initial)
+
+    def stacks(memory: MemoryState) -> list[Tensor]:
+        components = zip(memory.weights, memory.momentum or [()] * len(initial), targets, strict=True)
+        parts = [(w, *((s,) if isinstance(s, Tensor) else ()), *target) for w, s, target in components]
+        return [torch.stack([merge(x) for x in part], 1) for part in parts]
+
     outputs, surprise, after = scan(
         plan,
-        _rows(to_rows(q), to_rows(k), to_rows(v), coefficients, keep, spec),
-        slow,
-        ChunkState([merge(w) for w in begin.weights], [merge(s) for s in begin.momentum], []),
-        ChunkState(*([merge(w) for w in part] for part in (opening.weights, opening.momentum, opening.anchor))),
+        make_rows(to_rows(q), to_rows(k), to_rows(v), coefficients, keep, spec, has_target),
+        Norm(None if gamma is None else merge(gamma[None, :, None]), None if beta is None else merge(beta[None, :, None])),
+        stacks(begin),
+        ChunkState(stacks(opening), [merge(w) for w in opening.anchor]),
     )
 
     def from_rows(x: Tensor) -> Tensor:
@@ -166,24 +168,10 @@ def _chunked(
     def split(parts: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(w.reshape(batch, heads, *w.shape[1:]) for w in parts)
 
-    final = MemoryState(split(after.weights), split(after.momentum), split(after.anchor), grid.phase)
-    return from_rows(outputs), final, from_rows(surprise)
-
-
-def _rows(q: Tensor, k: Tensor, v: Tensor, c: Coefficients, keep: Tensor | None, spec: MemorySpec) -> Rows:
-    read: Coefficients | None = {"inclusive": c, "exclusive": c.exclusive(), "chunk_start": None}[spec.read_mode]
-
-    def column(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.unsqueeze(-1)
-
-    return Rows(
-        q=q, k=k, v=v,
-        A=None if read is None else column(read.A),
-        F=None if read is None else column(read.F),
-        G=None if read is None else read.G,
-        A_end=c.A_end.unsqueeze(-1), F_end=column(c.F_end), m_end=column(c.m_end),
-        G_end=c.G_end.unsqueeze(-1), E_end=column(c.E_end), keep=keep,
-    )  # fmt: skip
+    weights = split([s[:, 0] for s in after.stacks])
+    momentum = () if eta is None else split([s[:, 1] for s in after.stacks])
+    final = MemoryState(weights, momentum, split(after.anchor), grid.phase)
+    return from_rows(outputs), final, from_rows(surprise) if surprise_wanted else None
 
 
 def _check_shapes(q, k, v, theta, eta, alpha, initial, gamma, beta, spec, state, mask, resets) -> None:  # noqa: ANN001
