@@ -18,13 +18,13 @@ MakeStream = Callable[[int, Sequence[int]], LaneStream]
 class Mixture(LaneStream):
     """Lanes drawn from several sources by weight.
 
-    The lanes are dealt to the sources once, as evenly as the weights allow and interleaved, so that each rank gets its
-    share of each source; the deal depends on the weights and `batch_size` only. A lane stays with its source, so State
-    carried along a lane never passes from one to another.
+    The lanes are dealt to the sources once, as evenly as the weights allow and interleaved, so that each
+    rank gets its share of each source; the deal depends on the weights and `batch_size` only. A lane stays
+    with its source, so State carried along a lane never passes from one to another.
 
     Args:
-        sources: `(weight, make)` pairs; `make(batch_size, lanes)` builds the source with `batch_size` lanes in all (its
-            share of the mixture's) of which this process makes `lanes`.
+        sources: `(weight, make)` pairs; `make(batch_size, lanes)` builds the source with `batch_size` lanes
+            in all (its share of the mixture's) of which this process makes `lanes`.
         batch_size: lanes of all ranks together.
         length: tokens per lane in one batch.
         lanes: lanes of this process, as in `LaneStream`.
@@ -111,7 +111,7 @@ def deal_lanes(weights: Sequence[float], batch_size: int) -> list[int]:
         least = counts.index(0)
         needed = int(np.ceil(1 / shares[least]))
         raise ConfigError(
-            f"weight {weights[least]} of {list(weights)} gives source {least} none of {batch_size} lanes: raise the "
-            f"batch size to about {needed}, or the weight"
+            f"weight {weights[least]} of {list(weights)} gives source {least} none of {batch_size} lanes: "
+            f"raise the batch size to about {needed}, or the weight"
         )
     return owners

@@ -12,10 +12,9 @@ from nestor.data.streams import Batch, LaneStream
 class Prefetcher:
     """Iterates a stream while a background thread makes the next `depth` batches.
 
-    `state_dict` describes the batch that was handed out last, not those made ahead. An exception in the thread is raised
-    by the `next` that would have got its batch, and by every later one. The stream must not be used by others
-    meanwhile. Use it as a context manager, or call `close`.
-    """
+    `state_dict` describes the batch that was handed out last, not those made ahead. An exception in the
+    thread is raised by the `next` that would have got its batch, and by every later one. The stream must
+    not be used by others meanwhile. Use it as a context manager, or call `close`."""
 
     def __init__(self, stream: LaneStream, depth: int = 2) -> None:
         self.stream = stream
@@ -89,11 +88,12 @@ class Prefetcher:
 
 
 def _produce(stream: LaneStream, out: queue.Queue[Any], stopping: threading.Event) -> None:
-    """The thread: it holds no reference to the Prefetcher, so that one that is dropped unclosed can be collected."""
+    """The thread: it holds no reference to the Prefetcher, so that one that is dropped unclosed can be
+    collected."""
     while not stopping.is_set():
         try:
             item: Any = (next(stream), stream.state_dict())
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+        except BaseException as error:  # whatever it is, the consumer gets it
             item = error
         while not stopping.is_set():
             try:

@@ -1,15 +1,15 @@
 """Batches of contiguous token lanes.
 
-A *lane* is one row of the batch over time: batch k + 1 continues row b where batch k ended, so that a model's State
-can be carried from batch to batch. `resets` marks the tokens before which everything is to be forgotten.
+A *lane* is one row of the batch over time: batch k + 1 continues row b where batch k ended, so that a
+model's State can be carried from batch to batch. `resets` marks the tokens before which everything is to be
+forgotten.
 
-Lanes are numbered over the whole job: `batch_size` counts the lanes of all ranks together, and a rank makes the
-lanes that `rank_lanes` gives it. What a lane yields depends on its number and on `batch_size` only, so W ranks see
-together exactly what one rank would see.
+Lanes are numbered over the whole job: `batch_size` counts the lanes of all ranks together, and a rank makes
+the lanes that `rank_lanes` gives it. What a lane yields depends on its number and on `batch_size` only, so
+W ranks see together exactly what one rank would see.
 
-Position in a stream is one integer, the number of tokens that each lane has yielded. It is the whole state: it is the
-same on every rank, and any batch can be made from it directly.
-"""
+Position in a stream is one integer, the number of tokens that each lane has yielded. It is the whole state:
+it is the same on every rank, and any batch can be made from it directly."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ IGNORED = -100
 
 
 class Batch(TypedDict):
-    """`input_ids` [B, T] int64; `labels` [B, T] int64, the next tokens (not to be shifted again), -100 where none is
-    asked for; `resets` [B, T] bool, True at the first token of a document."""
+    """`input_ids` [B, T] int64; `labels` [B, T] int64, the next tokens (not to be shifted again), -100
+    where none is asked for; `resets` [B, T] bool, True at the first token of a document."""
 
     input_ids: Tensor
     labels: Tensor
@@ -103,14 +103,16 @@ class LaneStream:
 class TokenStream(LaneStream):
     """A tokenised corpus, packed without gaps.
 
-    In each epoch the documents, in an order drawn from `seed`, form a ring that is turned by a drawn offset and cut
-    into `batch_size` equal spans (to one token), one a lane. A lane reads its span to the end and goes on with its span
-    of the next epoch. So every token of every document is fed exactly once an epoch, and lanes begin at different
-    places. With `shuffle=False` the documents keep their order and lane 0 starts at the first.
+    In each epoch the documents, in an order drawn from `seed`, form a ring that is turned by a drawn offset
+    and cut into `batch_size` equal spans (to one token), one a lane. A lane reads its span to the end and
+    goes on with its span of the next epoch. So every token of every document is fed exactly once an epoch,
+    and lanes begin at different places. With `shuffle=False` the documents keep their order and lane 0
+    starts at the first.
 
-    A document of n tokens takes n positions. Its last token has the label `eos`; eos itself is not fed, and the first
-    token of a document is not predicted. `resets` is True at the first token of a document and of a span. The end of a
-    span inside a document predicts the document's next token (which another lane feeds).
+    A document of n tokens takes n positions. Its last token has the label `eos`; eos itself is not fed, and
+    the first token of a document is not predicted. `resets` is True at the first token of a document and of
+    a span. The end of a span inside a document predicts the document's next token (which another lane
+    feeds).
 
     Args:
         corpus: token ids with document offsets.
@@ -134,8 +136,8 @@ class TokenStream(LaneStream):
         super().__init__(batch_size, length, lanes)
         if corpus.n_tokens < max(length, batch_size):
             raise DataError(
-                f"corpus {corpus.label} has {corpus.n_tokens} tokens, fewer than one segment of {length} tokens or than "
-                f"its {batch_size} lanes: give more text, or lower the segment length or the batch size"
+                f"corpus {corpus.label} has {corpus.n_tokens} tokens, fewer than one segment of {length} "
+                f"or than its {batch_size} lanes: give more text, or lower the segment length or batch size"
             )
         self.corpus = corpus
         self.eos = eos
@@ -201,7 +203,8 @@ class _Ring:
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
 
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids, labels, resets of `length` tokens from `start` on (before the turn); never more than a whole ring."""
+        """ids, labels, resets of `length` tokens from `start` on (before the turn); never more than a whole
+        ring."""
         ids, labels = np.empty(length, np.int64), np.empty(length, np.int64)
         resets = np.zeros(length, bool)
         place = (start + self.turn) % self.corpus.n_tokens

@@ -1,9 +1,9 @@
 """A corpus as token ids in memory-mapped files, tokenised once and cached.
 
-Layout of a cache entry, a folder named by a hash of the corpus' identity and the tokenizer's: `tokens.bin` (all ids,
-document after document, little-endian unsigned integers), `offsets.npy` (int64, where each document starts, and the
-end) and `meta.json`. The folder is written beside its final place and renamed, so that it exists whole or not at all.
-"""
+Layout of a cache entry, a folder named by a hash of the corpus' identity and the tokenizer's: `tokens.bin`
+(all ids, document after document, little-endian unsigned integers), `offsets.npy` (int64, where each
+document starts, and the end) and `meta.json`. The folder is written beside its final place and renamed, so
+that it exists whole or not at all."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def tokenize(
 
     Args:
         cache_dir: folder of the cache; by default `default_cache_dir()`.
-        progress: show a progress line once it takes longer than two seconds; by default if stderr is a terminal.
+        progress: show a progress line once it takes longer than two seconds; by default if stderr is a
+            terminal.
 
     Raises:
         DataError: the corpus is empty or bad, or the cache folder cannot be written.
@@ -102,8 +103,8 @@ def tokenize(
         unfinished = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
     except OSError as error:
         raise DataError(
-            f"the cache of token ids cannot be written to {root} ({error.strerror}); name another folder as cache_dir, "
-            "or set XDG_CACHE_HOME"
+            f"the cache of token ids cannot be written to {root} ({error.strerror}); name another folder "
+            "as cache_dir, or set XDG_CACHE_HOME"
         ) from error
     try:
         _write(unfinished, corpus, tokenizer, identity, sys.stderr.isatty() if progress is None else progress)
@@ -121,7 +122,8 @@ def tokenize(
 
 
 def default_cache_dir() -> Path:
-    """Nestor's cache folder by the platform's convention: `$XDG_CACHE_HOME/nestor` or `~/.cache/nestor` on Linux."""
+    """Nestor's cache folder by the platform's convention: `$XDG_CACHE_HOME/nestor` or `~/.cache/nestor` on
+    Linux."""
     if configured := os.environ.get("XDG_CACHE_HOME"):
         return Path(configured) / "nestor"
     if sys.platform == "win32":

@@ -27,10 +27,10 @@ _MARK = "nestor_tokenizer"
 class ByteTokenizer:
     """Text as UTF-8 bytes: ids 0..255 are the bytes, 256..259 are `<bos> <eos> <pad> <sep>`.
 
-    It offers what Hugging Face code asks of a tokenizer (`__call__`, `encode`, `decode`, `batch_decode`, `pad_token_id`,
-    `save_pretrained`) without importing transformers. Encoding never yields a special token: the text `<eos>` is five
-    bytes. A saved folder also opens with `AutoTokenizer.from_pretrained`, with the same ids.
-    """
+    It offers what Hugging Face code asks of a tokenizer (`__call__`, `encode`, `decode`, `batch_decode`,
+    `pad_token_id`, `save_pretrained`) without importing transformers. Encoding never yields a special
+    token: the text `<eos>` is five bytes. A saved folder also opens with `AutoTokenizer.from_pretrained`,
+    with the same ids."""
 
     name = "bytes"
     vocab_size = 260
@@ -167,7 +167,7 @@ class ByteTokenizer:
         settings = _read_settings(Path(folder))
         if settings.get(_MARK) != cls.name:
             raise FileFormatError(
-                f"{folder} holds no byte tokenizer (tokenizer_config.json has {_MARK}={settings.get(_MARK)!r}); "
+                f"{folder} holds no byte tokenizer ({_MARK} is {settings.get(_MARK)!r} in its settings); "
                 "use load_tokenizer(folder)"
             )
         return cls(padding_side=settings.get("padding_side", "left"))
@@ -176,12 +176,11 @@ class ByteTokenizer:
 class StreamDecoder:
     """Text of a growing sequence of ids, a piece at a time: `push` returns only characters that are complete.
 
-    A byte-level token can end inside a UTF-8 character; such bytes are held back until the character is whole.
-    `finish` gives what is left, with U+FFFD for bytes that never completed. The pieces concatenate to the decoding of
-    the whole sequence.
-    """
+    A byte-level token can end inside a UTF-8 character; such bytes are held back until the character is
+    whole. `finish` gives what is left, with U+FFFD for bytes that never completed. The pieces concatenate
+    to the decoding of the whole sequence."""
 
-    #: Ids decoded together with the new ones, because some tokenizers treat the first token of a text differently.
+    #: Ids decoded together with the new ones: some tokenizers treat the first token of a text differently.
     _CONTEXT = 8
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
@@ -229,8 +228,9 @@ class StreamDecoder:
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """Open a tokenizer: `"bytes"`, a folder, a `tokenizer.json` or `tokenizer.json.xz` file, or a hub name.
 
-    A folder may be one written by `save_pretrained` (of a tokenizer or of a Nestor model whose configuration says
-    `tokenizer_name`). Code from a repository is never run (`trust_remote_code` stays off).
+    A folder may be one written by `save_pretrained` (of a tokenizer or of a Nestor model whose
+    configuration says `tokenizer_name`). Code from a repository is never run (`trust_remote_code` stays
+    off).
 
     Raises:
         DataError: there is no such tokenizer.
@@ -280,8 +280,9 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     entries = len(tokenizer)
     if entries > vocab_size:
         raise DataError(
-            f"the tokenizer has {entries} entries and the model's vocab_size is {vocab_size}: ids from {vocab_size} "
-            f"on have no embedding. Use the tokenizer the model was trained with, or train with vocab_size={entries}"
+            f"the tokenizer has {entries} entries and the model's vocab_size is {vocab_size}: "
+            f"ids from {vocab_size} on have no embedding. Use the tokenizer the model was trained with, "
+            f"or train with vocab_size={entries}"
         )
 
 
@@ -312,7 +313,8 @@ def _from_folder(folder: Path) -> Any:
 
 
 def _from_definition(path: Path) -> Any:
-    """Wrap a bare tokenizer.json; beginning, end and padding are taken from its special tokens by their usual names."""
+    """Wrap a bare tokenizer.json; beginning, end and padding are taken from its special tokens by their
+    usual names."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -344,8 +346,8 @@ def _from_hub(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError and others for the same cause
         raise DataError(
-            f"no tokenizer {name!r}: it is not 'bytes', not a folder or file here, and could not be opened as a "
-            f"Hugging Face tokenizer ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            f"no tokenizer {name!r}: it is not 'bytes', not a folder or file here, and could not be "
+            f"opened as a Hugging Face tokenizer ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
 
 

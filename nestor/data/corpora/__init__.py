@@ -20,10 +20,9 @@ _HELD_OUT_SEED = 20_251_231
 class Corpus:
     """Documents of some sources, or of one split of them. Iterating yields each document as a string.
 
-    Nothing is read before iteration, and `pieces` never holds more than one line or mebibyte of text. The split is by
-    whole documents, a fixed pseudo-random `valid_fraction` of them (at least one); a corpus of a single document is
-    cut after the first line end that follows its first `1 - valid_fraction`.
-    """
+    Nothing is read before iteration, and `pieces` never holds more than one line or mebibyte of text. The
+    split is by whole documents, a fixed pseudo-random `valid_fraction` of them (at least one); a corpus of
+    a single document is cut after the first line end that follows its first `1 - valid_fraction`."""
 
     def __init__(
         self, sources: Iterable[Source], label: str, split: str = "all", valid_fraction: float = 0.05
@@ -109,7 +108,7 @@ class Corpus:
             end = position + len(text)
             if cut < 0 and target < end:
                 newline = text.find("\n", target - position)
-                cut = position + newline + 1 if 0 <= newline and position + newline + 1 < total else target
+                cut = position + newline + 1 if newline >= 0 and position + newline + 1 < total else target
             here = len(text) if cut < 0 else min(max(cut - position, 0), len(text))
             part = text[:here] if self.split == "train" else text[here:] if cut >= 0 else ""
             if part:
@@ -128,10 +127,11 @@ def open_corpus(
     """Open a corpus by name, path, or a list of these (read in the order given).
 
     Args:
-        spec: a shipped name (`"shakespeare"`, `"classics"`); a file (.txt, .md, .jsonl, each also as .xz or .gz); a
-            folder (its corpus files at any depth, sorted; hidden ones left out) or a dataset saved with
-            `save_to_disk`; a glob (`"books/**/*.txt"`); or `hf:NAME[@CONFIG][:SPLIT[:FIELD]]`, a dataset of the
-            Hugging Face hub or in a folder. A local path that has a shipped name is written `./classics`.
+        spec: a shipped name (`"shakespeare"`, `"classics"`); a file (.txt, .md, .jsonl, each also as .xz or
+            .gz); a folder (its corpus files at any depth, sorted; hidden ones left out) or a dataset saved
+            with `save_to_disk`; a glob (`"books/**/*.txt"`); or `hf:NAME[@CONFIG][:SPLIT[:FIELD]]`, a
+            dataset of the Hugging Face hub or in a folder. A local path that has a shipped name is written
+            `./classics`.
         field: field of a JSON line or dataset row that holds the text.
         split: `"all"`, `"train"` or `"valid"` (the held-out part).
         valid_fraction: share of the documents, or of a single document, that is held out.

@@ -1,9 +1,8 @@
 """Read text files into documents, a piece at a time.
 
-A *piece* is `(starts, text)`: `starts` says that a new document begins with it. A long text file comes as many pieces
-of about one mebibyte, cut after a line end, so that no file is held in memory as a whole. A plain text file is one
-document; a JSON-lines file is one document a line.
-"""
+A *piece* is `(starts, text)`: `starts` says that a new document begins with it. A long text file comes as
+many pieces of about one mebibyte, cut after a line end, so that no file is held in memory as a whole. A
+plain text file is one document; a JSON-lines file is one document a line."""
 
 from __future__ import annotations
 
@@ -51,14 +50,14 @@ def read_pieces(path: Path, field: str = "text") -> Iterator[Piece]:
     """Pieces of one file. A name without a known ending is read as plain text.
 
     Raises:
-        DataError: not UTF-8 (with the byte's offset), not JSON lines, a line without `field`, a damaged archive, or a
-            format that is not text.
+        DataError: not UTF-8 (with the byte's offset), not JSON lines, a line without `field`, a damaged
+            archive, or a format that is not text.
     """
     kind = kind_of(path)
     if kind is None and path.suffix.lower() in _FOREIGN:
         raise DataError(
-            f"{path}: {path.suffix} files are not read directly; convert it to .txt or .jsonl, or open a dataset folder "
-            "with hf:FOLDER"
+            f"{path}: {path.suffix} files are not read directly; convert it to .txt or .jsonl, or open "
+            "a dataset folder with hf:FOLDER"
         )
     try:
         with _open(path) as handle:
@@ -70,8 +69,12 @@ def read_pieces(path: Path, field: str = "text") -> Iterator[Piece]:
 
 
 def _open(path: Path) -> BinaryIO:
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
-    return cast(BinaryIO, opener(path, "rb"))
+    suffix = path.suffix.lower()
+    if suffix == ".xz":
+        return cast(BinaryIO, lzma.open(path, "rb"))
+    if suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return open(path, "rb")
 
 
 def _plain_text(handle: BinaryIO, path: Path) -> Iterator[Piece]:
@@ -117,7 +120,8 @@ def _field(line: str, field: str, path: Path, number: int) -> str:
     if field not in record:
         names = ", ".join(map(repr, record)) or "nothing"
         raise DataError(
-            f"{where} has no field {field!r}; it has {names}. {suggest(field, list(record))} Name the field with `field`"
+            f"{where} has no field {field!r}; it has {names}. {suggest(field, list(record))} "
+            "Name the field with `field`"
         )
     if not isinstance(record[field], str):
         raise DataError(f"{where}: field {field!r} is {type(record[field]).__name__}; a string is wanted")
@@ -151,6 +155,6 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
         place = offset + error.start
         note = " of the decompressed text" if path.suffix.lower() in COMPRESSED else ""
         raise DataError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {place}{note} ({error.reason}). If it is an "
-            f"older encoding, convert it: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8.txt"
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {place}{note} ({error.reason}). "
+            f"If it is an older encoding, convert it: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8.txt"
         ) from error

@@ -18,7 +18,8 @@ _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json")
 
 
 class Source(Protocol):
-    """A source yields its documents as pieces, always in the same order, and says what that order depends on."""
+    """A source yields its documents as pieces, always in the same order, and says what that order depends
+    on."""
 
     def pieces(self) -> Iterator[Piece]: ...
 

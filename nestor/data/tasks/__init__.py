@@ -1,6 +1,7 @@
-"""Synthetic tasks that measure and train memory: recall in real text, associative recall of tokens, needles."""
+"""Synthetic tasks that measure and train memory: recall in real text, associative recall of tokens,
+needles."""
 
-from nestor.data.tasks.facts import TEMPLATES, Fact, FactSpec, FactsPage, facts_page
+from nestor.data.tasks.facts import TEMPLATES, Fact, FactsPage, FactSpec, facts_page
 from nestor.data.tasks.haystack import CorpusHaystack, Haystack, RepeatedHaystack
 from nestor.data.tasks.mqar import MqarTask
 from nestor.data.tasks.needle import NEEDLE_KINDS, Needle, needle

@@ -1,4 +1,5 @@
-"""Facts to be remembered: a name, a number, a sentence that states them, and the question that asks for the number."""
+"""Facts to be remembered: a name, a number, a sentence that states them, and the question that asks for the
+number."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ class FactSpec:
     """Which facts are drawn.
 
     Args:
-        templates: wordings to draw from, keys of `TEMPLATES`. `key` and `house` ask in the words of the statement,
-            `phone` in other words.
+        templates: wordings to draw from, keys of `TEMPLATES`. `key` and `house` ask in the words of the
+            statement, `phone` in other words.
         digits: digits of a value; the first is not 0 (a single digit may be).
         held_out: draw from the names that are kept out of training.
     """
@@ -78,8 +79,8 @@ class FactSpec:
         available = 10**self.digits - low
         if count > min(len(self.names), available):
             raise ConfigError(
-                f"{count} facts are wanted; there are {len(self.names)} names and {available} values of {self.digits} "
-                "digits, and no two facts share one"
+                f"{count} facts are wanted; there are {len(self.names)} names and {available} values "
+                f"of {self.digits} digits, and no two facts share one"
             )
         names = [self.names[i] for i in rng.choice(len(self.names), count, replace=False)]
         values = _distinct(rng, low, 10**self.digits, count)

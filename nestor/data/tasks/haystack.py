@@ -24,7 +24,8 @@ class Haystack(Protocol):
     tokenizer: Any
 
     def text(self, rng: np.random.Generator, n_tokens: int) -> str:
-        """Text of at least `n_tokens` tokens (and not much more) that begins at the beginning of a line or sentence."""
+        """Text of at least `n_tokens` tokens (and not much more) that begins at the beginning of a line or
+        sentence."""
         ...
 
 

@@ -13,16 +13,17 @@ from nestor.errors import ConfigError
 class MqarTask:
     """Key-value pairs, then every key again, in random gaps, each followed by its value.
 
-    The first `vocab_size // 3` ids are keys, the next third values, the rest filler. A document is
-    `k1 v1 k2 v2 ... kn vn` followed by filler tokens among which each key occurs once more, then its value: the
-    prediction of that value is the answer. The gap between a pair and its query is drawn log-uniformly from `distances`
-    and moved to the nearest free place. No key or value occurs twice among the pairs.
+    The first `vocab_size // 3` ids are keys, the next third values, the rest filler. A document is `k1 v1
+    k2 v2 ... kn vn` followed by filler tokens among which each key occurs once more, then its value: the
+    prediction of that value is the answer. The gap between a pair and its query is drawn log-uniformly from
+    `distances` and moved to the nearest free place. No key or value occurs twice among the pairs.
 
     Args:
         vocab_size: ids used are 0 .. vocab_size - 1 (256 for a byte model).
         n_pairs: pairs of a document.
         document_length: tokens of a document.
-        distances: least and greatest number of tokens between pair and query; the greatest defaults to the document.
+        distances: least and greatest number of tokens between pair and query; the greatest defaults to the
+            document.
         loss_on: `"answers"` counts only the values after queries, `"all"` every token.
 
     Raises:
@@ -41,12 +42,13 @@ class MqarTask:
         third = vocab_size // 3
         if n_pairs < 1 or n_pairs > third:
             raise ConfigError(
-                f"n_pairs is {n_pairs}; a vocabulary of {vocab_size} has {third} keys and as many values, so 1 to {third} "
-                "pairs are possible"
+                f"n_pairs is {n_pairs}; a vocabulary of {vocab_size} has {third} keys and as many values, "
+                f"so 1 to {third} pairs are possible"
             )
         if document_length < 4 * n_pairs:
             raise ConfigError(
-                f"document_length is {document_length}; {n_pairs} pairs and their queries take {4 * n_pairs} tokens"
+                f"document_length is {document_length}; {n_pairs} pairs and their queries "
+                f"take {4 * n_pairs} tokens"
             )
         low, high = distances
         if low < 1 or (high is not None and high < low):

@@ -32,8 +32,9 @@ NEEDLE_KINDS = tuple(_WORDINGS)
 
 @dataclass(frozen=True)
 class Needle:
-    """`prompt` ends with the question; `answer` begins with a space. `meta` holds kind, word, value, wanted and real
-    depth, number of tokens of the prompt, and `distance`, the tokens between statement and question."""
+    """`prompt` ends with the question; `answer` begins with a space. `meta` holds kind, word, value, wanted
+    and real depth, number of tokens of the prompt, and `distance`, the tokens between statement and
+    question."""
 
     prompt: str
     answer: str
@@ -53,9 +54,10 @@ def needle(
     Args:
         haystack: text to hide it in.
         kind: one of `NEEDLE_KINDS`.
-        length: greatest number of tokens of prompt and answer together (of the haystack's tokenizer); the prompt comes as
-            near to it as the last break of a line or clause allows.
-        depth: 0 puts the needle at the beginning, 1 right before the question; in between at the nearest break.
+        length: greatest number of tokens of prompt and answer together (of the haystack's tokenizer); the
+            prompt comes as near to it as the last break of a line or clause allows.
+        depth: 0 puts the needle at the beginning, 1 right before the question; in between at the nearest
+            break.
 
     Raises:
         ConfigError: unknown kind, a depth outside 0..1, or no room for the needle.
@@ -112,7 +114,8 @@ def _value(kind: str, rng: np.random.Generator, noun: str) -> str:
 
 
 def _at_most(haystack: Haystack, rng: np.random.Generator, room: int, count: _Counter) -> str:
-    """Haystack of at most `room` tokens, ended at a break. Line ends at the needle and question are allowed for."""
+    """Haystack of at most `room` tokens, ended at a break. Line ends at the needle and question are allowed
+    for."""
     text = haystack.text(rng, room)
     spare = 2 * count("\n")
     allowed = breaks(text)

@@ -18,10 +18,9 @@ from nestor.errors import ConfigError
 class RecallProbe:
     """One question for evaluation.
 
-    `ids` [n] int64 is the text with the question and its answer; `ids[:start]` is the prompt and `ids[start:end]` the
-    answer. `fact` is what was asked and `distance` the number of tokens between the end of its statement and the
-    beginning of the question, exactly as ordered.
-    """
+    `ids` [n] int64 is the text with the question and its answer; `ids[:start]` is the prompt and
+    `ids[start:end]` the answer. `fact` is what was asked and `distance` the number of tokens between the
+    end of its statement and the beginning of the question, exactly as ordered."""
 
     ids: np.ndarray
     start: int
@@ -44,12 +43,12 @@ class _Event:
 class RecallTask:
     """Documents of real text with planted facts and questions.
 
-    Each of `n_facts` facts is stated once, in a line of its own; `n_questions` questions are dealt evenly over the facts.
-    The distance of a question from its fact is drawn log-uniformly from `distances`, so short distances (which teach
-    what a question is) and long ones (which need a memory) both occur. Lengths and distances are in tokens of the
-    haystack's tokenizer: bytes for the byte tokenizer. In a document for training a distance is met to within the
-    nearest break of a line or clause, other planted lines in between add to it, and the answer's `distance` says what it
-    became; a probe meets it exactly.
+    Each of `n_facts` facts is stated once, in a line of its own; `n_questions` questions are dealt evenly
+    over the facts. The distance of a question from its fact is drawn log-uniformly from `distances`, so
+    short distances (which teach what a question is) and long ones (which need a memory) both occur. Lengths
+    and distances are in tokens of the haystack's tokenizer: bytes for the byte tokenizer. In a document for
+    training a distance is met to within the nearest break of a line or clause, other planted lines in
+    between add to it, and the answer's `distance` says what it became; a probe meets it exactly.
 
     Args:
         haystack: source of the text.
@@ -117,8 +116,8 @@ class RecallTask:
         low, high = self.distances
         if room <= low:
             raise ConfigError(
-                f"a recall document of {self.document_length} tokens has {max(room, 0)} left beside its {self.n_facts} facts "
-                f"and {self.n_questions} questions, which take {planted}; distances begin at {low}: make document_length "
+                f"document_length is {self.document_length}; {self.n_facts} facts and "
+                f"{self.n_questions} questions take {planted} tokens and distances begin at {low}: make it "
                 f"greater than {planted + low}, or plant less"
             )
         reach = min(high or room, room)
@@ -179,8 +178,8 @@ class RecallTask:
 
         Args:
             before: tokens of text in front of the facts.
-            n_facts: facts stated together, of which a random one is asked; those after it lie within the distance, as
-                far as they fit.
+            n_facts: facts stated together, of which a random one is asked; those after it lie within the
+                distance, as far as they fit.
             held_out: use names that training never sees.
 
         Raises:

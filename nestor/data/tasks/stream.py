@@ -16,8 +16,8 @@ LOSS_ON = ("all", "answers")
 
 @dataclass(frozen=True)
 class Answer:
-    """Where an answer stands: tokens `start .. end` of the document; `distance` tokens lie between the end of the last
-    statement (or earlier answer) of what is asked and the beginning of the question."""
+    """Where an answer stands: tokens `start .. end` of the document; `distance` tokens lie between the end
+    of the last statement (or earlier answer) of what is asked and the beginning of the question."""
 
     start: int
     end: int
@@ -48,10 +48,9 @@ class Task(Protocol):
 class TaskStream(LaneStream):
     """Endless documents of a task as contiguous lanes; document i is a function of `seed` and i alone.
 
-    Lane b holds documents b, b + B, b + 2B ... (B is `batch_size`) one after the other, each with a reset at its first
-    token, so documents are longer or shorter than a segment as they like. The last token of a document has the label
-    `eos` if its other tokens are all counted, else -100.
-    """
+    Lane b holds documents b, b + B, b + 2B ... (B is `batch_size`) one after the other, each with a reset
+    at its first token, so documents are longer or shorter than a segment as they like. The last token of a
+    document has the label `eos` if its other tokens are all counted, else -100."""
 
     def __init__(
         self,
@@ -103,8 +102,9 @@ class TaskStream(LaneStream):
         return self._current[lane][1]
 
     def _labels(self, document: TaskDocument) -> np.ndarray:
-        ends = self.eos is not None and bool(document.counted[1:].all())
-        labels = np.append(document.ids[1:], self.eos if ends else IGNORED)
+        everything = bool(document.counted[1:].all())
+        last = self.eos if everything and self.eos is not None else IGNORED
+        labels = np.append(document.ids[1:], last)
         labels[:-1][~document.counted[1:]] = IGNORED
         return labels
 
