@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
@@ -61,7 +62,9 @@ def write_tensors(path: PathLike, tensors: Mapping[str, "Tensor"], metadata: Map
     """Write named tensors (any dtype safetensors knows, any device) and string metadata, atomically.
 
     Tensors that share memory are stored apart, so what is read back never aliases.
+    Raises OSError, with its errno, if the system cannot write (disk full).
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     stored: dict[str, Tensor] = {}
@@ -74,7 +77,13 @@ def write_tensors(path: PathLike, tensors: Mapping[str, "Tensor"], metadata: Map
         seen.add(pointer)
         stored[name] = tensor
     with atomic_write(path) as temporary:
-        save_file(stored, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(stored, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def read_tensors(path: PathLike, device: str = "cpu") -> tuple[dict[str, "Tensor"], dict[str, str]]:
