@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, safetensors with checks, and a lock between processes."""
+"""Files that are either whole or absent: atomic writes, checked safetensors, a lock between processes."""
 
 import fcntl
 import json
@@ -58,7 +58,9 @@ def write_json(path: PathLike, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write named tensors (any dtype safetensors knows, any device) and string metadata, atomically.
 
     Tensors that share memory are stored apart, so what is read back never aliases.
@@ -95,7 +97,9 @@ def read_tensors(path: PathLike, device: str = "cpu") -> tuple[dict[str, "Tensor
 
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a safetensors file is wanted here.")
+        raise DataError(
+            f"{path} is {'a folder' if path.is_dir() else 'missing'}; a safetensors file is wanted."
+        )
     try:
         with safe_open(path, framework="pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -139,7 +139,8 @@ def test_missing_folders_are_made_and_text_is_utf8(tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_tensors_come_back_as_they_were_also_views_scalars_and_shared_ones(tmp_path, dtype):
     base = torch.arange(12).reshape(3, 4).to(dtype)
-    tensors = {"base": base, "same": base, "row": base[1], "turned": base.T, "scalar": base[2, 3], "none": base[:0]}
+    tensors = {"base": base, "same": base, "row": base[1], "turned": base.T, "scalar": base[2, 3]}
+    tensors["none"] = base[:0]
     write_tensors(tmp_path / "t", tensors, {"format": "1"})
     back, metadata = read_tensors(tmp_path / "t")
     assert metadata == {"format": "1"}
@@ -179,7 +180,8 @@ def test_a_second_process_is_refused_and_told_who_holds_the_file(tmp_path: Path)
     """
     holder = start(code, str(path))
     try:
-        with pytest.raises(LockedError, match=rf"memory\.safetensors is in use by process {holder.pid}\b"), FileLock(path):
+        message = rf"memory\.safetensors is in use by process {holder.pid}\b"
+        with pytest.raises(LockedError, match=message), FileLock(path):
             pass
     finally:
         holder.kill()

@@ -1,1 +1,1 @@
-"""The `nestor` command: one thin file for each subcommand, each with a dataclass `Args` and `run(args) -> int`."""
+"""The `nestor` command: one thin file a subcommand, each with a dataclass `Args` and `run(args) -> int`."""

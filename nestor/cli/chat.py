@@ -38,7 +38,7 @@ class Args:
     Examples:
       nestor chat runs/a/final --memory ada.safetensors
       nestor chat runs/a/final --temperature 0.5 --max-new-tokens 100
-      printf 'The key of Marlow is 4821.\\n/snapshot first\\n' | nestor chat runs/a/final --memory ada.safetensors
+      printf 'The key of Marlow is 4821.\\n/surprise\\n' | nestor chat runs/a/final
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -80,7 +80,9 @@ def _chat(args: Args, arguments: dict[str, Any]) -> int:
         arguments["pad_token_id"] = tokenizer.pad_token_id
     file = None if args.memory is None else MemoryFile(args.memory, model)
     state = None if file is None else file.load()
-    chat = Chat(Conversation(model, tokenizer, state), file, arguments, Console(highlight=False, soft_wrap=True))
+    chat = Chat(
+        Conversation(model, tokenizer, state), file, arguments, Console(highlight=False, soft_wrap=True)
+    )
     chat.greet()
     return chat.loop()
 
@@ -89,7 +91,11 @@ class Chat:
     """The loop around a Conversation: reads lines, does commands, writes the memory file after each turn."""
 
     def __init__(
-        self, conversation: "Conversation", file: "MemoryFile | None", arguments: dict[str, Any], console: "Console"
+        self,
+        conversation: "Conversation",
+        file: "MemoryFile | None",
+        arguments: dict[str, Any],
+        console: "Console",
     ) -> None:
         self.conversation = conversation
         self.file = file
@@ -114,7 +120,7 @@ class Chat:
             except EOFError:
                 return 0
             except UnicodeDecodeError as error:
-                self._complain(f"that line is not UTF-8 ({error.reason} at byte {error.start}); it was not read.")
+                self._complain(f"that line is not UTF-8 at byte {error.start}; it was not read.")
                 continue
             if line in ("/quit", "/exit"):
                 return 0
@@ -197,7 +203,9 @@ class Chat:
         try:
             self.file.save(self.conversation.state)
         except OSError as error:
-            self._complain(f"{self.file.path} was not written ({error.strerror}); it still holds the memory before.")
+            self._complain(
+                f"{self.file.path} was not written ({error.strerror}); it holds what it held before."
+            )
 
     def _say(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False)

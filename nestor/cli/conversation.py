@@ -75,12 +75,16 @@ def _check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"the text is not valid UTF-8 at character {error.start}; convert it first.") from error
+        raise DataError(f"the text is not UTF-8 at character {error.start}; convert it first.") from error
 
 
 @torch.no_grad()
 def extend(
-    model: Any, ids: list[int], state: State | None, arguments: dict[str, Any], tail: Callable[[list[int]], list[int]]
+    model: Any,
+    ids: list[int],
+    state: State | None,
+    arguments: dict[str, Any],
+    tail: Callable[[list[int]], list[int]],
 ) -> tuple[list[int], State]:
     """Feed `ids` after `state`, generate, feed what `generate` left out, and return (answer, State).
 
@@ -91,7 +95,11 @@ def extend(
     if state is not None:
         arguments = arguments | {"past_key_values": state.clone()}
     output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), use_cache=True, return_dict_in_generate=True, **arguments
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        use_cache=True,
+        return_dict_in_generate=True,
+        **arguments,
     )
     answer = output.sequences[0, len(ids) :].tolist()
     if arguments.get("num_beams", 1) == 1:
@@ -106,7 +114,7 @@ def require_state(model: Any) -> None:
     """Raise ConfigError for a model of another library, whose cache is no State."""
     if model.config.model_type != "nestor":
         raise ConfigError(
-            f"a {model.config.model_type!r} model has no State to save or go on from; this needs a Nestor model."
+            f"a {model.config.model_type!r} model has no State to save or to go on from; use a Nestor model."
         )
 
 

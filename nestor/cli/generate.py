@@ -59,29 +59,29 @@ def _generate(args: Args, prompt: str, arguments: dict[str, Any]) -> int:
     import torch
 
     from nestor.cli.conversation import TokenStream, encode_prompt, extend, require_state
-    from nestor.models.state import State
+    from nestor.cli.memory_file import MemoryFile
 
     if args.sampling.seed is not None:
         torch.manual_seed(args.sampling.seed)
-    state = None
+    file, state = None, None
     if args.memory is not None:
         require_state(model)
-        if args.memory.exists() or not args.write_memory:
-            state = State.load(args.memory, model=model).to(model.device)
+        file = MemoryFile(args.memory, model)
+        state = file.load(required=not args.write_memory)
 
     ids = encode_prompt(tokenizer, prompt, opening=state is None)
     if tokenizer.pad_token_id is not None:
         arguments["pad_token_id"] = tokenizer.pad_token_id
     if args.sampling.num_beams == 1:
         arguments["streamer"] = TokenStream(tokenizer, _show)
-    if args.memory is None:
+    if file is None:
         tokens = torch.tensor([ids], device=model.device)
-        output = model.generate(tokens, attention_mask=torch.ones_like(tokens), **arguments)
+        output: Any = model.generate(tokens, attention_mask=torch.ones_like(tokens), **arguments)  # type: ignore[operator]
         answer = output[0, len(ids) :].tolist()
     else:
         answer, state = extend(model, ids, state, arguments, lambda _: [])
         if args.write_memory:
-            state.save(args.memory, model=model)
+            file.save(state)
     if args.sampling.num_beams > 1:
         _show(tokenizer.decode(answer, skip_special_tokens=True))
     _show("\n")

@@ -44,7 +44,7 @@ class Sampling:
         """The keyword arguments for `model.generate`. Raises ConfigError for a value out of range."""
         checks: list[tuple[str, Any, bool, str]] = [
             ("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature > 0, "above 0 (use --no-do-sample for greedy)"),
+            ("temperature", self.temperature, self.temperature > 0, "above 0 (greedy is --no-do-sample)"),
             ("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
@@ -79,7 +79,9 @@ def pick_device(name: str) -> "torch.device":
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used here ({reason}). There is {', '.join(have)}.") from error
+        raise ConfigError(
+            f"device {name!r} cannot be used ({reason}). There is {', '.join(have)}."
+        ) from error
     return device
 
 
@@ -118,7 +120,7 @@ def load_model(
         ) from error
     words = load_tokenizer(tokenizer or name)
     check_vocabulary(words, model.config.vocab_size)
-    return model.to(place).eval(), words
+    return model.to(place).eval(), words  # type: ignore[arg-type]
 
 
 def _check_name(name: str) -> None:
@@ -133,4 +135,6 @@ def _check_name(name: str) -> None:
     if path.exists():
         raise DataError(f"{name} is a file; give the folder that holds config.json and model.safetensors.")
     if not _HUB_ID.fullmatch(name):
-        raise DataError(f"there is no folder {name}. Give a folder that holds a model, or the id of one on the hub.")
+        raise DataError(
+            f"there is no folder {name}. Give one that holds a model, or the id of a model on the hub."
+        )

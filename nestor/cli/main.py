@@ -77,7 +77,16 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
-        ["usage: nestor COMMAND ...", "", "Language models that keep learning.", "", "commands:", *lines, "", EXAMPLES]
+        [
+            "usage: nestor COMMAND ...",
+            "",
+            "Language models that keep learning.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            EXAMPLES,
+        ]
     )
 
 
@@ -87,4 +96,6 @@ def _run(name: str, argv: list[str]) -> int:
         return module.run(module.parse(argv))
     import tyro
 
-    return module.run(tyro.cli(module.Args, prog=f"nestor {name}", description=module.Args.__doc__, args=argv))
+    return module.run(
+        tyro.cli(module.Args, prog=f"nestor {name}", description=module.Args.__doc__, args=argv)
+    )

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nestor.errors import ConfigError
+from nestor.errors import ConfigError, StateMismatchError
 from nestor.models.state import State
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -21,9 +21,9 @@ class MemoryFile:
         self.folder = path.with_name(path.name + ".snapshots")
         self.model = model
 
-    def load(self) -> State | None:
-        """The State in the file, or None if there is no file yet."""
-        return self._load(self.path) if self.path.exists() else None
+    def load(self, required: bool = False) -> State | None:
+        """The State in the file, or None if there is no file yet and none is required."""
+        return self._load(self.path) if required or self.path.exists() else None
 
     def save(self, state: State | None) -> None:
         """Replace the State in the file; None, a State that has read nothing, removes the file."""
@@ -53,7 +53,12 @@ class MemoryFile:
         return sorted(p.stem for p in self.folder.glob("*.safetensors") if _NAME.fullmatch(p.stem))
 
     def _load(self, path: Path) -> State:
-        return State.load(path, model=self.model).to(self.model.device)
+        state = State.load(path, model=self.model)
+        if state.batch_size != 1:
+            raise StateMismatchError(
+                f"{path} holds {state.batch_size} streams; a conversation is one: select a row first."
+            )
+        return state
 
     def _snapshot_path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):

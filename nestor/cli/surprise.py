@@ -7,7 +7,14 @@ from rich.text import Text
 Pieces = Sequence[tuple[str, float]]
 
 # From hardly written to written hardest: backgrounds of the 256-colour palette, with a readable foreground.
-SHADES = ("default", "white on grey19", "white on grey27", "black on gold3", "black on orange3", "white on red3")
+SHADES = (
+    "default",
+    "white on grey19",
+    "white on grey27",
+    "black on gold3",
+    "black on orange3",
+    "white on red3",
+)
 
 
 def coloured(pieces: Pieces) -> Text:
