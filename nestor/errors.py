@@ -37,6 +37,6 @@ class NonFiniteError(NestorError, RuntimeError):
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:
-    """"Did you mean 'x'?" for the nearest of `choices`, or an empty string if none is near."""
+    """The words "Did you mean 'x'?" for the nearest of `choices`, or an empty string if none is near."""
     near = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else ""

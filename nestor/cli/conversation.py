@@ -93,7 +93,7 @@ def extend(
     require_state(model)
     prompt = torch.tensor([ids], device=model.device)
     if state is not None:
-        arguments = arguments | {"past_key_values": state.clone()}
+        arguments = arguments | {"past_key_values": state}
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -105,7 +105,7 @@ def extend(
     if arguments.get("num_beams", 1) == 1:
         after, unread = output.past_key_values, answer[-1:]
     else:  # the States that a beam search ends with are those of the beams, in their order
-        after, unread = None if state is None else state.clone(), ids + answer
+        after, unread = state, ids + answer
     rest = torch.tensor([unread + tail(answer)], device=model.device)
     return answer, model(rest, past_key_values=after, use_cache=True).past_key_values.detach()
 
@@ -168,8 +168,7 @@ class Conversation:
         if self.last is None:
             raise ConfigError("there is no turn yet to show; say something first.")
         ids = torch.tensor([self.last.ids], device=self.model.device)
-        before = None if self.last.before is None else self.last.before.clone()
-        strength = self.model.write_strength(ids, past_key_values=before)[0].tolist()
+        strength = self.model.write_strength(ids, past_key_values=self.last.before)[0].tolist()
         decoder, pieces, pending = StreamDecoder(self.tokenizer), [], 0.0
         for token, value in zip(self.last.ids, strength, strict=True):
             pending = max(pending, value)

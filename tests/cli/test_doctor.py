@@ -1,0 +1,49 @@
+"""`nestor doctor` tells what is here, checks every operation, and fails when one is wrong."""
+
+import json
+
+import pytest
+import torch
+
+from nestor.cli.main import main
+from nestor.ops import neural_memory as operation
+
+
+def test_every_operation_is_checked_and_right(capsys):
+    assert main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert "neural_memory" in out and "chunked" in out and "ok" in out
+    assert "FAILED" not in out
+    assert "cores" in out
+
+
+def test_json_holds_versions_devices_and_checks(capsys):
+    assert main(["doctor", "--device", "cpu", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert findings["versions"]["torch"] == torch.__version__
+    assert findings["devices"][0]["name"] == "cpu"
+    for check in findings["checks"]:
+        assert check["ok"] and check["error"] <= check["tolerance"] and check["reason"]
+
+
+def test_a_wrong_operation_is_named_and_the_status_is_1(capsys, monkeypatch):
+    """The fast form is broken, not the report: the check itself has to notice."""
+    right = operation.chunk_coefficients
+
+    def no_momentum(theta, eta, alpha, valid):
+        return right(theta, eta * 0, alpha, valid)
+
+    monkeypatch.setattr(operation, "chunk_coefficients", no_momentum)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "FAILED" in captured.out
+    assert "neural_memory" in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_here_is_one_line(capsys):
+    assert main(["doctor", "--device", "cuda"]) == 2
+    err = capsys.readouterr().err
+    assert "device 'cuda' cannot be used" in err and "There is cpu." in err
+    assert main(["doctor", "--device", "gpux"]) == 2
