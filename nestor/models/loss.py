@@ -1,0 +1,41 @@
+"""Next-token loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestor.layers.span import Span
+
+IGNORED = -100
+
+
+def next_token_targets(labels: Tensor, span: Span) -> Tensor:
+    """Targets `[B, T]` of left-justified labels `[B, T]`: the label of the next valid token.
+
+    The last token of a row and the last one before a reset have none (-100).
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if span.lengths is not None:
+        index = torch.arange(labels.shape[1], device=labels.device)
+        targets = targets.masked_fill(index >= span.lengths[:, None] - 1, IGNORED)
+    if span.resets is not None:
+        targets = targets.masked_fill(F.pad(span.resets[:, 1:], (0, 1), value=False), IGNORED)
+    return targets
+
+
+def next_token_loss(logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy in nats, float32 at least, of logits `[B, T, V]` on targets `[B, T]`; -100 is ignored.
+
+    The mean over targets, or their sum divided by `num_items_in_batch` (gradient accumulation).
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    targets = targets.to(logits.device)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
