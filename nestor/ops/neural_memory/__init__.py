@@ -12,12 +12,21 @@ from nestor.errors import ConfigError, ShapeError
 from nestor.ops.neural_memory.checks import self_check
 from nestor.ops.neural_memory.chunked import ChunkState, Norm, make_rows
 from nestor.ops.neural_memory.coefficients import chunk_coefficients
+from nestor.ops.neural_memory.functions import ACTIVATIONS, make_head
 from nestor.ops.neural_memory.layout import chunk_grid
 from nestor.ops.neural_memory.reference import neural_memory_reference
 from nestor.ops.neural_memory.scan import Plan, scan
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
 
-__all__ = ["BACKENDS", "MemorySpec", "MemoryState", "choose_backend", "neural_memory", "self_check"]
+__all__ = [
+    "BACKENDS",
+    "MemorySpec",
+    "MemoryState",
+    "apply_network",
+    "choose_backend",
+    "neural_memory",
+    "self_check",
+]
 
 BACKENDS = ("chunked", "reference")
 
@@ -93,6 +102,22 @@ def neural_memory(
     if surprise is None:
         raise ConfigError("the reference backend does not report surprise; use backend='chunked'.")
     return y.to(out_dtype), after, surprise
+
+
+def apply_network(
+    spec: MemorySpec, x: Tensor, weights: Sequence[Tensor], gamma: Tensor | None = None, beta: Tensor | None = None
+) -> Tensor:
+    """f(x; W), a read without a write: x ``[B, T, H, p]``, weights ``[B, H, in, out]``, gamma, beta ``[H, p]``."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        inputs = z = x.to(dtype).transpose(1, 2)
+        for layer, weight in enumerate(weights):
+            z = torch.matmul(z, weight.to(dtype))
+            if layer < len(weights) - 1:
+                z = ACTIVATIONS[spec.activation].value(z)
+        norm = [None if t is None else t.to(dtype).unsqueeze(1) for t in (gamma, beta)]
+        y, _ = make_head(spec.norm, spec.norm_eps).value(inputs, z, *norm)
+    return y.transpose(1, 2).to(x.dtype)
 
 
 def _expand(state: MemoryState, batch: int) -> MemoryState:

@@ -1,0 +1,40 @@
+"""Short causal depthwise convolution as a layer with a tail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nestor.errors import ConfigError
+from nestor.layers.span import Span
+from nestor.ops.short_convolution import next_tail, short_convolution
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise convolution over the last `kernel` tokens of a document; `[B, T, dim]` to `[B, T, dim]`."""
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__()
+        if kernel < 2:
+            raise ConfigError(f"convolution kernel is {kernel}; it must be at least 2 (1 would be a plain scale).")
+        self.kernel = kernel
+        self.weight = nn.Parameter(torch.empty(dim, kernel))
+        self.initialize(0.02)
+
+    def initialize(self, std: float) -> None:
+        """Start as a weighted sum with most weight on the token itself."""
+        nn.init.normal_(self.weight, std=0.5 / self.kernel**0.5)
+        with torch.no_grad():
+            self.weight[:, -1].add_(1.0)
+
+    def forward(
+        self, x: Tensor, tail: Tensor | None, span: Span, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and the next tail. tail: `[B, kernel - 1, dim]` or None; start: `[kernel - 1, dim]`, what stands
+        before a document, or None for zeros."""
+        resets = span.resets is not None
+        y = short_convolution(x, self.weight, tail, start_tail=start, position=span.position if resets else None)
+        after = next_tail(
+            x, self.kernel, tail, start_tail=start, lengths=span.lengths, clock=span.clock_after() if resets else None
+        )
+        return y, after

@@ -1,0 +1,283 @@
+"""The neural memory as a layer: Titans' long-term memory module (LMM)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestor.errors import ConfigError, suggest
+from nestor.layers.convolution import ShortConvolution
+from nestor.layers.norm import RMSNorm
+from nestor.layers.registry import register_mixer
+from nestor.layers.span import Span
+from nestor.ops.neural_memory import MemorySpec, MemoryState, apply_network, neural_memory
+
+LayerState = dict[str, Tensor]
+
+_writes: ContextVar[list[Tensor] | None] = ContextVar("nestor_writes", default=None)
+
+
+@contextmanager
+def record_writes() -> Iterator[list[Tensor]]:
+    """Collect how hard each token is written: within the block every `NeuralMemory` call appends a float32
+    `[B, T, H]`, the write step times the norm of the inner gradient (the "surprise" of Titans)."""
+    collected: list[Tensor] = []
+    token = _writes.set(collected)
+    try:
+        yield collected
+    finally:
+        _writes.reset(token)
+
+
+@dataclass
+class Gates:
+    """Per token and head, float32 `[B, T, H]`: write step, momentum keep, forget fraction. None: switched off."""
+
+    theta: Tensor
+    eta: Tensor | None
+    alpha: Tensor | None
+
+
+class NeuralMemory(nn.Module):
+    """A small network per head that learns, by gradient descent while the sequence is read, to map keys to values.
+
+    Titans, arXiv 2501.00663, section 3.1; block as in spec/neural-memory.md section 3.1:
+    `y = W_O( RMSNorm(f(q; W_t)) * sigmoid(x W_G) )` with `q, k, v = silu(conv(x W))`, q and k of unit length.
+
+    Args:
+        dim: width `d` of input and output.
+        heads: memories per layer, each of width `p = d / heads`.
+        depth: layers of the memory network, 1 (linear) to 4. expansion: hidden width over p.
+        chunk_size: tokens that share one anchor; the model must run with the chunk size it was trained with.
+        momentum, forget: whether the surprise has momentum, and whether the memory forgets.
+        max_step: largest write step before the factor `1 - eta`; None: `min(1, 4 / chunk_size) / loss_scale`,
+            which stays stable when every token of a chunk has the same key.
+        step_bias, momentum_bias, forget_bias: biases of the three gates' sigmoids at initialisation.
+        conv_kernel: tokens seen by the short convolution on q, k, v; 0: none.
+        output_gate: multiply by `sigmoid(x W_G)` before the output projection.
+        activation, norm, norm_eps, inner_loss, loss_scale, read_mode, decay, grad_at, recompute: see `MemorySpec`.
+
+    State (`[B, ...]`): `weights.l`, `momentum.l`, `anchor.l` float32 `[B, H, in, out]` for each layer l of the memory
+    network, `phase` int64 `[B]`, and the convolution tails `tail.q|k|v` `[B, conv_kernel - 1, d]`.
+
+    Raises:
+        ConfigError: an impossible combination.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 4,
+        *,
+        depth: int = 2,
+        expansion: float = 4,
+        chunk_size: int = 64,
+        momentum: bool = True,
+        forget: bool = True,
+        max_step: float | None = None,
+        step_bias: float = -2.0,
+        momentum_bias: float = 0.0,
+        forget_bias: float = -4.0,
+        conv_kernel: int = 4,
+        output_gate: bool = True,
+        activation: str = "silu",
+        norm: str = "residual_layernorm",
+        norm_eps: float = 1e-3,
+        inner_loss: str = "l2",
+        loss_scale: float = 1.0,
+        read_mode: str = "inclusive",
+        decay: str = "initial",
+        grad_at: str = "pre_decay",
+        recompute: bool = False,
+        initial_scale: float = 1.0,
+        rms_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ConfigError(f"memory width {dim} does not divide into {heads} heads; choose a divisor of {dim}.")
+        if not 1 <= depth <= 4:
+            raise ConfigError(f"memory depth is {depth}; it must be 1 (linear) to 4.")
+        if expansion <= 0 or (max_step is not None and max_step <= 0):
+            raise ConfigError(f"expansion is {expansion} and max_step {max_step}; both must be positive.")
+        self.spec = MemorySpec(
+            chunk_size, activation, norm, norm_eps, inner_loss, loss_scale, read_mode, decay, grad_at, recompute
+        )
+        self.dim, self.heads, self.head_dim, self.depth = dim, heads, dim // heads, depth
+        self.momentum, self.forget = momentum, forget
+        self.max_step = max_step if max_step is not None else min(1.0, 4.0 / chunk_size) / loss_scale
+        self.gate_biases = (step_bias, momentum_bias, forget_bias)
+        self.initial_scale = initial_scale
+
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.gate_proj = nn.Linear(dim, heads * (1 + momentum + forget))
+        self.convolutions = (
+            nn.ModuleDict({name: ShortConvolution(dim, conv_kernel) for name in "qkv"}) if conv_kernel else None
+        )
+        hidden = max(1, round(expansion * self.head_dim))
+        widths = [self.head_dim] + [hidden] * (depth - 1) + [self.head_dim]
+        self.initial = nn.ParameterList(
+            nn.Parameter(torch.empty(heads, a, b)) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        has_norm = norm == "residual_layernorm"
+        self.memory_gamma = nn.Parameter(torch.ones(heads, self.head_dim)) if has_norm else None
+        self.memory_beta = nn.Parameter(torch.zeros(heads, self.head_dim)) if has_norm else None
+        self.out_norm = RMSNorm(self.head_dim, rms_norm_eps)
+        self.output_gate = nn.Linear(dim, dim, bias=False) if output_gate else None
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.initialize(0.02)
+
+    def initialize(self, std: float) -> None:
+        """Gates start mild, the memory network as half a Xavier draw times `initial_scale`."""
+        step, momentum, forget = self.gate_biases
+        biases = [step] + [momentum] * self.momentum + [forget] * self.forget
+        with torch.no_grad():
+            for index, bias in enumerate(biases):
+                nn.init.constant_(self.gate_proj.bias[index * self.heads : (index + 1) * self.heads], bias)
+        for weight in self.initial:
+            fan = weight.shape[-2] + weight.shape[-1]
+            nn.init.normal_(weight, std=0.5 * self.initial_scale * (2.0 / fan) ** 0.5)
+        if self.memory_gamma is not None and self.memory_beta is not None:
+            nn.init.ones_(self.memory_gamma)
+            nn.init.zeros_(self.memory_beta)
+
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, span: Span | None = None, start: LayerState | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """`[B, T, d]` to `[B, T, d]` and the state after the call.
+
+        start: state of a batch of one (from `read_prefix`) with which documents begin; None: the learned initial
+        weights, no momentum, no tail.
+        """
+        if span is None:
+            span = Span.build(None, x.shape[0], x.shape[1], x.device)
+        q, k, v, tails = self.project(x, state, span, start)
+        gates = self.gates(x)
+        opening = None if state is None else self._memory_state(state)
+        begin = None if start is None else self._memory_state(start)
+        writes = _writes.get()
+        result = neural_memory(
+            q, k, v, gates.theta, gates.eta, gates.alpha, list(self.initial),
+            spec=self.spec, gamma=self.memory_gamma, beta=self.memory_beta,
+            state=opening, start=begin, mask=span.valid, resets=span.resets,
+            return_surprise=writes is not None,
+        )  # fmt: skip
+        y, after = result[0], result[1]
+        if writes is not None:
+            writes.append(gates.theta.detach() * result[2])  # type: ignore[misc]
+        return self._output(y.to(x.dtype), x), {**self._layer_state(after), **tails}
+
+    def project(
+        self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None
+    ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
+        """q, k, v `[B, T, H, p]` and the convolution tails after the call."""
+        tails: LayerState = {}
+        streams = []
+        for name, projection in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
+            streams.append(self._stream(name, projection(x), state, span, start, tails))
+        q, k, v = streams
+        return _unit(q), _unit(k), v, tails
+
+    def queries(
+        self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """q alone `[B, T, H, p]`, for a read without a write, and its tail."""
+        tails: LayerState = {}
+        return _unit(self._stream("q", self.q_proj(x), state, span, start, tails)), tails
+
+    def _stream(
+        self, name: str, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None, tails: LayerState
+    ) -> Tensor:
+        if self.convolutions is not None:
+            key = f"tail.{name}"
+            tail = None if state is None else state[key]
+            x, tails[key] = self.convolutions[name](x, tail, span, None if start is None else start[key][0])
+        return F.silu(x).unflatten(-1, (self.heads, self.head_dim))
+
+    def gates(self, x: Tensor) -> Gates:
+        """The three gates from the layer's input `[B, T, d]`, in float32 (float64 stays)."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.gate_proj.weight.to(dtype), self.gate_proj.bias.to(dtype)
+            raw = torch.sigmoid(F.linear(x.to(dtype), weight, bias)).split(self.heads, -1)
+        theta = raw[0] * self.max_step
+        eta = raw[1] if self.momentum else None
+        if eta is not None:
+            # Momentum multiplies a persistent step by 1 / (1 - eta); the factor takes that back.
+            theta = theta * (1.0 - eta)
+        return Gates(theta, eta, raw[-1] if self.forget else None)
+
+    def read(self, q: Tensor, weights: list[Tensor]) -> Tensor:
+        """f(q; W) for q `[B, T, H, p]` and weights `[B, H, in, out]`: a read that writes nothing."""
+        return apply_network(self.spec, q, weights, self.memory_gamma, self.memory_beta)
+
+    def read_prefix(self, prefix: Tensor) -> tuple[Tensor, LayerState]:
+        """Outputs `[N_p, d]` at the persistent tokens `[N_p, d]`, and the state (batch of one) after them.
+
+        Persistent tokens do not depend on the input, so what the memory makes of them is a constant that every
+        document begins with; the chunk grid starts at the first real token.
+        """
+        y, state = NeuralMemory.forward(self, prefix.unsqueeze(0))
+        anchors = {f"anchor.{layer}": state[f"weights.{layer}"] for layer in range(self.depth)}
+        return y[0], {**state, **anchors, "phase": torch.zeros_like(state["phase"])}
+
+    def fresh_state(self, batch: int, like: Tensor) -> LayerState:
+        """The state of sequences that have read nothing: learned initial weights, no momentum, empty tails."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        initial = tuple(w.to(dtype) for w in self.initial)
+        state = self._layer_state(MemoryState.fresh(initial, batch, self.momentum))
+        if self.convolutions is not None:
+            zeros = like.new_zeros(batch, self.convolutions["q"].kernel - 1, self.dim)  # type: ignore[operator]
+            state |= {f"tail.{name}": zeros for name in "qkv"}
+        return state
+
+    def _output(self, y: Tensor, x: Tensor) -> Tensor:
+        y = self.out_norm(y).flatten(-2)
+        if self.output_gate is not None:
+            y = y * torch.sigmoid(self.output_gate(x))
+        return self.o_proj(y)
+
+    def _memory_state(self, state: LayerState) -> MemoryState:
+        layers = range(self.depth)
+        return MemoryState(
+            tuple(state[f"weights.{layer}"] for layer in layers),
+            tuple(state[f"momentum.{layer}"] for layer in layers) if self.momentum else (),
+            tuple(state[f"anchor.{layer}"] for layer in layers),
+            state["phase"],
+        )
+
+    def _layer_state(self, memory: MemoryState) -> LayerState:
+        state = {"phase": memory.phase}
+        for name, tensors in (("weights", memory.weights), ("momentum", memory.momentum), ("anchor", memory.anchor)):
+            state |= {f"{name}.{layer}": tensor for layer, tensor in enumerate(tensors)}
+        return state
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Scale the last axis to unit length; near zero it fades instead of exploding."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+@register_mixer("neural_memory")
+def build_neural_memory(config: Any, layer_index: int) -> NeuralMemory:
+    """The memory of a layer, from the `memory` arguments of the configuration."""
+    return memory_from_config(config, config.memory)
+
+
+def memory_from_config(config: Any, arguments: dict[str, Any] | None, **fixed: Any) -> NeuralMemory:
+    """`NeuralMemory` with the given arguments; heads and norm epsilon are the configuration's unless given."""
+    settings = {"heads": config.num_attention_heads, "rms_norm_eps": config.rms_norm_eps, **(arguments or {}), **fixed}
+    known = inspect.signature(NeuralMemory.__init__).parameters
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown memory setting {name!r}. {suggest(name, list(known)[2:])}".rstrip())
+    return NeuralMemory(config.hidden_size, **settings)

@@ -1,0 +1,110 @@
+"""Causal depthwise convolution over the last few tokens, and the tail that the next call needs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.errors import ShapeError
+
+
+class _DepthwiseConvolution(torch.autograd.Function):
+    """``y_t = sum_i weight_i x_{t+i}``, i = 0..K-1, for x ``[B, T + K - 1, D]`` and weight ``[D, K]``.
+
+    A few shifted multiply-adds: on a CPU twice as fast, backward included, as a grouped convolution.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        kernel = weight.shape[1]
+        length = x.shape[1] - kernel + 1
+        y = x[:, :length] * weight[:, 0]
+        for i in range(1, kernel):
+            y.addcmul_(x[:, i : i + length], weight[:, i])
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        length = grad.shape[1]
+        grad_x, grad_weight = torch.zeros_like(x), torch.empty_like(weight)
+        for i in range(weight.shape[1]):
+            grad_x[:, i : i + length].addcmul_(grad, weight[:, i])
+            grad_weight[:, i] = (grad * x[:, i : i + length]).sum((0, 1))
+        return grad_x, grad_weight
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    tail: Tensor | None = None,
+    *,
+    start_tail: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
+    """``y_t = sum_{i<K} weight[:, K-1-i] x_{t-i}``, per channel.
+
+    x: ``[B, T, D]``; weight: ``[D, K]``, the last column for the token itself. tail: ``[B, K-1, D]``, the
+    inputs before the call (None: `start_tail`). start_tail: ``[K-1, D]``, what stands before the first token
+    of a document (None: zeros). position: int64 ``[B, T]`` position of each token in its document; given only
+    if a document starts inside the call, so that no token sees an earlier document. Returns ``[B, T, D]``.
+    """
+    batch, _, channels = x.shape
+    kernel = weight.shape[1]
+    if weight.shape[0] != channels:
+        raise ShapeError(f"weight has {weight.shape[0]} channels; x has {channels}.")
+    weight = weight.to(x.dtype)
+    extended = torch.cat([_tail(x, tail, start_tail, kernel), x], 1)
+    if position is None:
+        return _DepthwiseConvolution.apply(extended, weight)
+    before = x.new_zeros(kernel - 1, channels) if start_tail is None else start_tail.to(x.dtype)
+    length = x.shape[1]
+    y = x * weight[:, -1]
+    for shift in range(1, kernel):
+        seen = extended[:, kernel - 1 - shift : kernel - 1 - shift + length]
+        outside = position < shift
+        place = (kernel - 1 - shift + position).clamp(0, kernel - 2)
+        y = y + torch.where(outside.unsqueeze(-1), before[place], seen) * weight[:, kernel - 1 - shift]
+    return y
+
+
+def next_tail(
+    x: Tensor,
+    kernel: int,
+    tail: Tensor | None = None,
+    *,
+    start_tail: Tensor | None = None,
+    lengths: Tensor | None = None,
+    clock: Tensor | None = None,
+) -> Tensor:
+    """The last K-1 inputs ``[B, K-1, D]`` after the call.
+
+    lengths: int64 ``[B]`` valid tokens of each row (None: all T). clock: int64 ``[B]`` tokens of the current
+    document read when the call ends; given if a document may have started inside the call, whose predecessors
+    are then replaced by `start_tail`.
+    """
+    batch, length, channels = x.shape
+    extended = torch.cat([_tail(x, tail, start_tail, kernel), x], 1)
+    if lengths is None:
+        kept = extended[:, length:]
+    else:
+        place = lengths[:, None] + torch.arange(kernel - 1, device=x.device)
+        kept = extended.gather(1, place.unsqueeze(-1).expand(-1, -1, channels))
+    if clock is None:
+        return kept.contiguous()
+    before = x.new_zeros(kernel - 1, channels) if start_tail is None else start_tail.to(x.dtype)
+    back = torch.arange(kernel - 1, 0, -1, device=x.device)  # how far before the next token
+    outside = back > clock[:, None]
+    place = (kernel - 1 - back + clock[:, None]).clamp(0, kernel - 2)
+    return torch.where(outside.unsqueeze(-1), before[place], kept)
+
+
+def _tail(x: Tensor, tail: Tensor | None, start_tail: Tensor | None, kernel: int) -> Tensor:
+    if tail is not None:
+        if tail.shape != (x.shape[0], kernel - 1, x.shape[2]):
+            raise ShapeError(f"tail has shape {tuple(tail.shape)}; it must be {(x.shape[0], kernel - 1, x.shape[2])}.")
+        return tail.to(x.dtype)
+    if start_tail is not None:
+        return start_tail.to(x.dtype).expand(x.shape[0], -1, -1)
+    return x.new_zeros(x.shape[0], kernel - 1, x.shape[2])
