@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from nestor.errors import ConfigError, suggest
 from nestor.layers.registry import feed_forward_names, mixer_names
@@ -157,3 +157,6 @@ def _needs(layer_types: list[str] | None, kinds: set[str], name: str, value: int
 
 def _nearest_divisor(total: int, wanted: int) -> int:
     return min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: (abs(n - wanted), n))
+
+
+AutoConfig.register(NestorConfig.model_type, NestorConfig, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -234,3 +234,6 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             raise StateMismatchError(
                 f"the State is on {state.device}, the model on {self.embed_tokens.weight.device}; use State.to"
             )
+
+
+AutoModelForCausalLM.register(NestorConfig, NestorForCausalLM, exist_ok=True)

@@ -49,9 +49,11 @@ class StatefulGeneration(GenerationMixin):
         state = model_kwargs.get("past_key_values")
         if state is not None and not isinstance(state, State):
             raise ConfigError(f"past_key_values is a {type(state).__name__}; generate continues from a nestor.State")
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask.any(dim=1).all()):
+            raise ShapeError("a prompt is all padding; there is nothing to continue")
         if generation_config.prefill_chunk_size is None:
             return
-        mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise ConfigError("prefill_chunk_size does not go with right padding; pad the prompts on the left")
         if state is None:
@@ -85,11 +87,7 @@ class StatefulGeneration(GenerationMixin):
         resets: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next forward call. A prompt padded on the right is moved to the right end.
-
-        Raises:
-            ShapeError: a prompt is all padding.
-        """
+        """The arguments of the next forward call. A prompt padded on the right is moved to the right end."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -112,8 +110,6 @@ class StatefulGeneration(GenerationMixin):
         inputs["attention_mask"] = mask
         if length == 1 or bool(mask[:, -1].all()):
             return inputs
-        if not bool(mask.any(dim=1).all()):
-            raise ShapeError("a prompt is all padding; there is nothing to continue")
         # The logits of the last column choose the next token, so the last real token has to stand there.
         order = mask.long().argsort(dim=1, stable=True)
         for name in (tokens_name, "attention_mask", "resets"):

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-def _register_config(module: ModuleType) -> None:
-    from nestor.models.configuration import NestorConfig
-
-    module.AutoConfig.register(NestorConfig.model_type, NestorConfig, exist_ok=True)
-
-
-def _register_model(module: ModuleType) -> None:
-    from nestor.models.configuration import NestorConfig
-    from nestor.models.decoder import NestorForCausalLM
-
-    module.AutoModelForCausalLM.register(NestorConfig, NestorForCausalLM, exist_ok=True)
-
-
-ACTIONS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_model,
+# Auto class module -> our module, which registers with it when it is imported.
+REGISTRANTS = {
+    "transformers.models.auto.configuration_auto": "nestor.models.configuration",
+    "transformers.models.auto.modeling_auto": "nestor.models.decoder",
 }
 
 
@@ -36,38 +25,37 @@ def register_with_hugging_face() -> None:
     not wait for.
     """
     pending = {}
-    for name, action in ACTIONS.items():
-        module = sys.modules.get(name)
-        if module is None:
-            pending[name] = action
+    for auto, ours in REGISTRANTS.items():
+        if auto in sys.modules:
+            import_module(ours)
         else:
-            action(module)
+            pending[auto] = ours
     if pending:
         sys.meta_path.insert(0, _AfterImport(pending))
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds no module itself; calls an action once after another finder's module has been executed."""
+    """Finds no module itself; once another finder's module has been executed, imports the one that waits for it."""
 
-    def __init__(self, pending: dict[str, Callable[[ModuleType], None]]) -> None:
+    def __init__(self, pending: dict[str, str]) -> None:
         self.pending = pending
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        action = self.pending.pop(fullname, None)
-        if action is None:
+        waiting = self.pending.pop(fullname, None)
+        if waiting is None:
             return None
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Wrapped(spec.loader, action)
+            spec.loader = _Wrapped(spec.loader, waiting)
         return spec
 
 
 class _Wrapped(Loader):
-    def __init__(self, loader: Loader, action: Callable[[ModuleType], None]) -> None:
+    def __init__(self, loader: Loader, waiting: str) -> None:
         self.loader = loader
-        self.action = action
+        self.waiting = waiting
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -77,4 +65,4 @@ class _Wrapped(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        self.action(module)
+        import_module(self.waiting)
