@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from typing import Any
 
 from nestor.data.streams import Batch, LaneStream
@@ -76,6 +77,7 @@ class Prefetcher:
             daemon=True,
         )
         self._thread.start()
+        weakref.finalize(self, self._stopping.set)
 
     def _stop(self) -> None:
         """End the thread and put the stream back to the batch that was handed out last."""

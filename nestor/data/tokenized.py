@@ -34,7 +34,7 @@ class TokenizedCorpus:
     Attributes:
         tokens: [n_tokens] unsigned integers (a read-only memory map, or an array).
         offsets: [n_documents + 1] int64; document i is `tokens[offsets[i]:offsets[i + 1]]`, never empty.
-        identity: string that is equal exactly for the same corpus under the same tokenizer.
+        identity: hash of tokens and offsets.
         label: name for messages.
     """
 
@@ -58,8 +58,7 @@ class TokenizedCorpus:
             raise DataError(f"{label}: no document has a token")
         tokens = np.concatenate(arrays)
         offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
-        digest = hashlib.sha256(tokens.tobytes() + offsets.tobytes()).hexdigest()[:24]
-        return cls(tokens, offsets, digest, label)
+        return cls(tokens, offsets, _digest(hashlib.sha256(tokens.tobytes()), offsets), label)
 
     @property
     def n_tokens(self) -> int:
@@ -96,7 +95,7 @@ def tokenize(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir() / "tokens"
     folder = root / key
-    if (found := _open(folder, key, corpus.label)) is not None:
+    if (found := _open(folder, corpus.label)) is not None:
         return found
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -115,15 +114,14 @@ def tokenize(
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    result = _open(folder, key, corpus.label)
+    result = _open(folder, corpus.label)
     if result is None:
         raise DataError(f"the cache entry {folder} was changed while it was opened; try again")
     return result
 
 
 def default_cache_dir() -> Path:
-    """Nestor's cache folder by the platform's convention: `$XDG_CACHE_HOME/nestor` or `~/.cache/nestor` on
-    Linux."""
+    """Nestor's cache folder where the platform keeps them: on Linux `$XDG_CACHE_HOME` or `~/.cache`."""
     if configured := os.environ.get("XDG_CACHE_HOME"):
         return Path(configured) / "nestor"
     if sys.platform == "win32":
@@ -133,49 +131,65 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "nestor"
 
 
-def _open(folder: Path, key: str, label: str) -> TokenizedCorpus | None:
+def _open(folder: Path, label: str) -> TokenizedCorpus | None:
     """The cache entry, or None if it is absent or damaged (it is then made again)."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         offsets = np.load(folder / "offsets.npy", allow_pickle=False)
-        dtype = np.dtype(meta["dtype"])
+        dtype, digest = np.dtype(meta["dtype"]), str(meta["digest"])
         if (folder / "tokens.bin").stat().st_size != int(offsets[-1]) * dtype.itemsize:
             return None
         tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None
-    return TokenizedCorpus(tokens, offsets, key, label)
+    return TokenizedCorpus(tokens, offsets, digest, label)
 
 
 def _write(folder: Path, corpus: Corpus, tokenizer: Any, identity: dict[str, Any], show: bool) -> None:
     dtype = _token_dtype(tokenizer)
     with open(folder / "tokens.bin", "wb") as handle:
-        offsets = _write_tokens(handle, corpus, tokenizer, dtype, show)
+        offsets, digest = _write_tokens(handle, corpus, tokenizer, dtype, show)
         handle.flush()
         os.fsync(handle.fileno())
     np.save(folder / "offsets.npy", offsets, allow_pickle=False)
-    meta = identity | {"dtype": dtype.str, "documents": len(offsets) - 1, "tokens": int(offsets[-1])}
+    meta = identity | {
+        "dtype": dtype.str,
+        "digest": digest,
+        "documents": len(offsets) - 1,
+        "tokens": int(offsets[-1]),
+    }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _write_tokens(
     handle: BinaryIO, corpus: Corpus, tokenizer: Any, dtype: np.dtype, show: bool
-) -> np.ndarray:
+) -> tuple[np.ndarray, str]:
+    """Write all tokens; returns the documents' offsets and the digest."""
     ends: list[int] = [0]
+    running = hashlib.sha256()
     total = 0
     with _Progress(corpus.label, show) as report:
         for starts, text in corpus.pieces():
             if starts and total > ends[-1]:
                 ends.append(total)
             ids = np.asarray(encode_text(tokenizer, text), dtype=dtype)
-            handle.write(ids.tobytes())
+            data = ids.tobytes()
+            handle.write(data)
+            running.update(data)
             total += len(ids)
             report(total)
     if total > ends[-1]:
         ends.append(total)
     if total == 0:
         raise DataError(f"corpus {corpus.label} is empty: the tokenizer made no token of it")
-    return np.asarray(ends, dtype=np.int64)
+    offsets = np.asarray(ends, dtype=np.int64)
+    return offsets, _digest(running, offsets)
+
+
+def _digest(tokens: Any, offsets: np.ndarray) -> str:
+    """Finish the running hash of the tokens with where the documents lie."""
+    tokens.update(offsets.tobytes())
+    return tokens.hexdigest()[:24]
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
@@ -183,7 +197,7 @@ def _publish(unfinished: Path, folder: Path) -> None:
     try:
         os.rename(unfinished, folder)
     except OSError:
-        if _open(folder, folder.name, "") is None:
+        if _open(folder, "") is None:
             shutil.rmtree(folder)
             os.rename(unfinished, folder)
 

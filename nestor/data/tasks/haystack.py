@@ -122,7 +122,7 @@ def whole_characters(tokenizer: Any, ids: list[int], count: int) -> list[int]:
         raise DataError(f"{count} tokens are wanted and the text has {len(ids)}")
     space = encode_text(tokenizer, " ")[-1:]
     kept = ids[:count]
-    for lost in range(min(4, count)):
+    for lost in range(min(4, count + 1)):
         end = count - lost
         # A whole character at the end leaves the last tokens' text without a replacement character.
         if not tokenizer.decode(kept[max(0, end - 8) : end]).endswith("\ufffd"):

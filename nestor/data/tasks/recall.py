@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -135,14 +136,17 @@ class RecallTask:
     def _lay_out(self, rng: np.random.Generator, events: list[_Event], room: int) -> TaskDocument:
         """Put the events, in order, into text at the breaks nearest to their places."""
         text = self.haystack.text(rng, room + room // 8 + 64)
-        characters = len(text) / len(encode_text(self.tokenizer, text))
         allowed = breaks(text)
+        clauses = [text[start:end] for start, end in pairwise(allowed.tolist())]
+        tokens_before = np.cumsum([0, *(len(encode_text(self.tokenizer, clause)) for clause in clauses)])
+        # A break beyond the room would push the last lines off the document's end.
+        tokens_before = tokens_before[tokens_before <= room]
         ids: list[int] = []
         answers: list[Answer] = []
         last_said: dict[int, int] = {}
         before = 0
         for event in events:
-            cut = _nearest(allowed, event.place * characters)
+            cut = int(allowed[_nearest(tokens_before, event.place)])
             ids += encode_text(self.tokenizer, as_lines(text[before:cut]))
             before = max(before, cut)
             question_start = len(ids)
@@ -155,7 +159,7 @@ class RecallTask:
             last_said[event.fact] = len(ids)
         ids += encode_text(self.tokenizer, text[before:])
         whole = whole_characters(self.tokenizer, ids, self.document_length)
-        # A tokenizer's tokens vary in length, so the last lines of a document may fall beyond its end.
+        # Clauses may take more tokens together than alone and so move the last answer off the end.
         inside = tuple(answer for answer in answers if answer.end <= self.document_length)
         return TaskDocument(np.asarray(whole, dtype=np.int64), self._counted(inside), inside)
 
@@ -205,6 +209,7 @@ class RecallTask:
 
 
 def _nearest(sorted_positions: np.ndarray, wanted: float) -> int:
+    """Index of the position nearest to `wanted`."""
     index = int(np.searchsorted(sorted_positions, wanted))
-    around = sorted_positions[max(0, index - 1) : index + 1]
-    return int(around[np.argmin(np.abs(around - wanted))])
+    candidates = range(max(0, index - 1), min(index + 1, len(sorted_positions)))
+    return min(candidates, key=lambda i: abs(sorted_positions[i] - wanted))
