@@ -93,8 +93,8 @@ def load_model(
     dtype "auto" is the one the weights were saved in. Only safetensors are read and no code that comes
     with a model is run. Raises DataError if there is no such model, FileFormatError if it cannot be read.
     """
-    place = pick_device(device)
     _check_name(name)
+    place = pick_device(device)
 
     import torch
     from safetensors import SafetensorError

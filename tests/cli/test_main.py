@@ -56,7 +56,9 @@ def test_help_of_a_command_has_examples_and_imports_no_torch(name):
 
 
 def test_the_console_script_and_the_module_are_the_same_command():
-    module = subprocess.run([sys.executable, "-m", "nestor", "--help"], capture_output=True, text=True, check=True)
+    module = subprocess.run(
+        [sys.executable, "-m", "nestor", "--help"], capture_output=True, text=True, check=True
+    )
     assert module.stdout.rstrip() == entry.usage()
 
 
