@@ -1,4 +1,4 @@
-"""`nestor chat`: what the State has read is the conversation, exactly once, in this process and in the next."""
+"""`nestor chat`: the State has read the conversation, exactly once, in this process and in the next."""
 
 import errno
 import os
