@@ -1,0 +1,38 @@
+"""The State from one training step to the next: `reset`, `carry`, `pass`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def next_start(state: Any, mode: str) -> Any:
+    """The State with which the next batch starts, given the one after this batch; no gradient flows through it.
+
+    `reset`: None, fresh. `carry`: the State itself, so that lanes go on as streams (truncated back-propagation
+    through time). `pass`: what the *memories* of the neighbouring lane hold, an unrelated sequence, so that
+    training meets the states that long reading leads to (state passing, spec/architecture.md 7.1). Attention
+    caches, convolution tails and positions are of the other text's tokens and are not passed.
+    """
+    if mode == "reset" or state is None:
+        return None
+    state = state.detach()
+    return state if mode == "carry" else _passed(state)
+
+
+def _passed(state: Any) -> Any:
+    layers = {
+        index: {name: _pass_tensor(name, tensor) for name, tensor in layer.items()}
+        for index, layer in state.layers.items()
+    }
+    return type(state)(layers, state.clock.new_zeros(state.clock.shape))
+
+
+def _pass_tensor(name: str, tensor: Tensor) -> Tensor:
+    kinds = name.split(".")
+    if "cache" in kinds:
+        return tensor[:, :0]
+    if "tail" in kinds or "clock" in kinds:
+        return tensor.new_zeros(tensor.shape)
+    return tensor.roll(1, 0)

@@ -1,0 +1,70 @@
+"""The model of a run: built from a preset, opened from a folder, written to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nestor.data import ByteTokenizer
+from nestor.errors import ConfigError, FileFormatError
+from nestor.training.config import TrainConfig
+
+
+def build_model(config: TrainConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
+    """The model on the CPU: the one of a checkpoint, else the saved one to start from, else a new preset.
+
+    Raises:
+        ConfigError: unknown preset, size or setting, or no model in the folder.
+        FileFormatError: a model folder cannot be read.
+    """
+    dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
+    if checkpoint is not None:
+        return open_model(checkpoint, dtype)
+    if config.model.path:
+        folder = Path(config.model.path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model.path is {config.model.path!r}; it must be a folder with config.json and weights"
+            )
+        return open_model(folder, dtype)
+
+    from nestor.models import NestorForCausalLM, preset
+
+    settings = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": getattr(tokenizer, "bos_token_id", None),
+        "eos_token_id": getattr(tokenizer, "eos_token_id", None),
+        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
+        "tokenizer_name": ByteTokenizer.name if isinstance(tokenizer, ByteTokenizer) else None,
+    }
+    architecture = preset(config.model.preset, config.model.size, **(settings | config.model.overrides))
+    return NestorForCausalLM(architecture).to(dtype)
+
+
+def open_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A saved model. Only safetensors are read.
+
+    Raises:
+        FileFormatError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    import nestor  # noqa: F401  (registers the Nestor models with the Auto classes)
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileFormatError(f"{folder} does not hold a model that can be read: {reason}") from error
+
+
+def save_model(model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
