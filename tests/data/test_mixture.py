@@ -111,6 +111,7 @@ def test_prefetching_changes_nothing_and_resumes_from_what_was_consumed(before, 
         ahead.load_state_dict(state)
         assert ahead.state_dict() == state
         assert_same(take(ahead, 3), whole[before:])
+    assert ahead.stream.position == 7 * (before + 3)
     second = Prefetcher(mixture(), depth=depth)
     second.load_state_dict(state)
     assert_same(take(second, 3), whole[before:])

@@ -129,7 +129,7 @@ def test_recall_document_answers_are_where_they_are_said_to_be(request, source, 
         between = tokenizer.decode(document.ids[: answer.start].tolist())[: -len(fact.question)]
         lines = [fact.statement, fact.question + fact.answer + "\n"]
         said = max(between.rfind(line) + len(line) for line in lines if line in between)
-        assert answer.distance == len(encode_text(tokenizer, between[said:])) or source == "merged"
+        assert answer.distance == len(encode_text(tokenizer, between[said:]))
 
 
 def test_recall_lines_stand_alone(books):

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestor.data import ByteTokenizer, Corpus, TokenizedCorpus, default_cache_dir, open_corpus, tokenize
+from nestor.data import (
+    ByteTokenizer,
+    Corpus,
+    TokenizedCorpus,
+    default_cache_dir,
+    open_corpus,
+    tokenize,
+    tokenized,
+)
 from nestor.data.corpora import reading
 from nestor.errors import DataError
 
@@ -124,6 +132,16 @@ def test_many_at_once_agree(tmp_path):
         thread.join()
     assert [one.n_tokens for one in found] == [5000] * 8
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_progress_names_the_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tokenized, "_PROGRESS_AFTER", 0.0)
+    # Rich draws nothing where there is no terminal, unless told that there is one.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    tokenize(Corpus.from_texts(["a"], "my books"), ByteTokenizer(), cache_dir=tmp_path, progress=True)
+    assert "tokenising my books" in capsys.readouterr().err
 
 
 def test_cache_folder_that_cannot_be_written(tmp_path):
