@@ -155,7 +155,7 @@ def _blocked(
     if first_visible is None:
         mask = (near & (index[:, None] >= -cached)).expand(batch, -1, -1, -1)
     else:
-        first = F.pad(first_visible, (0, missing), value=-cached).unflatten(1, (blocks, window))
+        first = F.pad(first_visible.clamp(min=-cached), (0, missing), value=-cached).unflatten(1, (blocks, window))
         mask = near & (index[:, None] >= first[..., None])
     folded = F.pad(query, (0, 0, 0, 0, 0, missing)).unflatten(1, (blocks, window)).flatten(0, 1)
     out = _visible(folded, [fold_keys(k) for k in keys], [fold_keys(v) for v in values], mask.flatten(0, 1), prefix)

@@ -1,0 +1,252 @@
+"""Attention: every way of running it equals one masked softmax, and nothing sees what it must not."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nestor.errors import ConfigError, ShapeError
+from nestor.layers import attention as module
+from nestor.layers.attention import Attention, attend, keep_recent
+from nestor.layers.span import Span
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def naive(query, keys, values, first_visible=None, window=None, prefix=None):
+    """One softmax per query over the keys that the rule of `attend` shows it."""
+    batch, length, heads, width = query.shape
+    stored = keys[0].shape[1]
+    out = torch.empty_like(query)
+    for b in range(batch):
+        for i in range(length):
+            seen = [
+                j + stored - length
+                for j in range(length - stored, i + 1)
+                if (window is None or i - j < window) and (first_visible is None or j >= first_visible[b, i])
+            ]
+            k = torch.cat([x[b, seen] for x in keys] + ([prefix[0]] if prefix else []))
+            v = torch.cat([x[b, seen] for x in values] + ([prefix[1]] if prefix else []))
+            for h in range(heads):
+                group = h // (heads // k.shape[1])
+                weight = (k[:, group] @ query[b, i, h] / width**0.5).softmax(0)
+                out[b, i, h] = weight @ v[:, group]
+    return out
+
+
+def make(heads=4, kv_heads=2, window=None, persistent=0, qk_norm=False):
+    layer = Attention(16, heads, kv_heads, window=window, persistent_tokens=persistent, qk_norm=qk_norm).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+@given(
+    length=st.integers(1, 13),
+    cached=st.integers(0, 6),
+    window=st.none() | st.integers(1, 8),
+    first=st.booleans(),
+    sets=st.integers(1, 2),
+    prefix=st.integers(0, 3),
+    budget=st.sampled_from([1, 40, 1 << 24]),
+)
+@settings(max_examples=60)
+def test_every_path_equals_a_softmax_per_query(length, cached, window, first, sets, prefix, budget):
+    torch.manual_seed(length + 7 * cached)
+    query = normal(2, length, 4, 4)
+    keys = [normal(2, cached + length, 2, 4) for _ in range(sets)]
+    values = [normal(2, cached + length, 2, 4) for _ in range(sets)]
+    extra = (normal(prefix, 2, 4), normal(prefix, 2, 4)) if prefix else None
+    visible = None
+    if first:
+        index = torch.arange(length)
+        visible = torch.stack([index - torch.randint(0, length + cached, (length,)) for _ in range(2)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MASK_BUDGET", budget)
+        out = attend(
+            query,
+            keys if sets > 1 else keys[0],
+            values if sets > 1 else values[0],
+            first_visible=visible,
+            window=window,
+            prefix_key=extra and extra[0],
+            prefix_value=extra and extra[1],
+        )
+    torch.testing.assert_close(out, naive(query, keys, values, visible, window, extra), **EXACT)
+
+
+def test_a_long_window_call_takes_the_blocked_path(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a mask of the whole call is quadratic")
+
+    monkeypatch.setattr(module, "_masked", refuse)
+    x = normal(1, 64, 2, 4)
+    attend(x, x, x, window=4)
+    attend(x, x, x, window=4, first_visible=torch.zeros(1, 64, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("window", [None, 3, 16])
+@pytest.mark.parametrize("persistent", [0, 2])
+@pytest.mark.parametrize("with_resets", [False, True])
+def test_changing_a_token_leaves_earlier_outputs_bitwise_equal(window, persistent, with_resets):
+    layer = make(window=window, persistent=persistent, qk_norm=True).float()
+    x = torch.randn(2, 12, 16)
+    resets = torch.zeros(2, 12, dtype=torch.bool)
+    resets[1, 5] = True
+    span = Span.build(None, 2, 12, "cpu", resets=resets if with_resets else None)
+    before, _ = layer(x, span=span)
+    for t in (0, 4, 11):
+        changed = x.clone()
+        changed[:, t] += 1.0
+        after, _ = layer(changed, span=span)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_query_sees_itself_and_the_window_before_it_only(window):
+    layer = make(window=window)
+    x = normal(1, 10, 16).requires_grad_()
+    y, _ = layer(x)
+    (gradient,) = torch.autograd.grad(y[0, 7].sum(), x)
+    reached = gradient[0].abs().sum(-1).nonzero()[:, 0].tolist()
+    assert reached == list(range(7 - window + 1, 8))
+
+
+@pytest.mark.parametrize("persistent", [0, 3])
+def test_persistent_pairs_are_seen_from_every_position(persistent):
+    layer = make(window=2, persistent=persistent)
+    if not persistent:
+        assert layer.prefix_key is None
+        return
+    y, _ = layer(normal(1, 9, 16))
+    for t in range(9):
+        (gradient,) = torch.autograd.grad(y[0, t].sum(), layer.prefix_value, retain_graph=True)
+        assert (gradient.abs().sum((1, 2)) > 0).all()
+
+
+@pytest.mark.parametrize("window", [20, 25])
+def test_a_window_as_long_as_the_call_equals_full_attention(window):
+    full = make()
+    windowed = make(window=window)
+    windowed.load_state_dict(full.state_dict())
+    x = normal(2, 20, 16)
+    torch.testing.assert_close(windowed(x)[0], full(x)[0], **EXACT)
+
+
+@given(st.data(), st.sampled_from([None, 1, 3, 30]), st.integers(0, 2))
+@settings(max_examples=30)
+def test_cutting_a_stream_anywhere_changes_neither_outputs_nor_state(data, window, persistent):
+    torch.manual_seed(0)
+    layer = make(window=window, persistent=persistent)
+    x = normal(2, 14, 16)
+    resets = torch.zeros(2, 14, dtype=torch.bool)
+    for row in range(2):
+        for place in data.draw(st.lists(st.integers(0, 13), max_size=2)):
+            resets[row, place] = True
+    cuts = sorted(data.draw(st.sets(st.integers(1, 13), max_size=3)))
+    whole, final = layer(x, span=Span.build(None, 2, 14, "cpu", resets=resets))
+    state, parts = None, []
+    for start, stop in zip([0, *cuts], [*cuts, 14], strict=True):
+        clock = None if state is None else state["clock"]
+        span = Span.build(clock, 2, stop - start, "cpu", resets=resets[:, start:stop])
+        out, state = layer(x[:, start:stop], state, span)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+    for name in final:
+        torch.testing.assert_close(state[name], final[name], **EXACT)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_padding_is_never_stored_and_gives_no_nan(window):
+    layer = make(window=window)
+    x = normal(3, 8, 16)
+    x[0, 5:] = 1e30
+    lengths = torch.tensor([5, 8, 0])
+    y, state = layer(x, span=Span.build(None, 3, 8, "cpu", lengths=lengths))
+    assert y.isfinite().all()
+    assert state["clock"].tolist() == [5, 8, 0]
+    alone, own = layer(x[:1, :5])
+    torch.testing.assert_close(y[:1, :5], alone, **EXACT)
+    kept = own["cache.key"].shape[1]
+    torch.testing.assert_close(state["cache.key"][:1, -kept:], own["cache.key"], **EXACT)
+    assert not state["cache.key"][2].any()
+    more, _ = layer(x[:, :1], state)
+    alone, _ = layer(x[:1, :1], own)
+    torch.testing.assert_close(more[:1], alone, **EXACT)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_after_a_reset_the_row_goes_on_as_a_fresh_one(window):
+    layer = make(window=window)
+    _, state = layer(normal(1, 7, 16))
+    x = normal(1, 3, 16)
+    resets = torch.tensor([[True, False, False]])
+    y, after = layer(x, state, Span.build(state["clock"], 1, 3, "cpu", resets=resets))
+    fresh, own = layer(x)
+    torch.testing.assert_close(y, fresh, **EXACT)
+    kept = own["cache.key"].shape[1]
+    assert not after["cache.key"][:, :-kept].any()
+    torch.testing.assert_close(layer(x, after)[0], layer(x, own)[0], **EXACT)
+
+
+def test_the_state_given_is_left_as_it_was():
+    layer = make(window=4)
+    _, state = layer(normal(2, 5, 16))
+    copy = {name: tensor.clone() for name, tensor in state.items()}
+    layer(normal(2, 5, 16), state)
+    assert all(torch.equal(state[name], copy[name]) for name in copy)
+
+
+def test_a_windowed_cache_does_not_hold_on_to_the_whole_call():
+    layer = make(window=3)
+    _, state = layer(normal(1, 100, 16))
+    assert state["cache.key"].untyped_storage().nbytes() == state["cache.key"].nbytes
+    assert state["cache.key"].shape[1] == 2
+
+
+def test_gradients_reach_tokens_through_the_cache():
+    layer = make()
+    x = normal(1, 6, 16).requires_grad_()
+    y, _ = layer(x)
+    (whole,) = torch.autograd.grad(y.square().sum(), x)
+    first, state = layer(x[:, :4])
+    second, _ = layer(x[:, 4:], state)
+    (cut,) = torch.autograd.grad(first.square().sum() + second.square().sum(), x)
+    torch.testing.assert_close(cut, whole, **EXACT)
+
+
+def test_keep_recent_drops_what_no_row_can_reach():
+    joined = torch.arange(1.0, 9.0).reshape(1, 8, 1).expand(2, 8, 1)
+    resets = torch.zeros(2, 4, dtype=torch.bool)
+    resets[0, 2], resets[1, 3] = True, True
+    kept = keep_recent(joined, Span.build(torch.tensor([4, 4]), 2, 4, "cpu", resets=resets))
+    assert kept[..., 0].tolist() == [[7.0, 8.0], [0.0, 8.0]]
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(ShapeError, match="at least as many keys"):
+        attend(normal(1, 3, 4, 4), normal(1, 2, 4, 4), normal(1, 2, 4, 4))
+    with pytest.raises(ConfigError, match="3 heads"):
+        Attention(16, 3)
+    with pytest.raises(ConfigError, match="'sdpa' or 'flex_attention'"):
+        Attention(16, 4, implementation="eager")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+def test_flex_attention_equals_sdpa_on_a_gpu(window):
+    torch.manual_seed(0)
+    query = torch.randn(2, 512, 4, 64, device="cuda")
+    keys = [torch.randn(2, 612, 2, 64, device="cuda") for _ in range(2)]
+    values = [torch.randn(2, 612, 2, 64, device="cuda") for _ in range(2)]
+    prefix = torch.randn(2, 3, 2, 64, device="cuda").unbind(0)
+    first = torch.arange(512, device="cuda") - torch.randint(0, 400, (2, 512), device="cuda")
+    rule = {"first_visible": first, "window": window, "prefix_key": prefix[0], "prefix_value": prefix[1]}
+    plain = attend(query, keys, values, **rule)
+    flex = attend(query, keys, values, **rule, implementation="flex_attention")
+    torch.testing.assert_close(flex, plain, rtol=2e-3, atol=2e-3)
