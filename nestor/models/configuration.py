@@ -89,8 +89,15 @@ class NestorConfig(PreTrainedConfig):
         """Width `p` of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
-    def validate_layer_type(self) -> None:
-        """Nestor names its own layer types; Hugging Face's fixed list does not apply."""
+    def validate(self) -> None:
+        """Check the values again, as Hugging Face asks before it saves. Its own list of layer types does not apply.
+
+        Raises:
+            ConfigError: a value is impossible.
+        """
+        self._check_sizes()
+        self._check_heads()
+        self._check_layers()
 
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
