@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def next_start(state: Any, mode: str) -> Any:
-    """The State with which the next batch starts, given the one after this batch; no gradient flows through it.
+    """The State with which the next batch starts, given the one after this batch, its gradient stopped.
 
-    `reset`: None, fresh. `carry`: the State itself, so that lanes go on as streams (truncated back-propagation
-    through time). `pass`: what the *memories* of the neighbouring lane hold, an unrelated sequence, so that
-    training meets the states that long reading leads to (state passing, spec/architecture.md 7.1). Attention
-    caches, convolution tails and positions are of the other text's tokens and are not passed.
+    `reset`: None, fresh. `carry`: the State itself, so that lanes go on as streams (truncated
+    back-propagation through time). `pass`: what the *memories* of the neighbouring lane hold, an unrelated
+    sequence, so that training meets the states that long reading leads to (state passing, Ruiz & Gu 2025).
+    Attention caches, convolution tails and positions belong to the other text's tokens and are not passed.
     """
     if mode == "reset" or state is None:
         return None

@@ -7,8 +7,8 @@
         rng.safetensors                       generator states of each process
         trainer.json                          step, data position, best result, size of every file
 
-A checkpoint is written into a hidden folder beside its place, synced to disk, and renamed. A process that dies
-at any moment leaves the earlier checkpoints as they were.
+A checkpoint is written into a hidden folder beside its place, synced to disk, and renamed. A process that
+dies at any moment leaves the earlier checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ TRAINER = "trainer.json"
 
 
 def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], trainer: Mapping[str, Any]) -> Path:
-    """Make `root/step-NNNNNN`: `write` puts files into the folder it is given, `trainer` becomes trainer.json."""
+    """Make the checkpoint of a step: `write` puts files into the folder it is given, to which come the
+    values of `trainer` as trainer.json."""
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"{PREFIX}{step:06d}"
+    folder = folder_of(root, step)
     unfinished = root / f".{folder.name}.{os.getpid()}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -72,7 +73,7 @@ def publish(unfinished: Path, folder: Path) -> None:
 
 
 def clean_unfinished(root: Path) -> int:
-    """Remove what a killed process left behind; returns how many folders. A checkpoint that was being replaced
+    """Remove what a killed process left behind; returns how many folders. A folder that was being replaced
     when the process died gets its place back."""
     removed = 0
     for entry in list(root.glob(".*.old")) if root.is_dir() else []:
@@ -83,6 +84,11 @@ def clean_unfinished(root: Path) -> int:
         shutil.rmtree(entry, ignore_errors=True)
         removed += 1
     return removed
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return root / f"{PREFIX}{step:06d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -176,7 +182,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def write_random_states(path: Path, states: list[dict[str, Any]]) -> None:
-    """Generator states of all processes in one safetensors file, numbers that are no tensors in its header."""
+    """Generator states of all processes in one safetensors file; what is no tensor goes into its header."""
     tensors = {
         f"{rank}.{name}": state[name]
         for rank, state in enumerate(states)

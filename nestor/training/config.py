@@ -141,7 +141,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run. Two runs of equal configurations on one machine give the same weights."""
+    """Everything that decides a run: equal configurations give equal weights on one CPU."""
 
     name: str = "run"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -282,16 +282,17 @@ def check(config: TrainConfig) -> None:
         _check_source(source, data)
     if (run.steps > 0) == (run.tokens > 0):
         raise ConfigError(
-            f"run.steps is {run.steps} and run.tokens is {run.tokens}; give exactly one of them, the length of the run"
+            f"run.steps is {run.steps} and run.tokens is {run.tokens}; give exactly one of them, the length "
+            "of the run"
         )
     if data.batch_size % run.accumulation:
         raise ConfigError(
-            f"data.batch_size is {data.batch_size}, which run.accumulation {run.accumulation} does not divide; "
-            f"make the lanes a multiple of the micro-batches"
+            f"data.batch_size is {data.batch_size}, which run.accumulation {run.accumulation} does not "
+            "divide; make the lanes a multiple of the micro-batches"
         )
     if run.state_mode == "pass" and data.batch_size // run.accumulation < 2:
         raise ConfigError(
-            "run.state_mode 'pass' hands a State to another lane, so each micro-batch needs at least 2 lanes; "
+            "run.state_mode 'pass' hands a State to another lane, so each micro-batch needs at least 2; "
             f"data.batch_size is {data.batch_size} in {run.accumulation} parts"
         )
 
@@ -304,7 +305,7 @@ def _check_source(source: SourceConfig, data: DataConfig) -> None:
         )
     if source.task and source.task not in TASKS:
         raise ConfigError(
-            f"a source has task {source.task!r}; known are {', '.join(TASKS)}. {suggest(source.task, TASKS)}".rstrip()
+            f"a source has task {source.task!r}; there are {', '.join(TASKS)}. {suggest(source.task, TASKS)}"
         )
     if source.task == "recall" and not source.text and not any(s.text for s in data.sources if not s.task):
         raise ConfigError("the recall task plants facts in text, and no source names any; give it `text`")

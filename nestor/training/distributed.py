@@ -1,8 +1,8 @@
 """One process or many: devices and wrapping through accelerate, and the few collectives the loop needs.
 
-Every process makes its own lanes of the one global batch (`nestor.data.rank_lanes`), and every loss is divided
-by the number of targets in the *global* batch. Summed over processes that is the loss, and the gradient, that
-one process would compute.
+Every process makes its own lanes of the one global batch (`nestor.data.rank_lanes`), and every loss is
+divided by the number of targets in the *global* batch. Summed over processes that is the loss, and the
+gradient, that one process would compute.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Processes:
             )
         if config.run.state_mode == "pass" and lanes // parts < 2:
             raise ConfigError(
-                f"run.state_mode 'pass' needs at least 2 lanes in each of {parts} parts; data.batch_size is {lanes}"
+                f"run.state_mode 'pass' needs at least 2 lanes in each of {parts} parts; "
+                f"data.batch_size is {lanes}"
             )
         if config.run.parallel == "fsdp2" and self.world == 1:
             raise ConfigError(
@@ -64,6 +65,9 @@ class Processes:
                 "`torchrun --nproc-per-node N -m nestor train ...`, or leave run.parallel at 'ddp'"
             )
         self.lanes = rank_lanes(lanes, self.rank, self.world)
+
+    def __str__(self) -> str:
+        return str(self.device) if self.world == 1 else f"{self.world} x {self.device.type}"
 
     def prepare(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
@@ -119,8 +123,9 @@ def tracker_of(config: TrainConfig) -> str | None:
     return name if name != "none" and importlib.util.find_spec(name) is not None else None
 
 
-def clip_gradient(parameters: Sequence[Tensor], limit: float) -> Tensor:
-    """Scale the gradient to a norm of at most `limit` (0: leave it); returns the norm before, on the device."""
+def clip_gradient(model: nn.Module, limit: float) -> Tensor:
+    """Scale the gradient to a norm of at most `limit` (0: leave it); returns its norm before."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 

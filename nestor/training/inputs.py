@@ -10,7 +10,8 @@ from nestor.data import LaneStream, Mixture, TokenStream, load_tokenizer, open_c
 from nestor.data.tasks import CorpusHaystack, FactSpec, MqarTask, RecallTask, TaskStream
 from nestor.data.tokenized import TokenizedCorpus
 from nestor.errors import ConfigError, DataError, suggest
-from nestor.training.config import DataConfig, SourceConfig
+from nestor.training.config import DataConfig, SourceConfig, TrainConfig
+from nestor.training.distributed import Processes
 
 FACT_OPTIONS = ("templates", "digits", "held_out")
 
@@ -43,9 +44,7 @@ def train_stream(data: DataConfig, tokenizer: Any, seed: int, lanes: Sequence[in
     return Mixture(makers, data.batch_size, data.sequence_length, lanes=lanes)
 
 
-def valid_stream(
-    data: DataConfig, tokenizer: Any, seed: int, batches: int, rank: int, world: int
-) -> tuple[LaneStream, int]:
+def valid_stream(config: TrainConfig, tokenizer: Any, processes: Processes) -> tuple[LaneStream, int]:
     """Held-out batches in a fixed order, and how many there are: at most `batches`, at most one epoch.
 
     It is the text that is measured; a run that trains on tasks alone is measured on other documents of them.
@@ -53,6 +52,8 @@ def valid_stream(
     Raises:
         DataError: the held-out part is shorter than one segment.
     """
+    data, seed, batches = config.data, config.run.seed, config.run.eval_batches
+    rank, world = processes.rank, processes.world
     length = data.sequence_length
     sources = data.valid or tuple(source for source in data.sources if source.text and not source.task)
     if not sources or all(source.task for source in sources):

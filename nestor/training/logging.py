@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from nestor.files import write_text
+from nestor.training.config import TrainConfig
+from nestor.training.distributed import Processes, tracker_of
+from nestor.training.settings import flatten
 
 # Dense bfloat16 peak of a card, FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -30,7 +34,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
-def flops_per_token(model: nn.Module, length: int) -> float:
+def flops_per_token(model: Any, length: int) -> float:
     """FLOP of training on one token: 6 per parameter in a matrix product, and attention on `length` tokens.
 
     The work of fast weights is not counted, so a utilisation computed from this is a lower bound.
@@ -75,13 +79,11 @@ class Display:
         quiet: show nothing.
     """
 
-    def __init__(
-        self, name: str, total_steps: int, first_step: int, tokens_per_step: int, quiet: bool
-    ) -> None:
+    def __init__(self, name: str, total_steps: int, first_step: int, quiet: bool) -> None:
         from rich.console import Console
 
         self.console = Console(stderr=False, highlight=False, quiet=quiet)
-        self.total, self.first, self.tokens_per_step = total_steps, first_step, tokens_per_step
+        self.total, self.first = total_steps, first_step
         self._live: Any = None
         if self.console.is_terminal and not quiet:
             self._live = self._progress(name)
@@ -129,25 +131,108 @@ class Display:
             self._live = None
 
 
-class Clock:
-    """Speed over the last steps and time left, free of the first step's warming up."""
+class Reporter:
+    """Everything that a run tells the world: display, metrics.jsonl, tracker, and a listener.
 
-    def __init__(self, first_step: int) -> None:
-        self.started = self.last = time.monotonic()
-        self.first_step = self.last_step = first_step
-        self.pauses = 0.0
+    Made on every process; all but the main one are silent.
 
-    def paused(self, seconds: float) -> None:
-        """Time that was spent on something else than training steps."""
-        self.last += seconds
-        self.pauses += seconds
+    Args:
+        processes: this process among all.
+        first_step: step from which the run goes on.
+        on_step: called with the numbers of each log step and each validation.
+        quiet: no display.
+    """
 
-    def lap(self, step: int, total: int) -> tuple[float, float]:
-        """Seconds per step since the last lap, and seconds left."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        processes: Processes,
+        first_step: int,
+        on_step: Callable[[dict[str, Any]], None] | None,
+        quiet: bool,
+    ) -> None:
+        self.config, self.processes, self.on_step = config, processes, on_step
+        self.total = config.total_steps
+        quiet = quiet or not processes.is_main
+        self.display = Display(config.name, self.total, first_step, quiet)
+        path = config.folder / "metrics.jsonl"
+        self.record = MetricsFile(path, first_step) if processes.is_main else None
+        self.tracking = processes.is_main and tracker_of(config) is not None and first_step < self.total
+        if self.tracking:
+            _open_tracker(config, processes.accelerator)
+        self.say = self.display.say
+        self.latest: dict[str, Any] = {}
+        self.last_step, self.last_time = first_step, time.monotonic()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in here (validation, saving) is not counted as training."""
+        began = time.monotonic()
+        yield
+        self.last_time += time.monotonic() - began
+
+    def training(self, step: int, loss: float, gradient_norm: float, lr: float, flops: float) -> None:
+        """Report the steps since the last call. `flops` is FLOP per token of training."""
         now = time.monotonic()
-        per_step = (now - self.last) / max(1, step - self.last_step)
-        self.last, self.last_step = now, step
-        return per_step, per_step * (total - step)
+        per_step = (now - self.last_time) / max(1, step - self.last_step)
+        self.last_step, self.last_time = step, now
+        speed = self.config.tokens_per_step / per_step
+        metrics = {
+            "step": step,
+            "tokens": step * self.config.tokens_per_step,
+            "loss": loss,
+            "gradient_norm": gradient_norm,
+            "lr": lr,
+            "tokens_per_second": speed,
+            "mfu": utilisation(speed * flops, self.processes.device, self.processes.world),
+            "seconds_left": per_step * (self.total - step),
+        }
+        self._publish(metrics)
+        self.display.metrics(metrics)
+
+    def validation(self, step: int, result: Mapping[str, float]) -> None:
+        """Report a measurement on held-out text."""
+        self._publish({"step": step, **result})
+        parts = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in result.items()]
+        self.say(f"step {step}/{self.total}  " + "  ".join(parts))
+
+    def close(self) -> None:
+        """Let go of files, tracker and terminal."""
+        self.display.close()
+        if self.record is not None:
+            self.record.close()
+        if self.tracking:
+            for tracker in self.processes.accelerator.trackers:
+                tracker.finish()
+
+    def _publish(self, metrics: dict[str, Any]) -> None:
+        self.latest |= metrics
+        if self.record is None:
+            return
+        self.record.write(metrics)
+        if self.tracking:
+            numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}
+            self.processes.accelerator.log(numbers, step=metrics["step"])
+        if self.on_step is not None:
+            self.on_step(dict(metrics))
+
+
+def _open_tracker(config: TrainConfig, accelerator: Any) -> None:
+    settings = {
+        key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+        for key, value in flatten(config.to_dict()).items()
+    }
+    if config.run.tracker == "wandb":
+        accelerator.init_trackers("nestor", config=settings, init_kwargs={"wandb": {"name": config.name}})
+    else:
+        # The name of the folder in the run folder.
+        accelerator.init_trackers("logs", config=settings)
+
+
+def utilisation(flops_per_second: float, device: torch.device, count: int) -> float | None:
+    """Model FLOP utilisation of `count` equal cards; None where the peak is not known."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if peak is None else flops_per_second / (peak * count)
 
 
 def duration(seconds: float) -> str:

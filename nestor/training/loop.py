@@ -1,50 +1,47 @@
 """The training loop, top to bottom: `train` opens a run folder, `Run` holds what a run is made of.
 
 One step reads one global batch of B lanes x T tokens. Each process computes its own lanes, in `accumulation`
-parts; every part has its own State if State is carried. Nothing in a step waits for the device: losses and
+parts; every part has its own State if State is carried. Nothing in a step waits for a GPU: losses and
 gradient norms stay there until a log step reads them, all at once.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import shutil
-import time
+import signal as signals
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nestor.data import IGNORED, Batch, Prefetcher, check_vocabulary
-from nestor.errors import ConfigError, NonFiniteError
-from nestor.files import FileLock, read_tensors, write_json, write_tensors, write_text
+from nestor.errors import NonFiniteError
+from nestor.files import FileLock, read_tensors, write_tensors
 from nestor.training import checkpoint as checkpoints
 from nestor.training.carrying import next_start
-from nestor.training.config import TrainConfig, load_config
+from nestor.training.config import TrainConfig
 from nestor.training.distributed import Processes, clip_gradient, tracker_of
+from nestor.training.folder import Resume, newest_checkpoint, open_folder, write_final
 from nestor.training.inputs import open_tokenizer, train_stream, valid_stream
 from nestor.training.interrupt import StopRequest
-from nestor.training.logging import Clock, Display, MetricsFile, flops_per_token, peak_flops
+from nestor.training.logging import Reporter, flops_per_token
 from nestor.training.model import build_model, save_model
 from nestor.training.optimizer import build_optimizers, load_optimizer_state, optimizer_state, set_lr
 from nestor.training.schedule import lr_factor
-from nestor.training.settings import flatten
 from nestor.training.validation import validate
 
-Resume = Literal["auto", "force", "never"]
 OnStep = Callable[[dict[str, Any]], None]
 
 
 @dataclass
 class RunResult:
-    """What a run came to. `final` is the model folder of a finished run; `signal` the one that ended it early."""
+    """What a run came to. `final` is the model folder of a finished run, `signal` what ended it early."""
 
     folder: Path
     final: Path | None
@@ -78,13 +75,11 @@ def train(
         NonFiniteError: a loss or gradient became infinite or NaN.
     """
     processes = Processes(config)
-    folder = config.folder
-    with FileLock(folder) if processes.is_main else nullcontext():
-        found = open_folder(folder, config, resume) if processes.is_main else None
+    with FileLock(config.folder) if processes.is_main else nullcontext():
+        if processes.is_main:
+            open_folder(config, resume)
         processes.wait()
-        if not processes.is_main:
-            found = newest_checkpoint(folder)
-        run = Run(config, processes, found, on_step, quiet)
+        run = Run(config, processes, newest_checkpoint(config.folder), on_step, quiet)
         try:
             with StopRequest() as stop:
                 return run.execute(stop)
@@ -92,38 +87,12 @@ def train(
             run.close()
 
 
-def open_folder(folder: Path, config: TrainConfig, resume: Resume) -> Path | None:
-    """Make the run folder, or check that it holds a run of this configuration; the checkpoint to go on from."""
-    saved = folder / "config.toml"
-    if resume == "never":
-        for entry in (folder / "checkpoints", folder / "final", folder / "logs"):
-            shutil.rmtree(entry, ignore_errors=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-    elif not saved.exists() and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no run (no config.toml); choose another run.out")
-    elif saved.exists() and resume == "auto":
-        differences = load_config(saved).differences(config)
-        if differences:
-            listed = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in differences.items())
-            raise ConfigError(
-                f"{folder} holds a run of another configuration: {listed}. Choose another run.out, continue it "
-                "under the new settings with --resume, or remove it with --restart"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.clean_unfinished(folder / "checkpoints")
-    checkpoints.clean_unfinished(folder)
-    write_text(saved, config.to_toml())
-    return newest_checkpoint(folder)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a run folder."""
-    found = checkpoints.list_checkpoints(folder / "checkpoints")
-    return found[-1] if found else None
-
-
 class Run:
-    """A run under way: model, optimisers, data, the States of its lanes, and where it stands."""
+    """A run under way: model, optimisers, data, the States of its lanes, and where it stands.
+
+    Args:
+        found: checkpoint to go on from; None begins at step 0.
+    """
 
     def __init__(
         self,
@@ -133,70 +102,51 @@ class Run:
         on_step: OnStep | None,
         quiet: bool,
     ) -> None:
-        self.config, self.processes, self.on_step = config, processes, on_step
-        self.folder = config.folder
-        self.total = config.total_steps
-        self.step, self.best, self.best_step = 0, math.inf, None
-        self.metrics: dict[str, Any] = {}
-        saved = checkpoints.read_trainer(found) if found else None
-        if saved is not None:
-            self.step, self.best_step = saved["step"], saved["best_step"]
-            self.best = math.inf if saved["best"] is None else saved["best"]
-            self.metrics = saved["metrics"]
+        self.config, self.processes = config, processes
+        self.folder, self.total = config.folder, config.total_steps
+        saved = checkpoints.read_trainer(found) if found else {}
+        self.step: int = saved.get("step", 0)
+        self.best: float = math.inf if saved.get("best") is None else saved["best"]
+        self.best_step: int | None = saved.get("best_step")
+        # The newest checkpoint: nothing is saved that was not checked to be finite.
+        self.last_saved = found
 
         seed_everything(config.run.seed)
         self.tokenizer = open_tokenizer(config.data, config.model.path)
         model = build_model(config, self.tokenizer, found)
         check_vocabulary(self.tokenizer, model.config.vocab_size)
         if config.run.activation_checkpointing:
-            model.gradient_checkpointing_enable()
-        self.stream = Prefetcher(
-            train_stream(config.data, self.tokenizer, config.run.seed, processes.lanes), config.run.prefetch
-        )
-        self.held_out = None
-        if config.run.eval_every:
-            self.held_out = valid_stream(
-                config.data,
-                self.tokenizer,
-                config.run.seed,
-                config.run.eval_batches,
-                processes.rank,
-                processes.world,
-            )
-        model.to(processes.device)
+            # Named differently by the versions of transformers that are supported.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        stream = train_stream(config.data, self.tokenizer, config.run.seed, processes.lanes)
+        self.stream = Prefetcher(stream, config.run.prefetch)
+        self.held_out = valid_stream(config, self.tokenizer, processes) if config.run.eval_every else None
+
         self.flops_per_token = flops_per_token(model, config.data.sequence_length)
-        optimizers = build_optimizers(model, config.optimizer)
-        self.model, self.optimizers = processes.prepare(model, optimizers)
+        model.to(processes.device)
+        self.model, self.optimizers = processes.prepare(model, build_optimizers(model, config.optimizer))
         if config.run.compile:
             self.model.compile()
         self.model.train()
         # The State with which each part of the next batch starts.
         self.states: list[Any] = [None] * config.run.accumulation
-        if found is not None and saved is not None:
-            self.restore(found, saved)
-
-        self.display = Display(
-            config.name, self.total, self.step, config.tokens_per_step, quiet or not processes.is_main
-        )
-        self.record = MetricsFile(self.folder / "metrics.jsonl", self.step) if processes.is_main else None
-        self.clock = Clock(self.step)
-        # Losses and gradient norms of the steps since the last log step, on the device.
+        # Loss and gradient norm of each step since the last log step, on the device.
         self.pending: list[Tensor] = []
         self.flag: Tensor | None = None
-        self.last_finite = found
-        self.start_tracker()
-
-    # The run.
+        if found is not None:
+            self.restore(found, saved)
+        self.reporter = Reporter(config, processes, self.step, on_step, quiet)
+        self.reporter.latest = saved.get("metrics", {})
 
     def execute(self, stop: StopRequest) -> RunResult:
         """Train up to the last step, or until a signal asks to end."""
         run = self.config.run
         self.announce()
         if self.step >= self.total and (self.folder / "final" / "config.json").is_file():
-            return self.result(finished=True)
+            return self.result()
         while self.step < self.total:
             self.train_step()
-            self.display.step(self.step)
+            self.reporter.display.step(self.step)
             done = self.step == self.total
             signal = self.agree_on(stop.received)
             if done or signal or self.step % run.log_every == 0:
@@ -206,14 +156,13 @@ class Run:
             if done or signal or (run.save_every and self.step % run.save_every == 0):
                 self.save()
             if signal and not done:
-                self.display.say(
-                    f"stopped by {'Ctrl-C' if signal == 2 else 'SIGTERM'} after step {self.step}; everything is "
-                    f"saved in {self.folder}. The same command goes on from there."
+                self.reporter.say(
+                    f"stopped by {signals.Signals(signal).name} after step {self.step}, saved as "
+                    f"{self.last_saved}; the same command goes on from there"
                 )
-                return self.result(finished=False, signal=signal)
-        final = self.finish()
-        self.display.say(f"finished: {final}")
-        return self.result(finished=True)
+                return self.result(signal)
+        self.reporter.say(f"finished: {self.finish()}")
+        return self.result()
 
     def train_step(self) -> None:
         """One global batch: forward and backward of each part, then one update of the weights."""
@@ -221,30 +170,28 @@ class Run:
         set_lr(self.optimizers, lr_factor(self.step, self.total, config.schedule))
         batch = next(self.stream)
         targets = self.count_targets(batch)
-        loss = torch.zeros((), device=self.processes.device)
         parts = split(batch, config.run.accumulation)
+        losses = []
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last else self.processes.without_sync(self.model):
-                part_loss, state = self.forward(part, self.states[index], targets)
-                # Processes average their gradients, and the loss is a share of the global mean.
-                (part_loss * self.processes.world).backward()
+                loss, state = self.forward(part, self.states[index], targets)
+                # Processes average their gradients, and `loss` is a share of the mean over all of them.
+                (loss * self.processes.world).backward()
             self.states[index] = next_start(state, config.run.state_mode)
-            loss = loss + part_loss.detach()
-        norm = clip_gradient(
-            [p for p in self.model.parameters() if p.grad is not None], config.optimizer.clip
-        )
-        self.pending.append(torch.stack([loss.double(), norm.detach().double()]))
+            losses.append(loss.detach())
+        norm = clip_gradient(self.model, config.optimizer.clip)
+        self.pending.append(torch.stack([torch.stack(losses).sum(), norm.detach()]))
         self.step += 1
         if self.processes.device.type == "cpu":
             # Reading costs nothing here, so a bad gradient does not reach the weights.
-            self.check_finite()
+            self.read_pending()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def forward(self, part: Batch, state: Any, targets: Tensor) -> tuple[Tensor, Any]:
-        """Loss of some lanes (their share of the batch's mean) and the State after them."""
+        """Loss of some lanes, summed and divided by the targets of the whole batch, and the State after."""
         device = self.processes.device
         resets = part["resets"]
         if state is None:
@@ -264,7 +211,7 @@ class Run:
         return output.loss, output.past_key_values
 
     def count_targets(self, batch: Batch) -> Tensor:
-        """Number of targets of the global batch, on the device; at least 1."""
+        """Targets of the global batch, on the device; at least 1."""
         counted = (batch["labels"] != IGNORED).sum()
         return self.processes.sum(to_device(counted, self.processes.device)).clamp(min=1)
 
@@ -275,143 +222,95 @@ class Run:
         return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
 
     def agree_on(self, signal: int) -> int:
-        """The signal that any process has received, the same on all of them in the same step."""
+        """The signal that any process has received, the same on all of them after the same step."""
         if self.processes.world == 1:
             return signal
-        # Read a step late, so that no process waits for the device.
-        before, self.flag = (
-            self.flag,
-            self.processes.maximum(torch.tensor(signal, device=self.processes.device)),
-        )
+        # Read a step late, so that no process waits for its device.
+        before = self.flag
+        self.flag = self.processes.maximum(torch.tensor(signal, device=self.processes.device))
         return 0 if before is None else int(before)
 
-    # What is read from the device.
+    def read_pending(self) -> list[list[float]]:
+        """Loss and gradient norm of each step since the last log step.
 
-    def check_finite(self) -> None:
-        """Stop if a step since the last log step had a loss or gradient that is not finite."""
-        first = self.step - len(self.pending) + 1
-        values = self.processes.sum(torch.stack(self.pending)).tolist()
-        for step, (loss, norm) in enumerate(values, start=first):
+        Raises:
+            NonFiniteError: one of them is infinite or NaN; names the step.
+        """
+        share = torch.tensor([1.0, 1.0 / self.processes.world])
+        values = (self.processes.sum(torch.stack(self.pending)).cpu() * share).tolist()
+        for step, (loss, norm) in enumerate(values, start=self.step - len(values) + 1):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                what = "the loss" if not math.isfinite(loss) else "the gradient"
-                last = (
-                    f"The last finite checkpoint is {self.last_finite}"
-                    if self.last_finite
-                    else "There is no checkpoint yet"
-                )
+                what = "gradient" if math.isfinite(loss) else "loss"
+                last = f"The last finite checkpoint is {self.last_saved}"
+                optimizer = self.config.optimizer
                 raise NonFiniteError(
-                    f"{what} is not finite at step {step} (loss {loss:.4g}, gradient norm "
-                    f"{norm / self.processes.world:.4g}). {last}. Lower optimizer.lr (now "
-                    f"{self.config.optimizer.lr:g}) or optimizer.clip ({self.config.optimizer.clip:g}), lengthen "
-                    f"schedule.warmup, or set run.precision to fp32; --resume continues under changed settings."
+                    f"the {what} is not finite at step {step} (loss {loss:.4g}, gradient norm {norm:.4g}). "
+                    f"{last if self.last_saved else 'There is no checkpoint yet'}. Lower optimizer.lr (now "
+                    f"{optimizer.lr:g}) or optimizer.clip (now {optimizer.clip:g}), lengthen "
+                    "schedule.warmup, or set run.precision to fp32; --resume continues under changed settings"
                 )
+        return values
 
     def log(self) -> None:
-        """Read the losses of the steps since the last log, check them, and report."""
+        """Read the steps since the last log step, check them, and report."""
         if not self.pending:
             return
-        self.check_finite()
-        values = self.processes.sum(torch.stack(self.pending))
-        loss, norm = values.mean(0).tolist()
+        values = self.read_pending()
         self.pending = []
-        per_step, left = self.clock.lap(self.step, self.total)
-        speed = self.config.tokens_per_step / per_step
-        self.report(
-            {
-                "step": self.step,
-                "tokens": self.step * self.config.tokens_per_step,
-                "loss": loss,
-                "gradient_norm": norm / self.processes.world,
-                "lr": self.optimizers[0].param_groups[0]["lr"],
-                "tokens_per_second": speed,
-                "mfu": self.utilisation(speed),
-                "seconds_left": left,
-            }
-        )
-        self.display.metrics(self.metrics)
-
-    def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOP utilisation, where the peak of the card is known."""
-        if self.processes.device.type != "cuda":
-            return None
-        peak = peak_flops(torch.cuda.get_device_name(self.processes.device))
-        return (
-            None if peak is None else tokens_per_second * self.flops_per_token / (peak * self.processes.world)
-        )
+        loss, norm = (sum(column) / len(values) for column in zip(*values, strict=True))
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        self.reporter.training(self.step, loss, norm, lr, self.flops_per_token)
 
     def evaluate(self) -> None:
-        """Measure on the held-out text."""
+        """Measure on the held-out text; a new best is saved."""
         assert self.held_out is not None
         self.log()
-        began = time.monotonic()
-        stream, batches = self.held_out
-        result = validate(
-            self.model,
-            stream,
-            batches,
-            self.tokenizer,
-            self.processes,
-            carry=self.config.run.state_mode != "reset",
-            autocast=self.autocast,
-        )
+        carry = self.config.run.state_mode != "reset"
+        with self.reporter.pause():
+            result = validate(
+                self.model,
+                *self.held_out,
+                self.tokenizer,
+                self.processes,
+                carry=carry,
+                autocast=self.autocast,
+            )
+        self.reporter.validation(self.step, result)
         if result["valid_loss"] < self.best:
             self.best, self.best_step = result["valid_loss"], self.step
             if self.config.run.save_every:
                 self.save()
-        self.clock.paused(time.monotonic() - began)
-        self.report({"step": self.step, **result})
-        self.display.say(
-            f"step {self.step}  " + "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.items())
-        )
 
-    def report(self, metrics: dict[str, Any]) -> None:
-        """To metrics.jsonl, the tracker, and whoever listens."""
-        self.metrics |= metrics
-        if self.record is None:
-            return
-        self.record.write(metrics)
-        if self.tracking:
-            numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}
-            self.processes.accelerator.log(numbers, step=self.step)
-        if self.on_step is not None:
-            self.on_step(dict(metrics))
-
-    # What is written and read back.
-
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint of this moment, unless there is one, and remove those no longer kept."""
         self.log()
         root = self.folder / "checkpoints"
-        folder = root / f"{checkpoints.PREFIX}{self.step:06d}"
-        if folder == self.last_finite:
-            return folder
-        began = time.monotonic()
-        weights = self.processes.weights(self.model)
-        moments = optimizer_state(self.model, self.optimizers)
-        generators = self.processes.gather(checkpoints.random_state())
-        states = self.gather_states()
-        if self.processes.is_main:
-            trainer = {
-                "tokens": self.step * self.config.tokens_per_step,
-                "data": self.stream.state_dict(),
-                "best": None if math.isinf(self.best) else self.best,
-                "best_step": self.best_step,
-                "metrics": self.metrics,
-            }
+        if self.last_saved == checkpoints.folder_of(root, self.step):
+            return
+        with self.reporter.pause():
+            weights = self.processes.weights(self.model)
+            moments = optimizer_state(self.model, self.optimizers)
+            generators = self.processes.gather(checkpoints.random_state())
+            state = self.gather_state()
 
-            def write(place: Path) -> None:
-                save_model(self.processes.plain(self.model), place, weights)
-                write_tensors(place / "optimizer.safetensors", moments)
-                checkpoints.write_random_states(place / "rng.safetensors", generators)
-                if states is not None:
-                    write_tensors(place / "state.safetensors", checkpoints.state_tensors(states))
+            def write(folder: Path) -> None:
+                save_model(self.processes.plain(self.model), folder, weights)
+                write_tensors(folder / "optimizer.safetensors", moments)
+                checkpoints.write_random_states(folder / "rng.safetensors", generators)
+                if state is not None:
+                    write_tensors(folder / "state.safetensors", checkpoints.state_tensors(state))
 
-            checkpoints.save_checkpoint(root, self.step, write, trainer)
-            checkpoints.prune(root, self.config.run.keep_last, self.best_step)
-        self.processes.wait()
-        self.last_finite = folder
-        self.clock.paused(time.monotonic() - began)
-        return folder
+            if self.processes.is_main:
+                trainer = {
+                    "data": self.stream.state_dict(),
+                    "best": None if math.isinf(self.best) else self.best,
+                    "best_step": self.best_step,
+                    "metrics": self.reporter.latest,
+                }
+                checkpoints.save_checkpoint(root, self.step, write, trainer)
+                checkpoints.prune(root, self.config.run.keep_last, self.best_step)
+            self.processes.wait()
+        self.last_saved = checkpoints.folder_of(root, self.step)
 
     def restore(self, found: Path, saved: dict[str, Any]) -> None:
         """Everything but the weights, which the model was built with."""
@@ -420,36 +319,33 @@ class Run:
         self.stream.load_state_dict(saved["data"])
         if (found / "state.safetensors").is_file() and self.config.run.state_mode != "reset":
             tensors, _ = read_tensors(found / "state.safetensors")
-            everyone = checkpoints.state_from_tensors(tensors)
-            mine = everyone.select(list(self.processes.lanes)).to(self.processes.device)
-            size = mine.batch_size // self.config.run.accumulation
-            self.states = [mine.select(range(i, i + size)) for i in range(0, mine.batch_size, size)]
+            state = checkpoints.state_from_tensors(tensors).select(list(self.processes.lanes))
+            size = state.batch_size // self.config.run.accumulation
+            parts = [range(start, start + size) for start in range(0, state.batch_size, size)]
+            self.states = [state.select(list(rows)).to(self.processes.device) for rows in parts]
         generators = checkpoints.read_random_state(found / "rng.safetensors", self.processes.rank)
         if generators is not None:
             checkpoints.set_random_state(generators)
 
-    def gather_states(self) -> Any:
+    def gather_state(self) -> Any:
         """The State of all lanes of all processes on the CPU, None if none is carried."""
         if self.states[0] is None:
             return None
-        mine = type(self.states[0]).stack(self.states).to("cpu")
-        everyone = self.processes.gather(mine)
-        return everyone[0] if len(everyone) == 1 else type(mine).stack(everyone)
+        everyone = self.processes.gather(type(self.states[0]).stack(self.states).to("cpu"))
+        return type(everyone[0]).stack(everyone)
 
     def finish(self) -> Path:
-        """The `final` folder: model, tokenizer, and a summary of how it was trained."""
-        final = self.folder / "final"
+        """Write the `final` folder."""
         weights = self.processes.weights(self.model)
+
+        def write(folder: Path) -> None:
+            save_model(self.processes.plain(self.model), folder, weights)
+            self.tokenizer.save_pretrained(folder)
+
         if self.processes.is_main:
-            unfinished = self.folder / ".final.tmp"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            save_model(self.processes.plain(self.model), unfinished, weights)
-            self.tokenizer.save_pretrained(unfinished)
-            write_json(unfinished / "training.json", self.summary())
-            write_text(unfinished / "README.md", model_card(self.summary()))
-            checkpoints.publish(unfinished, final)
+            write_final(self.folder, write, self.summary())
         self.processes.wait()
-        return final
+        return self.folder / "final"
 
     def summary(self) -> dict[str, Any]:
         """How the model came to be, JSON-able."""
@@ -462,59 +358,46 @@ class Run:
             "steps": self.step,
             "tokens": self.step * self.config.tokens_per_step,
             "parameters": sum(p.numel() for p in self.processes.plain(self.model).parameters()),
-            "metrics": self.metrics,
+            "metrics": self.reporter.latest,
             "best_valid_loss": None if math.isinf(self.best) else self.best,
             "best_step": self.best_step,
             "config": self.config.to_dict(),
         }
 
-    def result(self, *, finished: bool, signal: int = 0) -> RunResult:
+    def result(self, signal: int = 0) -> RunResult:
         """What `train` returns."""
-        final = self.folder / "final" if finished else None
+        final = None if signal else self.folder / "final"
         tokens = self.step * self.config.tokens_per_step
-        return RunResult(self.folder, final, self.step, tokens, finished, signal, dict(self.metrics))
-
-    # Beginning and end.
+        return RunResult(
+            self.folder, final, self.step, tokens, not signal, signal, dict(self.reporter.latest)
+        )
 
     def announce(self) -> None:
-        """Say what runs where."""
-        config, count = self.config, sum(p.numel() for p in self.processes.plain(self.model).parameters())
+        """Say what runs where, and what may surprise."""
+        config, say = self.config, self.reporter.say
+        model: Any = self.processes.plain(self.model)
         kind = config.model.path or f"{config.model.preset} {config.model.size}"
-        where = str(self.processes.device) + (
-            f" x {self.processes.world}" if self.processes.world > 1 else ""
-        )
-        self.display.say(
-            f"{config.name}: {kind}, {count:,} parameters, {self.total:,} steps of {config.data.batch_size} x "
-            f"{config.data.sequence_length} tokens, {config.run.precision}, on {where}; run folder {self.folder}"
-        )
-        if self.last_finite is not None and self.step < self.total:
-            self.display.say(f"resuming from {self.last_finite} after step {self.step}")
-        elif self.last_finite is not None:
-            self.display.say(f"this run is complete at step {self.step}; --restart would train it again")
+        count = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        length = f"{self.total:,} steps of {config.data.batch_size} x {config.data.sequence_length} tokens"
+        say(f"{config.name}: {kind}, {count}, {length}, {config.run.precision}, on {self.processes}")
+        if self.step >= self.total:
+            say(f"{self.folder} is complete at step {self.step}; --restart trains it again")
+        elif self.last_saved is not None:
+            say(f"resuming from {self.last_saved} after step {self.step}")
+        else:
+            say(f"run folder {self.folder}")
         if config.run.tracker != "none" and tracker_of(config) is None:
-            self.display.say(f"{config.run.tracker} is not installed: metrics go to metrics.jsonl only")
-
-    def start_tracker(self) -> None:
-        """Open the experiment tracker, if there is one."""
-        self.tracking = (
-            self.processes.is_main and tracker_of(self.config) is not None and self.step < self.total
-        )
-        if self.tracking:
-            settings = {key: value for key, value in flatten(self.config.to_dict()).items()}
-            plain = {
-                k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in settings.items()
-            }
-            self.processes.accelerator.init_trackers("logs", config=plain)
+            say(f"{config.run.tracker} is not installed; metrics go to {self.folder / 'metrics.jsonl'} only")
+        if config.run.state_mode == "carry" and "full_attention" in (model.config.layer_types or ()):
+            say(
+                "full attention keeps every token of a document that is carried on; give the model a "
+                "sliding_window if documents are long"
+            )
 
     def close(self) -> None:
         """Let go of threads, files and the terminal."""
-        self.display.close()
         self.stream.close()
-        if self.record is not None:
-            self.record.close()
-        if self.tracking:
-            for tracker in self.processes.accelerator.trackers:
-                tracker.finish()
+        self.reporter.close()
 
 
 def seed_everything(seed: int) -> None:
@@ -526,39 +409,10 @@ def seed_everything(seed: int) -> None:
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """The lanes of a batch in equal parts, in order."""
-    if parts == 1:
-        return [batch]
-    pieces = {name: tensor.chunk(parts) for name, tensor in batch.items()}  # type: ignore[attr-defined]
-    return [Batch(**{name: piece[i] for name, piece in pieces.items()}) for i in range(parts)]  # type: ignore[typeddict-item]
+    pieces = zip(*(batch[name].chunk(parts) for name in ("input_ids", "labels", "resets")), strict=True)
+    return [Batch(input_ids=ids, labels=labels, resets=resets) for ids, labels, resets in pieces]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that does not wait for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def model_card(summary: dict[str, Any]) -> str:
-    """A README for the model folder."""
-    measured = [f"- {key.replace('_', ' ')}: {value:.4f}" for key, value in summary["metrics"].items()
-                if key.startswith("valid") and isinstance(value, float)]  # fmt: skip
-    lines = [
-        "---",
-        "library_name: nestor",
-        "pipeline_tag: text-generation",
-        "---",
-        f"# {summary['name']}",
-        "",
-        f"A Nestor model with {summary['parameters']:,} parameters, trained for {summary['steps']:,} steps on "
-        f"{summary['tokens']:,} tokens. All settings and measurements are in `training.json`.",
-        "",
-        *measured,
-        "",
-        "```python",
-        "import nestor",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    """A copy on the device, made without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

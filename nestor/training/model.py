@@ -55,11 +55,17 @@ def open_model(folder: Path, dtype: torch.dtype) -> Any:
 
     import nestor  # noqa: F401  (registers the Nestor models with the Auto classes)
 
+    loader: Any = AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileFormatError(f"{folder} does not hold a model that can be read: {reason}") from error
+    for parameter in model.parameters():
+        # In a mapped file tensors lie at any address, and on a CPU the rounding of a matrix product depends on
+        # how its operands are aligned; fresh memory is always aligned alike.
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def save_model(model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -67,11 +67,11 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay acts on a parameter: on weights, not on norms, scales, biases and other vectors."""
+    """Whether weight decay acts on a parameter: on weights, not on norms, scales, biases and vectors."""
     return parameter.dim() >= 2 and not _SCALE.search(name)
 
 
-def hidden_matrices(model: nn.Module) -> set[str]:
+def hidden_matrices(model: Any) -> set[str]:
     """Names of the parameters for Muon: weights of linear layers that lead from hidden to hidden."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     outer = set() if output is None else set(map(id, output.parameters()))
@@ -79,7 +79,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     linear = {
         id(module.weight)
         for name, module in model.named_modules()
-        # A gate's projection has a row and a bias per head; in a gated feed-forward it is a matrix as any other.
+        # A gate's projection has a row and a bias per head; that of a gated feed-forward is hidden to hidden.
         if isinstance(module, nn.Linear)
         and not ("gate" in name.rpartition(".")[2] and module.bias is not None)
     }
@@ -117,7 +117,7 @@ def load_optimizer_state(
     """Put back what `optimizer_state` gave.
 
     Raises:
-        FileFormatError: a parameter has no state, or a state no parameter: it is of another model or optimiser.
+        FileFormatError: a parameter has no state, or a state no parameter.
     """
     by_name: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in state.items():
@@ -161,9 +161,9 @@ def _whole(tensor: Any) -> Tensor:
 
 
 def _like(value: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor, sharded as its parameter is (scalars such as the step count never are)."""
+    """A copy of a whole tensor, sharded as its parameter is (scalars such as the step count never are)."""
     if not hasattr(parameter, "device_mesh") or value.dim() == 0:
-        return value
+        return value.clone()
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,4 +1,4 @@
-"""Dataclasses from plain values and back: TOML files, `--key value` overrides, and errors that name the key."""
+"""Dataclasses from plain values and back: TOML files, `--key value` overrides, errors that name the key."""
 
 from __future__ import annotations
 

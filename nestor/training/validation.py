@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ def validate(
 ) -> dict[str, float]:
     """Loss in nats per token, and bits per byte of the predicted text, over `batches` batches of `stream`.
 
-    Bits per byte compare models with different tokenizers: all nats, those of end-of-document tokens too, over
-    the UTF-8 bytes of the predicted tokens. The stream is read from its start each time.
+    Bits per byte compare models with different tokenizers: all nats, those of end-of-document tokens too,
+    over the UTF-8 bytes of the predicted tokens. The stream is read from its start each time.
 
     Args:
         carry: hand the State on from batch to batch, as the training does.
@@ -37,13 +37,14 @@ def validate(
     stream.position = 0
     training = model.training
     model.eval()
-    # Read once at the end: nats, tokens, bytes.
-    totals = torch.zeros(3, dtype=torch.float64, device=processes.device)
+    # Nats stay on the device; they are read once, at the end.
+    nats = torch.zeros((), device=processes.device)
+    counts = torch.zeros(2, dtype=torch.int64)
     state = None
-    for batch in _take(stream, batches):
-        counted = int((batch["labels"] != IGNORED).sum())
-        size = text_bytes(tokenizer, batch["labels"])
-        inputs = {name: tensor.to(processes.device) for name, tensor in batch.items()}
+    for batch in islice(stream, batches):
+        counts[0] += (batch["labels"] != IGNORED).sum()
+        counts[1] += text_bytes(tokenizer, batch["labels"])
+        inputs = {key: batch[key].to(processes.device) for key in ("input_ids", "labels", "resets")}
         with autocast():
             output = model(
                 input_ids=inputs["input_ids"],
@@ -53,13 +54,14 @@ def validate(
                 past_key_values=state,
                 use_cache=carry,
             )
-        totals += torch.stack([output.loss.double(), totals.new_tensor(counted), totals.new_tensor(size)])
+        nats += output.loss  # the sum over targets, as it is divided by 1
         state = next_start(output.past_key_values, "carry") if carry else None
     model.train(training)
-    nats, tokens, size = processes.sum(totals).tolist()
-    result = {"valid_loss": nats / max(tokens, 1)}
+    total = processes.sum(nats).item()
+    tokens, size = processes.sum(counts.to(processes.device)).tolist()
+    result = {"valid_loss": total / max(tokens, 1)}
     if size:
-        result["valid_bits_per_byte"] = nats / math.log(2) / size
+        result["valid_bits_per_byte"] = total / math.log(2) / size
     return result
 
 
@@ -72,8 +74,3 @@ def text_bytes(tokenizer: Any, labels: Tensor) -> int:
         ids = [token for token in row if token != IGNORED]
         total += len(tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8"))
     return total
-
-
-def _take(stream: LaneStream, count: int) -> Iterator[Any]:
-    for _ in range(count):
-        yield next(stream)

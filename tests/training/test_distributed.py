@@ -1,0 +1,125 @@
+"""Runs in processes of their own: torchrun, Ctrl-C, kill -9."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nestor.training.checkpoint import list_checkpoints
+
+
+def command(config, tmp_path, processes=1, name="config.toml"):
+    path = tmp_path / name
+    path.write_text(config.to_toml(), encoding="utf-8")
+    launch = [sys.executable, "-m"]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launch += ["torch.distributed.run", "--nproc-per-node", str(processes)]
+        launch += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m"]
+    return [*launch, "nestor", "train", str(path)]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def run(arguments):
+    done = subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(tiny, tmp_path, weights, parallel):
+    """Same lanes, weights after six steps equal to 1e-6, and the checkpoint of two is resumed by one."""
+    settings = {"run__precision": "fp64", "run__steps": 6, "run__eval_every": 3, "run__save_every": 3}
+    sources = [
+        {"text": list(tiny().data.sources[0].text)},
+        # Few of its tokens count, so that the processes have different numbers of targets.
+        {"task": "mqar", "options": {"n_pairs": 2, "document_length": 48}},
+    ]
+    one = tiny(run__out=str(tmp_path / "one"), data__sources=sources, **settings)
+    two = tiny(
+        run__out=str(tmp_path / "two"), data__sources=sources, run__parallel=parallel,
+        run__accumulation=2, **settings,
+    )  # fmt: skip
+    run(command(one, tmp_path, name="one.toml"))
+    out = run(command(two, tmp_path, processes=2, name="two.toml"))
+    assert "on 2 x cpu" in out and out.count("finished:") == 1
+    alone, together = weights(one.folder / "final"), weights(two.folder / "final")
+    assert alone.keys() == together.keys()
+    for name in alone:
+        assert torch.allclose(alone[name], together[name], rtol=0, atol=1e-6), name
+    lines = [(config.folder / "metrics.jsonl").read_text().splitlines() for config in (one, two)]
+    assert len(lines[0]) == len(lines[1])
+
+
+def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tiny, tmp_path):
+    config = tiny(run__steps=100_000, run__eval_every=0, run__save_every=0, run__log_every=1)
+    metrics = config.folder / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(config, tmp_path),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "stopped by SIGINT after step" in out and "the same command goes on from there" in out
+    (saved,) = list_checkpoints(config.folder / "checkpoints")
+
+    # The second run goes on from there, and hangs in its first save; kill -9 while it does.
+    hang = (
+        "import sys, time, nestor.training.loop as loop\n"
+        "def save(*_):\n"
+        "    print('saving', flush=True)\n"
+        "    time.sleep(600)\n"
+        "loop.save_model = save\n"
+        "from nestor.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = [sys.executable, "-c", hang, "train", str(tmp_path / "config.toml")]
+    for ending in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(
+            arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step"):
+                process.send_signal(signal.SIGTERM)
+            if line.startswith("saving"):
+                break
+        process.send_signal(ending)
+        _, errors = process.communicate(timeout=60)
+        if ending == signal.SIGINT:
+            assert process.returncode == 130 and "stopped at once" in errors, errors
+        assert list((config.folder / "checkpoints").glob(".*.tmp")), (
+            "the unfinished checkpoint is left behind"
+        )
+        assert list_checkpoints(config.folder / "checkpoints") == [saved]
+
+    from nestor.training.folder import newest_checkpoint, open_folder
+
+    open_folder(config, "auto")
+    assert not list((config.folder / "checkpoints").glob(".*.tmp"))
+    assert newest_checkpoint(config.folder) == saved
