@@ -1,0 +1,35 @@
+"""Evaluation: suites, metrics, statistics, plots and the report."""
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "Interval": "statistics",
+    "Plot": "plots",
+    "Report": "report",
+    "Settings": "suites",
+    "Subject": "subjects",
+    "attention_reach": "subjects",
+    "compare_needle": "needle",
+    "compare_perplexity": "perplexity",
+    "compare_recall": "recall",
+    "cut_passages": "passages",
+    "draw_controls": "recall",
+    "draw_needles": "needle",
+    "draw_probes": "recall",
+    "evaluate": "suites",
+    "make_layout": "perplexity",
+    "measure_mqar": "recall",
+    "measure_needle": "needle",
+    "measure_perplexity": "perplexity",
+    "measure_recall": "recall",
+    "write_results": "suites",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"nestor.evaluation.{_EXPORTS[name]}"), name)
