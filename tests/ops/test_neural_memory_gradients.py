@@ -53,7 +53,8 @@ def test_gradients_of_every_choice_pass_finite_differences(
         draw_problem(
             batch=1, heads=1, length=5, width=2, hidden=3, chunk_size=2, activation="silu",
             grad_at=grad_at, decay=decay, read_mode=read_mode, inner_loss=inner_loss,
-        )
+        ),
+        fast=True,
     )  # fmt: skip
 
 

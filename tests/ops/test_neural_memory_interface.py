@@ -90,6 +90,22 @@ def test_the_state_returned_does_not_change_when_the_stream_goes_on(draw_problem
     ]
 
 
+@pytest.mark.parametrize("length", [3, 4, 9])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_the_state_returned_shares_no_memory_with_anything(draw_problem, length, with_state) -> None:
+    """Editing it in place touches neither the learned weights, nor the state given, nor its other parts."""
+    p = draw_problem(batch=1, length=length, with_state=with_state)
+    with torch.no_grad():
+        _, after = p.run()
+        tensors = [w for part in after[:3] for w in part]
+        given = [*p.leaves().values()]
+        before = [t.clone() for t in (*given, *tensors)]
+        for i, tensor in enumerate(tensors):
+            tensor.add_(1.0)
+            before[len(given) + i] += 1.0
+            assert all(torch.equal(a, b) for a, b in zip((*given, *tensors), before, strict=True))
+
+
 def test_strided_and_expanded_inputs_are_read_as_they_look(draw_problem) -> None:
     p = draw_problem(length=9)
     strided = {
