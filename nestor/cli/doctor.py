@@ -51,14 +51,14 @@ def examine(device: str = "auto") -> dict[str, Any]:
     """Versions, devices, memory, and the self-checks of the operations on `device`, as plain values."""
     place = pick_device(device)
 
-    from nestor.ops.neural_memory import self_check
+    from nestor.cli.checks import check_operations
 
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "devices": _devices(),
         "checked_on": str(place),
-        "checks": [asdict(check) for check in self_check(place)],
+        "checks": [asdict(check) for check in check_operations(place)],
     }
 
 
@@ -85,7 +85,7 @@ def show(findings: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     for operation, reason in {c["name"].partition(",")[0]: c["reason"] for c in findings["checks"]}.items():
-        console.print(f"  {operation}: {reason}", highlight=False, markup=False)
+        console.print(f"  {operation}: {reason}", highlight=False, markup=False, soft_wrap=True)
     failed = [c["name"] for c in findings["checks"] if not c["ok"]]
     if failed:
         print(

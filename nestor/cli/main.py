@@ -8,6 +8,7 @@ Only the module of the chosen subcommand is imported, and modules import torch i
 
 import errno
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -96,6 +97,5 @@ def _run(name: str, argv: list[str]) -> int:
         return module.run(module.parse(argv))
     import tyro
 
-    return module.run(
-        tyro.cli(module.Args, prog=f"nestor {name}", description=module.Args.__doc__, args=argv)
-    )
+    description = inspect.cleandoc(module.Args.__doc__ or "")
+    return module.run(tyro.cli(module.Args, prog=f"nestor {name}", description=description, args=argv))

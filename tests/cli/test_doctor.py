@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from nestor.cli import checks
 from nestor.cli.main import main
 from nestor.ops import neural_memory as operation
 
@@ -39,6 +40,18 @@ def test_a_wrong_operation_is_named_and_the_status_is_1(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "FAILED" in captured.out
     assert "neural_memory" in captured.err
+
+
+@pytest.mark.parametrize("name", ["attend", "short_convolution"])
+def test_a_wrong_layer_operation_is_noticed_too(capsys, monkeypatch, name):
+    right = getattr(checks, name)
+
+    def one_token_late(x, *rest, **options):
+        return right(x.roll(1, dims=1), *rest, **options)
+
+    monkeypatch.setattr(checks, name, one_token_late)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out.count("FAILED") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -22,7 +22,15 @@ def test_nothing_written_has_no_shade():
 
 
 def test_words_are_ranked_by_their_strongest_piece_and_named_once():
-    pieces = [("Mar", 0.1), ("low is ", 0.4), ("4", 0.8), ("8", 0.2), ("21", 0.1), (".\n", 0.1), ("Marlow", 0.6)]
+    pieces = [
+        ("Mar", 0.1),
+        ("low is ", 0.4),
+        ("4", 0.8),
+        ("8", 0.2),
+        ("21", 0.1),
+        (".\n", 0.1),
+        ("Marlow", 0.6),
+    ]
     assert hardest(pieces) == [("4821.", 1.0), ("Marlow", pytest.approx(0.75)), ("is", pytest.approx(0.5))]
     assert hardest(pieces, count=1) == [("4821.", 1.0)]
     assert hardest([]) == []
@@ -65,7 +73,9 @@ def test_the_command_shows_the_words_of_a_turn(nestor_command, memory_model, tmp
     memory_model.config.tokenizer_name = "bytes"
     memory_model.save_pretrained(tmp_path / "model")
     options = ("--no-do-sample", "--max-new-tokens", "4")
-    status, out, err = nestor_command("chat", tmp_path / "model", *options, stdin="the key of Marlow\n/surprise\n")
+    status, out, err = nestor_command(
+        "chat", tmp_path / "model", *options, stdin="the key of Marlow\n/surprise\n"
+    )
     assert status == 0, err
     assert "the key of Marlow" in out
     assert "written hardest: " in out and "100%" in out
