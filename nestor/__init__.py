@@ -1,7 +1,7 @@
 """Nestor: language models that keep learning.
 
-`import nestor` makes Hugging Face's Auto classes know Nestor's models. It loads neither torch nor transformers:
-names are imported when they are first used.
+`import nestor` makes Hugging Face's Auto classes know Nestor's models. It loads neither torch nor
+transformers: names are imported when they are first used.
 """
 
 from importlib import import_module

@@ -2,16 +2,17 @@
 
 A mixer is a module with
 
-    forward(x: [B, T, d], state: LayerState | None = None, span: Span | None = None) -> ([B, T, d], LayerState)
+    forward(x: [B, T, d], state: LayerState | None = None, span: Span | None = None) -> ([B, T, d],
+    LayerState)
 
-`state` None is a fresh sequence. A mixer never changes the state it is given, treats T = 1 like any other T, and
-gives the same outputs, to rounding, wherever a stream is cut into calls. `span` None means that all tokens are
-valid and none starts a document.
+`state` None is a fresh sequence. A mixer never changes the state it is given, treats T = 1 like any other T,
+and gives the same outputs, to rounding, wherever a stream is cut into calls. `span` None means that all
+tokens are valid and none starts a document.
 
 `LayerState` is a dictionary of tensors, batch axis first. A key with a dot-separated part `cache` (such as
-`cache.key` or `attention.cache.key`) holds a growing cache `[B, n, ...]`: right-aligned, most recent entry last,
-entries that are not valid on the left and never read. Only such tensors may differ between two states of one
-model in an axis other than the batch; stacking states pads them on the left.
+`cache.key` or `attention.cache.key`) holds a growing cache `[B, n, ...]`: right-aligned, most recent entry
+last, entries that are not valid on the left and never read. Only such tensors may differ between two states
+of one model in an axis other than the batch; stacking states pads them on the left.
 
 A module with a method `initialize(std)` sets its own parameters, after those of its children, when a model
 draws its initial weights. It uses `torch.nn.init` only, which a model that loads a checkpoint intercepts.

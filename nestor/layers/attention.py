@@ -1,8 +1,8 @@
 """Grouped-query attention, full or over a sliding window, with persistent key-value pairs.
 
-All of it runs through PyTorch: `scaled_dot_product_attention`, or FlexAttention where asked for on a GPU. This
-file decides which keys a query sees, and keeps the masks small. Tokens are addressed by their stream index: the
-tokens of a call are 0 .. T-1, cached ones are negative.
+All of it runs through PyTorch: `scaled_dot_product_attention`, or FlexAttention where asked for on a GPU.
+This file decides which keys a query sees, and keeps the masks small. Tokens are addressed by their stream
+index: the tokens of a call are 0 .. T-1, cached ones are negative.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def attend(
 ) -> Tensor:
     """Causal attention of T queries on the last S tokens of a stream and on an input-independent prefix.
 
-    The last T of the S keys belong to the tokens of the queries, the S - T before them to tokens of earlier calls.
-    Query i sees key j if `j <= i`, `i - j < window` and `j >= first_visible[i]`, and sees all of the prefix. It
-    must be allowed to see itself. Time and memory are linear in T for a window, and quadratic in time only
-    otherwise.
+    The last T of the S keys belong to the tokens of the queries, the S - T before them to tokens of earlier
+    calls. Query i sees key j if `j <= i`, `i - j < window` and `j >= first_visible[i]`, and sees all of the
+    prefix. It must be allowed to see itself. Time and memory are linear in T for a window, and quadratic in
+    time only otherwise.
 
     Args:
         query: `[B, T, H, p]`.
-        key, value: `[B, S, Hkv, p]`, Hkv a divisor of H; or a sequence of such tensors, several pairs a token,
-            each visible by the same rule.
+        key, value: `[B, S, Hkv, p]`, Hkv a divisor of H; or a sequence of such tensors, several pairs a
+            token, each visible by the same rule.
         first_visible: `[B, T]` int64 stream index of the first token that a query may see; None: every key.
         window: number of tokens a query sees, itself included; None: no limit.
         prefix_key, prefix_value: `[N, Hkv, p]`, visible from everywhere.
@@ -56,12 +56,12 @@ def attend(
     """
     keys = [key] if isinstance(key, Tensor) else list(key)
     values = [value] if isinstance(value, Tensor) else list(value)
-    batch, length, heads, _ = query.shape
+    _, length, heads, _ = query.shape
     stored = keys[0].shape[1]
     if stored < length or heads % keys[0].shape[2]:
         raise ShapeError(
-            f"keys {list(keys[0].shape)} do not fit queries {list(query.shape)}: there must be at least as many "
-            f"keys as queries, and a number of key heads that divides the query heads"
+            f"keys {list(keys[0].shape)} do not fit queries {list(query.shape)}: there must be at least as "
+            f"many keys as queries, and a number of key heads that divides the query heads"
         )
     prefix = None
     if prefix_key is not None and prefix_value is not None and len(prefix_key):
@@ -86,8 +86,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix) -> Tensor
     """A whole stream from its start, which needs no mask."""
     if prefix is None:
         return _scaled_dot_product(query, key, value, None)
-    # The prefix stands before the first token with queries of its own, whose outputs are dropped: the plain causal
-    # rule then shows it to every token.
+    # The prefix stands before the first token with queries of its own, whose outputs are dropped: the plain
+    # causal rule then shows it to every token.
     batch, count = query.shape[0], len(prefix[0])
     query = torch.cat((query.new_zeros(batch, count, *query.shape[2:]), query), dim=1)
     key = torch.cat((prefix[0].to(key.dtype).expand(batch, -1, -1, -1), key), dim=1)
@@ -123,7 +123,11 @@ def _masked(
             mask = mask & (column >= first_visible[:, start:stop, None])
         out.append(
             _visible(
-                query[:, start:stop], [k[:, low:high] for k in keys], [v[:, low:high] for v in values], mask, prefix
+                query[:, start:stop],
+                [k[:, low:high] for k in keys],
+                [v[:, low:high] for v in values],
+                mask,
+                prefix,
             )
         )
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
@@ -137,7 +141,7 @@ def _blocked(
     window: int,
     prefix: Prefix,
 ) -> Tensor:
-    """A window shorter than the call: blocks of `window` queries, each on its own block and the one before."""
+    """A window shorter than the call: blocks of `window` queries, each on its own and the one before."""
     batch, length = query.shape[:2]
     cached = keys[0].shape[1] - length
     blocks = -(-length // window)
@@ -155,10 +159,14 @@ def _blocked(
     if first_visible is None:
         mask = (near & (index[:, None] >= -cached)).expand(batch, -1, -1, -1)
     else:
-        first = F.pad(first_visible.clamp(min=-cached), (0, missing), value=-cached).unflatten(1, (blocks, window))
+        first = F.pad(first_visible.clamp(min=-cached), (0, missing), value=-cached).unflatten(
+            1, (blocks, window)
+        )
         mask = near & (index[:, None] >= first[..., None])
     folded = F.pad(query, (0, 0, 0, 0, 0, missing)).unflatten(1, (blocks, window)).flatten(0, 1)
-    out = _visible(folded, [fold_keys(k) for k in keys], [fold_keys(v) for v in values], mask.flatten(0, 1), prefix)
+    out = _visible(
+        folded, [fold_keys(k) for k in keys], [fold_keys(v) for v in values], mask.flatten(0, 1), prefix
+    )
     return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
 
 
@@ -224,8 +232,8 @@ def keep_recent(joined: Tensor, span: Span, limit: int | None = None) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions: `y = softmax(q k^T / sqrt(p)) v W_o`.
 
-    State: `cache.key`, `cache.value` `[B, n, Hkv, p]` (keys after rotation), `clock` `[B]` int64, the tokens of the
-    current document read so far, of which the last `min(clock, n)` cache entries are.
+    State: `cache.key`, `cache.value` `[B, n, Hkv, p]` (keys after rotation), `clock` `[B]` int64, the tokens of
+    the current document read so far; the last `min(clock, n)` cache entries are theirs.
 
     Args:
         hidden_size: width `d`.
@@ -256,7 +264,9 @@ class Attention(nn.Module):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         if hidden_size % heads or heads % kv_heads:
-            raise ConfigError(f"width {hidden_size}, {heads} heads, {kv_heads} key-value heads: each must divide the last")
+            raise ConfigError(
+                f"width {hidden_size}, {heads} heads, {kv_heads} key-value heads: each must divide the last"
+            )
         if implementation not in ("sdpa", "flex_attention"):
             raise ConfigError(f"attention implementation {implementation!r}; use 'sdpa' or 'flex_attention'")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, hidden_size // heads
@@ -289,8 +299,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`[B, T, d]` to `[B, T, d]` and the state after the call.
 
-        prefix: `[N, d]` persistent tokens given by the caller instead of learned here: input vectors whose keys and
-        values are visible from everywhere, without positions.
+        prefix: `[N, d]` persistent tokens given by the caller instead of learned here: input vectors whose keys
+        and values are visible from everywhere, without positions.
         """
         batch, length, _ = x.shape
         if span is None:

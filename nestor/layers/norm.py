@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
-    """`y = x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467).
+    """`y = x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang and Sennrich 2019, arXiv
+    1910.07467).
 
     `[..., dim]` to `[..., dim]` in the dtype of `x`. The mean is taken in float32 for half-precision inputs.
     """

@@ -1,8 +1,8 @@
 """Mixers and feed-forwards by name.
 
-A model names its layers; the module that defines a name is imported when a model first asks for it, so a model
-never pays for layers it does not use. A new built-in layer is one file plus one line in a table below; a layer
-outside this package calls `register_mixer` or `register_feed_forward` before the model is built.
+A model names its layers; the module that defines a name is imported when a model first asks for it, so a
+model never pays for layers it does not use. A new built-in layer is one file plus one line in a table below;
+a layer outside this package calls `register_mixer` or `register_feed_forward` before the model is built.
 """
 
 from collections.abc import Callable
@@ -82,5 +82,7 @@ def _find(table: dict[str, Factory], modules: dict[str, str], kind: str, name: s
         import_module(modules[name])
     if name not in table:
         known = sorted({*modules, *table})
-        raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(known)}. {suggest(name, known)}".rstrip())
+        raise ConfigError(
+            f"unknown {kind} {name!r}; known: {', '.join(known)}. {suggest(name, known)}".rstrip()
+        )
     return table[name]

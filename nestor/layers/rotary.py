@@ -9,9 +9,9 @@ from torch import Tensor
 def rotary_table(position: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each `[B, T, 1, width / 2]` of `dtype`, for positions `[B, T]` int64.
 
-    Pair `i` of the width turns by `position * theta^(-2i / width)`. Angles are formed in float64 where the device
-    has it: at position 10^6 a float32 angle is wrong by several hundredths of a radian. `B` is 1 where all rows
-    share their positions (a stride of 0).
+    Pair `i` of the width turns by `position * theta^(-2i / width)`. Angles are formed in float64 where the
+    device has it: at position 10^6 a float32 angle is wrong by several hundredths of a radian. `B` is 1 where
+    all rows share their positions (a stride of 0).
     """
     if position.stride(0) == 0:
         position = position[:1]

@@ -14,15 +14,15 @@ from nestor.errors import ShapeError
 class Span:
     """The tokens of one call, shared by all layers of a model.
 
-    Tokens of a row are left-justified: `x[b, :lengths[b]]` are real, what follows is padding that no layer may
-    store. A reset marks the first token of a new document; everything before it is forgotten structurally. Resets
-    on padding have no effect. Stream indices count from the first token of the call, so tokens read by earlier
-    calls have negative indices.
+    Tokens of a row are left-justified: `x[b, :lengths[b]]` are real, what follows is padding that no layer
+    may store. A reset marks the first token of a new document; everything before it is forgotten
+    structurally. Resets on padding have no effect. Stream indices count from the first token of the call, so
+    tokens read by earlier calls have negative indices.
 
     Attributes:
         position: `[B, T]` int64, position of each token within its document, from 0.
-        document_start: `[B, T]` int64, stream index at which the document of each token starts; `-clock` where it
-            started before this call.
+        document_start: `[B, T]` int64, stream index at which the document of each token starts; `-clock`
+            where it started before this call.
         clock: `[B]` int64, tokens of the current document read before this call; None for a fresh sequence.
         lengths: `[B]` int64, number of valid tokens of each row; None when all `T` are valid.
         resets: `[B, T]` bool, token starts a new document; None when no token does.
@@ -46,7 +46,8 @@ class Span:
         """Derive positions from the clock (`[B]` int64, None = fresh), valid lengths and resets.
 
         Raises:
-            ShapeError: `clock`, `lengths` or `resets` does not have the shape that `batch` and `length` ask for.
+            ShapeError: `clock`, `lengths` or `resets` does not have the shape that `batch` and `length` ask
+                for.
         """
         _check("clock", clock, (batch,))
         _check("lengths", lengths, (batch,))

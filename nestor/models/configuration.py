@@ -22,7 +22,8 @@ class NestorConfig(PreTrainedConfig):
         hidden_size: width `d` of the residual stream.
         num_hidden_layers: number of layers.
         num_attention_heads: query heads `H`; must divide `hidden_size`.
-        num_key_value_heads: key and value heads; must divide `num_attention_heads`. None: as many as query heads.
+        num_key_value_heads: key and value heads; must divide `num_attention_heads`. None: as many as query
+            heads.
         intermediate_size: inner width of the feed-forward. None: 8/3 of `hidden_size`, rounded up to 32.
         layer_types: mixer of each layer, by registry name. None: full attention everywhere.
         feed_forward_types: feed-forward of each layer, by registry name. None: SwiGLU everywhere.
@@ -90,7 +91,8 @@ class NestorConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def validate(self) -> None:
-        """Check the values again, as Hugging Face asks before it saves. Its own list of layer types does not apply.
+        """Check the values again, as Hugging Face asks before it saves. Its own list of layer types does not
+        apply.
 
         Raises:
             ConfigError: a value is impossible.
@@ -159,7 +161,9 @@ def _at_least(name: str, value: Any, minimum: int) -> None:
 def _needs(layer_types: list[str] | None, kinds: set[str], name: str, value: int | None) -> None:
     asking = sorted(kinds & set(layer_types or ()))
     if asking and value is None:
-        raise ConfigError(f"layer type {asking[0]!r} needs {name}; set it to a number of tokens, for example 256")
+        raise ConfigError(
+            f"layer type {asking[0]!r} needs {name}; set it to a number of tokens, for example 256"
+        )
 
 
 def _nearest_divisor(total: int, wanted: int) -> int:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -43,8 +42,8 @@ class Block(GradientCheckpointingLayer):
 class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
     """A language model that is a pure function `(parameters, State, tokens) -> (logits, State)`.
 
-    Everything that changes while it reads is in the State that `forward` returns as `past_key_values`; parameters
-    never change in a call.
+    Everything that changes while it reads is in the State that `forward` returns as `past_key_values`;
+    parameters never change in a call.
     """
 
     config_class = NestorConfig
@@ -63,7 +62,8 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if config._attn_implementation not in (None, "sdpa", "flex_attention"):
             raise ConfigError(
-                f"attn_implementation is {config._attn_implementation!r}; Nestor has 'sdpa' and 'flex_attention'"
+                f"attn_implementation is {config._attn_implementation!r}; "
+                f"Nestor has 'sdpa' and 'flex_attention'"
             )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
@@ -96,7 +96,9 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         """
         pad = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         with torch.no_grad():
-            return self(pad, attention_mask=torch.zeros_like(pad), use_cache=True, logits_to_keep=1).past_key_values
+            return self(
+                pad, attention_mask=torch.zeros_like(pad), use_cache=True, logits_to_keep=1
+            ).past_key_values
 
     def forward(
         self,
@@ -118,10 +120,10 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[B, T]` int64. With a State, the new tokens only.
-            attention_mask: `[B, T]`, 0 at padding, which may be anywhere in a row and is never read. A longer mask,
-                as it grows in generation, counts by its last T columns. Logits at padding are zero.
-            labels: `[B, T]` int64, as `input_ids`; the loss is on the next token of the row. -100, padding, and the
-                first token of a document that starts inside the call are not predicted.
+            attention_mask: `[B, T]`, 0 at padding, which may be anywhere in a row and is never read. A longer
+                mask, as it grows in generation, counts by its last T columns. Logits at padding are zero.
+            labels: `[B, T]` int64, as `input_ids`; the loss is on the next token of the row. -100, padding,
+                and the first token of a document that starts inside the call are not predicted.
             past_key_values: the State before these tokens; None: they start their streams.
             inputs_embeds: `[B, T, d]`, in place of `input_ids`.
             use_cache: return the State after these tokens (default: the configuration's `use_cache`).
@@ -146,10 +148,14 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         self._check_state(past_key_values, batch)
         for name, value in (("labels", labels), ("shift_labels", shift_labels), ("resets", resets)):
             if value is not None and tuple(value.shape) != (batch, length):
-                raise ShapeError(f"{name} has shape {list(value.shape)}, the tokens {[batch, length]}; make them equal")
+                raise ShapeError(
+                    f"{name} has shape {list(value.shape)}, the tokens {[batch, length]}; make them equal"
+                )
         keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if not keep_all and (labels is not None or shift_labels is not None):
-            raise ShapeError(f"logits_to_keep is {logits_to_keep!r}, but a loss needs all logits; leave it out")
+            raise ShapeError(
+                f"logits_to_keep is {logits_to_keep!r}, but a loss needs all logits; leave it out"
+            )
 
         padding = Padding.build(attention_mask, batch, length)
         ordered_resets = None if resets is None else padding.justify(resets.bool())
@@ -167,7 +173,9 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden.append(padding.restore(x))
-            x, layers[index] = layer(x, None if past_key_values is None else past_key_values.layers.get(index), span)
+            x, layers[index] = layer(
+                x, None if past_key_values is None else past_key_values.layers.get(index), span
+            )
         x = padding.restore(self.norm(x))
 
         kept = x
@@ -199,7 +207,9 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         dims = 2 if inputs_embeds is None else 3
         if tokens.dim() != dims or tokens.shape[0] == 0 or tokens.shape[1] == 0:
             wanted = "[batch, length]" if dims == 2 else f"[batch, length, {self.config.hidden_size}]"
-            raise ShapeError(f"the tokens have shape {list(tokens.shape)}; give {wanted} with at least one token")
+            raise ShapeError(
+                f"the tokens have shape {list(tokens.shape)}; give {wanted} with at least one token"
+            )
         if inputs_embeds is not None:
             return inputs_embeds
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -232,7 +242,8 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             )
         if state.device != self.embed_tokens.weight.device and self.embed_tokens.weight.device.type != "meta":
             raise StateMismatchError(
-                f"the State is on {state.device}, the model on {self.embed_tokens.weight.device}; use State.to"
+                f"the State is on {state.device}, the model on {self.embed_tokens.weight.device}; "
+                f"use State.to"
             )
 
 

@@ -16,9 +16,10 @@ from nestor.models.state import State
 class StatefulGeneration(GenerationMixin):
     """Greedy search, sampling and beam search that start from nothing or from a State.
 
-    A State that is handed in as `past_key_values` already holds the text before `input_ids`, which are new tokens
-    only; it is not changed, and the State after generation comes back with `return_dict_in_generate=True`. As with
-    every Hugging Face cache, the last token generated has not been read yet. Prompts may be padded on either side.
+    A State that is handed in as `past_key_values` already holds the text before `input_ids`, which are new
+    tokens only; it is not changed, and the State after generation comes back with
+    `return_dict_in_generate=True`. As with every Hugging Face cache, the last token generated has not been
+    read yet. Prompts may be padded on either side.
     """
 
     _is_stateful = True
@@ -48,14 +49,18 @@ class StatefulGeneration(GenerationMixin):
             )
         state = model_kwargs.get("past_key_values")
         if state is not None and not isinstance(state, State):
-            raise ConfigError(f"past_key_values is a {type(state).__name__}; generate continues from a nestor.State")
+            raise ConfigError(
+                f"past_key_values is a {type(state).__name__}; generate continues from a nestor.State"
+            )
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool(mask.any(dim=1).all()):
             raise ShapeError("a prompt is all padding; there is nothing to continue")
         if generation_config.prefill_chunk_size is None:
             return
         if mask is not None and not bool(mask[:, -1].all()):
-            raise ConfigError("prefill_chunk_size does not go with right padding; pad the prompts on the left")
+            raise ConfigError(
+                "prefill_chunk_size does not go with right padding; pad the prompts on the left"
+            )
         if state is None:
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             model_kwargs["past_key_values"] = State.empty(rows, device=self.device)
@@ -68,7 +73,10 @@ class StatefulGeneration(GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
         )
         state = model_kwargs.get("past_key_values")
         if isinstance(state, State) and expand_size > 1:

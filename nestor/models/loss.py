@@ -25,7 +25,9 @@ def next_token_targets(labels: Tensor, span: Span) -> Tensor:
     return targets
 
 
-def next_token_loss(logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+def next_token_loss(
+    logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
     """Cross-entropy in nats, float32 at least, of logits `[B, T, V]` on targets `[B, T]`; -100 is ignored.
 
     The mean over targets, or their sum divided by `num_items_in_batch` (gradient accumulation).

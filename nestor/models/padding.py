@@ -36,7 +36,8 @@ class Padding:
         shape = attention_mask.shape
         if len(shape) != 2 or shape[0] != batch or shape[1] < length:
             raise ShapeError(
-                f"attention_mask has shape {list(shape)}; {[batch, length]} is wanted, 1 at tokens and 0 at padding"
+                f"attention_mask has shape {list(shape)}; {[batch, length]} is wanted, "
+                f"1 at tokens and 0 at padding"
             )
         mask = attention_mask[:, -length:].bool()
         if not torch.compiler.is_compiling() and bool(mask.all()):

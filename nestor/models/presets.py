@@ -20,8 +20,8 @@ class Size:
 
     Attributes:
         layers, width, heads: dimensions of the decoder.
-        budget: parameters of one layer in units of `width^2`, the memory's initial weights counted. The feed-forward
-            takes what the mixer leaves, so that presets of a size can be compared.
+        budget: parameters of one layer in units of `width^2`, the memory's initial weights counted. The
+            feed-forward takes what the mixer leaves, so that presets of a size can be compared.
         expansion: inner width of the memory network over its head width.
         chunk: tokens a memory reads between updates of its anchor.
         window: tokens of the attention window, and of a segment of memory-as-context.
@@ -43,9 +43,15 @@ SIZES = {
     "quick": Size(layers=4, width=128, heads=4, budget=14.5, expansion=2, chunk=16, window=64, persistent=4),
     "5m": Size(layers=4, width=256, heads=4, budget=18.8, expansion=2, chunk=64, window=256, persistent=8),
     "60m": Size(layers=10, width=512, heads=8, budget=16.6, expansion=4, chunk=64, window=512, persistent=16),
-    "170m": Size(layers=12, width=768, heads=16, budget=20.5, expansion=4, chunk=64, window=1024, persistent=16),
-    "340m": Size(layers=24, width=1024, heads=16, budget=12.2, expansion=4, chunk=64, window=1024, persistent=16),
-    "760m": Size(layers=24, width=1536, heads=16, budget=12.5, expansion=4, chunk=64, window=1024, persistent=16),
+    "170m": Size(
+        layers=12, width=768, heads=16, budget=20.5, expansion=4, chunk=64, window=1024, persistent=16
+    ),
+    "340m": Size(
+        layers=24, width=1024, heads=16, budget=12.2, expansion=4, chunk=64, window=1024, persistent=16
+    ),
+    "760m": Size(
+        layers=24, width=1536, heads=16, budget=12.5, expansion=4, chunk=64, window=1024, persistent=16
+    ),
 }
 
 EMBEDDINGS = {"embed_tokens", "lm_head"}
@@ -104,10 +110,11 @@ def preset(name: str, size: str = "quick", **overrides: Any) -> NestorConfig:
 
     Args:
         name: one of `list_presets()`.
-        size: quick, 5m, 60m, 170m, 340m or 760m. Models of one size have the same number of layers, width and, to
-            rounding, non-embedding parameters; the feed-forward's inner width is what makes them equal.
-        overrides: settings of `NestorConfig`. `memory` is merged into the preset's. Given `intermediate_size`,
-            parameters are not matched.
+        size: quick, 5m, 60m, 170m, 340m or 760m. Models of one size have the same number of layers, width
+            and, to rounding, non-embedding parameters; the feed-forward's inner width is what makes them
+            equal.
+        overrides: settings of `NestorConfig`. `memory` is merged into the preset's. Given
+            `intermediate_size`, parameters are not matched.
 
     Raises:
         ConfigError: unknown preset, size or setting, or values that do not fit together.
@@ -130,7 +137,9 @@ def preset(name: str, size: str = "quick", **overrides: Any) -> NestorConfig:
     if memory:
         settings["memory"] = {"heads": settings["num_attention_heads"], **memory}
     if settings.get("intermediate_size") is None:
-        settings["intermediate_size"] = _matched_intermediate_size(NestorConfig(**settings), dimensions.budget)
+        settings["intermediate_size"] = _matched_intermediate_size(
+            NestorConfig(**settings), dimensions.budget
+        )
     return NestorConfig(**settings)
 
 
@@ -138,7 +147,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of a model: `total`, `embedding` (input and, if not tied, output), `non_embedding`, and
     `memory_initial`, the part of the latter that is the initial state of fast weights."""
     unique = {id(p): p.numel() for p in model.parameters()}
-    embedding = {id(p): p.numel() for name, p in model.named_parameters() if set(name.split(".")) & EMBEDDINGS}
+    embedding = {
+        id(p): p.numel() for name, p in model.named_parameters() if set(name.split(".")) & EMBEDDINGS
+    }
     initial = {id(p): p.numel() for name, p in model.named_parameters() if "initial" in name.split(".")}
     total, embedded = sum(unique.values()), sum(embedding.values())
     return {
@@ -154,7 +165,10 @@ def _matched_intermediate_size(config: NestorConfig, budget: float) -> int:
     assert config.layer_types is not None
     width, layers = config.hidden_size, config.num_hidden_layers
     with torch.device("meta"):
-        mixers = {kind: build_mixer(kind, config, config.layer_types.index(kind)) for kind in set(config.layer_types)}
+        mixers = {
+            kind: build_mixer(kind, config, config.layer_types.index(kind))
+            for kind in set(config.layer_types)
+        }
     sizes = {kind: sum(p.numel() for p in mixer.parameters()) for kind, mixer in mixers.items()}
     mixing = sum(sizes[kind] for kind in config.layer_types) / layers
     inner = round((budget * width**2 - mixing - 2 * width) / (3 * width) / 8) * 8
@@ -166,8 +180,9 @@ def _matched_intermediate_size(config: NestorConfig, budget: float) -> int:
     return inner
 
 
-
 def _lookup(kind: str, name: str, table: dict[str, Any]) -> Any:
     if name not in table:
-        raise ConfigError(f"unknown {kind} {name!r}; known are {', '.join(table)}. {suggest(name, table)}".rstrip())
+        raise ConfigError(
+            f"unknown {kind} {name!r}; known are {', '.join(table)}. {suggest(name, table)}".rstrip()
+        )
     return table[name]

@@ -10,7 +10,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-
 # Auto class module -> our module, which registers with it when it is imported.
 REGISTRANTS = {
     "transformers.models.auto.configuration_auto": "nestor.models.configuration",
@@ -21,8 +20,8 @@ REGISTRANTS = {
 def register_with_hugging_face() -> None:
     """Register with each Auto class now if it is loaded, else as soon as it is.
 
-    Importing transformers' model classes takes seconds, which a program that only asks for `nestor --help` should
-    not wait for.
+    Importing transformers' model classes takes seconds, which a program that only asks for `nestor --help`
+    should not wait for.
     """
     pending = {}
     for auto, ours in REGISTRANTS.items():
@@ -35,7 +34,7 @@ def register_with_hugging_face() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds no module itself; once another finder's module has been executed, imports the one that waits for it."""
+    """Finds no module itself; once another finder's module is executed, imports the one that waits for it."""
 
     def __init__(self, pending: dict[str, str]) -> None:
         self.pending = pending

@@ -45,8 +45,8 @@ ARCHITECTURE = (
 class State:
     """What a batch of streams has become: per layer its tensors, per row its clock.
 
-    A forward call returns a new State and leaves the one it was given as it was. `generate` takes and returns it as
-    `past_key_values`; input ids that come with a State are the new tokens only.
+    A forward call returns a new State and leaves the one it was given as it was. `generate` takes and returns
+    it as `past_key_values`; input ids that come with a State are the new tokens only.
 
     Attributes:
         layers: by layer index, the tensors of that layer, batch axis first (see `nestor.layers`).
@@ -105,11 +105,16 @@ class State:
             raise ShapeError("stack wants at least one State")
         started = [state for state in states if state.layers]
         if started and len(started) < len(states):
-            raise StateMismatchError("a State that has read nothing cannot be stacked with one that has; run it first")
+            raise StateMismatchError(
+                "a State that has read nothing cannot be stacked with one that has; "
+                "start from model.initial_state"
+            )
         names = {index: set(layer) for index, layer in states[0].layers.items()}
         for state in states[1:]:
             if {index: set(layer) for index, layer in state.layers.items()} != names:
-                raise StateMismatchError("the States to stack have different layers; they come from different models")
+                raise StateMismatchError(
+                    "the States to stack have different layers; they come from different models"
+                )
         layers = {
             index: {name: _join(name, [state.layers[index][name] for state in states]) for name in layer}
             for index, layer in states[0].layers.items()
@@ -131,7 +136,8 @@ class State:
     def save(self, path: str | os.PathLike[str], model: nn.Module) -> None:
         """Write the State of `model` to one safetensors file, atomically.
 
-        The header records the format version, the architecture, a digest of the weights and how much was read.
+        The header records the format version, the architecture, a digest of the weights and how much was
+        read.
         """
         header = {
             "format": FORMAT,
@@ -195,7 +201,7 @@ def is_cache(name: str) -> bool:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a State has to match: the architecture, and a digest of every weight's name, dtype, shape and bits."""
+    """What a State has to match: the architecture, and a digest of all weights: names, dtypes, shapes, bits."""
     config = getattr(model, "config", None)
     architecture = {name: getattr(config, name, None) for name in ARCHITECTURE}
     digest = hashlib.blake2b(digest_size=16)
@@ -243,8 +249,8 @@ def _check_fingerprint(path: str | os.PathLike[str], stored: dict[str, Any], wan
         raise StateMismatchError(f"{os.fspath(path)} is the State of another model: {'; '.join(differences)}")
     if stored.get("weights") != wanted["weights"]:
         raise StateMismatchError(
-            f"{os.fspath(path)} is the State of a model of the same architecture with other weights (or another "
-            f"dtype); load the checkpoint and dtype it was made with"
+            f"{os.fspath(path)} is the State of a model of the same architecture with other weights (or "
+            f"another dtype); load the checkpoint and dtype it was made with"
         )
 
 

@@ -39,7 +39,9 @@ def naive(query, keys, values, first_visible=None, window=None, prefix=None):
 
 
 def make(heads=4, kv_heads=2, window=None, persistent=0, qk_norm=False):
-    layer = Attention(16, heads, kv_heads, window=window, persistent_tokens=persistent, qk_norm=qk_norm).double()
+    layer = Attention(
+        16, heads, kv_heads, window=window, persistent_tokens=persistent, qk_norm=qk_norm
+    ).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return layer

@@ -17,7 +17,12 @@ def test_each_pair_turns_by_position_over_its_wavelength():
         for pair, speed in enumerate([1.0, 0.1]):
             before = torch.complex(x[0, t, 0, pair], x[0, t, 0, pair + 2])
             after = torch.complex(y[0, t, 0, pair], y[0, t, 0, pair + 2])
-            torch.testing.assert_close(after, before * torch.polar(*torch.tensor([[1.0], [place * speed]], dtype=torch.float64))[0], rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                after,
+                before * torch.polar(*torch.tensor([[1.0], [place * speed]], dtype=torch.float64))[0],
+                rtol=1e-12,
+                atol=0,
+            )
 
 
 def test_scores_depend_on_the_distance_only_even_a_million_tokens_in():

@@ -36,7 +36,12 @@ def test_positions_and_clock_equal_a_token_count(case):
     clocks, length, resets, lengths = case
     batch = len(clocks)
     span = Span.build(
-        torch.tensor(clocks), batch, length, "cpu", torch.tensor(lengths[:batch]), torch.tensor(resets[:batch])
+        torch.tensor(clocks),
+        batch,
+        length,
+        "cpu",
+        torch.tensor(lengths[:batch]),
+        torch.tensor(resets[:batch]),
     )
     after = span.clock_after().tolist()
     for row in range(batch):

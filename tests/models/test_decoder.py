@@ -118,7 +118,9 @@ def test_a_padded_batch_equals_each_row_alone(model, tokens, side):
 
 def test_rows_at_different_positions_share_a_batch(model, tokens):
     first, second = tokens(1, 9), tokens(1, 4)
-    stacked = State.stack([model(first).past_key_values, model(second).past_key_values, model.initial_state(1)])
+    stacked = State.stack(
+        [model(first).past_key_values, model(second).past_key_values, model.initial_state(1)]
+    )
     assert stacked.clock.tolist() == [9, 4, 0]
     new = tokens(3, 8)
     mask = torch.ones(3, 8, dtype=torch.int64)

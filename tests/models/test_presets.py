@@ -1,0 +1,61 @@
+"""Presets: names, sizes and equal budgets."""
+
+import pytest
+import torch
+
+import nestor
+from nestor import NestorForCausalLM, count_parameters, list_presets, preset
+from nestor.errors import ConfigError
+from nestor.models.presets import SIZES
+
+NOMINAL = {"quick": 0.98e6, "5m": 5e6, "60m": 43.6e6, "170m": 145e6, "340m": 307e6, "760m": 708e6}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_presets_of_a_size_have_the_same_budget_and_shape(size):
+    totals = {}
+    for name in list_presets():
+        config = preset(name, size)
+        with torch.device("meta"):
+            model = NestorForCausalLM(config)
+        counts = count_parameters(model)
+        assert counts["total"] == counts["embedding"] + counts["non_embedding"]
+        assert counts["embedding"] == config.vocab_size * config.hidden_size
+        assert (counts["memory_initial"] > 0) == name.startswith("titans")
+        totals[name] = counts["non_embedding"]
+        assert abs(counts["total"] / NOMINAL[size] - 1) < 0.02
+    assert max(totals.values()) < 1.01 * min(totals.values())
+
+
+def test_memory_initial_weights_are_counted_once_and_by_their_shapes():
+    counts = count_parameters(NestorForCausalLM(preset("titans-lmm", "quick")))
+    head, inner = 32, 64
+    assert counts["memory_initial"] == 4 * 4 * 2 * head * inner
+
+
+def test_overrides_take_effect_and_scale_the_budget():
+    config = preset("transformer", "quick", hidden_size=64, sliding_window=16, vocab_size=99)
+    assert config.layer_types == ["sliding_attention"] * 4
+    assert config.vocab_size == 99
+    count = count_parameters(NestorForCausalLM(config))["non_embedding"]
+    assert abs(count / (4 * 14.5 * 64**2) - 1) < 0.03
+    memory = preset("titans-mag", "quick", memory={"chunk_size": 8}).memory
+    assert memory == {"heads": 4, "depth": 2, "expansion": 2, "chunk_size": 8}
+
+
+def test_unknown_names_get_a_suggestion():
+    with pytest.raises(ConfigError, match=r"unknown preset 'titan-mag'.*Did you mean 'titans-mag'"):
+        preset("titan-mag")
+    with pytest.raises(ConfigError, match=r"unknown size '17m'.*Did you mean '170m'"):
+        preset("transformer", "17m")
+    with pytest.raises(ConfigError, match=r"unknown setting 'sliding_windw'.*Did you mean 'sliding_window'"):
+        preset("transformer", sliding_windw=3)
+    with pytest.raises(ConfigError, match="set intermediate_size, or a smaller memory"):
+        preset("titans-mag", "quick", memory={"expansion": 64})
+
+
+def test_the_package_exports_what_it_lists():
+    for name in nestor.__all__:
+        assert getattr(nestor, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = nestor.nothing
