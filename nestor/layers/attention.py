@@ -232,8 +232,8 @@ def keep_recent(joined: Tensor, span: Span, limit: int | None = None) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions: `y = softmax(q k^T / sqrt(p)) v W_o`.
 
-    State: `cache.key`, `cache.value` `[B, n, Hkv, p]` (keys after rotation), `clock` `[B]` int64, the tokens of
-    the current document read so far; the last `min(clock, n)` cache entries are theirs.
+    State: `cache.key`, `cache.value` `[B, n, Hkv, p]` (keys after rotation), `clock` `[B]` int64, the tokens
+    of the current document read so far; the last `min(clock, n)` cache entries are theirs.
 
     Args:
         hidden_size: width `d`.
@@ -299,8 +299,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`[B, T, d]` to `[B, T, d]` and the state after the call.
 
-        prefix: `[N, d]` persistent tokens given by the caller instead of learned here: input vectors whose keys
-        and values are visible from everywhere, without positions.
+        prefix: `[N, d]` persistent tokens given by the caller instead of learned here: input vectors whose
+        keys and values are visible from everywhere, without positions.
         """
         batch, length, _ = x.shape
         if span is None:

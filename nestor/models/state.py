@@ -201,7 +201,7 @@ def is_cache(name: str) -> bool:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a State has to match: the architecture, and a digest of all weights: names, dtypes, shapes, bits."""
+    """What a State has to match: the architecture, and a digest of all weights, names and dtypes included."""
     config = getattr(model, "config", None)
     architecture = {name: getattr(config, name, None) for name in ARCHITECTURE}
     digest = hashlib.blake2b(digest_size=16)

@@ -58,6 +58,12 @@ def tiny():
     return build
 
 
+@pytest.fixture
+def variants():
+    """The names of all kinds of model that can be built."""
+    return [name for name in VARIANTS if available(name)]
+
+
 @pytest.fixture(params=[name for name in VARIANTS if available(name)])
 def variant(request):
     """The name of each kind of model in turn."""

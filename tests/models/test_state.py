@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nestor import State
+from nestor import NestorForCausalLM, State
 from nestor.errors import DataError, FileFormatError, ShapeError, StateMismatchError
 from nestor.files import read_tensors, write_tensors
 from nestor.models import state as module
@@ -85,29 +85,38 @@ def test_detach_stops_gradients_at_the_state(model, tokens):
     assert equal(detached, state)
 
 
-def test_a_saved_state_goes_on_in_a_new_process(model, tokens, tmp_path):
-    ids, new = tokens(2, 10), tokens(2, 7)
-    model.save_pretrained(tmp_path / "model")
-    # Another process reads the weights from the file, so this one does as well.
-    model = type(model).from_pretrained(tmp_path / "model", dtype=torch.float64)
-    with torch.no_grad():
-        state = model(ids).past_key_values
-        state.save(tmp_path / "user.state", model)
-        expected = model(new, past_key_values=state).logits
+def test_saved_states_go_on_in_a_new_process(variants, tiny, tokens, tmp_path):
+    new = tokens(2, 7)
+    expected = {}
+    for variant in variants:
+        folder = tmp_path / variant
+        tiny(variant).save_pretrained(folder)
+        # Another process reads the weights from the file, so this one does as well.
+        model = NestorForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        with torch.no_grad():
+            # 10 is inside a chunk of memory and inside a segment.
+            state = model(tokens(2, 10)).past_key_values
+            state.save(folder / "user.state", model)
+            expected[variant] = model(new, past_key_values=state).logits
     write_tensors(tmp_path / "new.safetensors", {"new": new})
     program = """
 import sys, torch, nestor
 from transformers import AutoModelForCausalLM
 from nestor.files import read_tensors, write_tensors
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder + "/model", dtype=torch.float64)
-state = nestor.State.load(folder + "/user.state", model)
-with torch.no_grad():
-    new = read_tensors(folder + "/new.safetensors")[0]["new"]
-    write_tensors(folder + "/out.safetensors", {"logits": model(new, past_key_values=state).logits})
+folder, *variants = sys.argv[1:]
+new = read_tensors(folder + "/new.safetensors")[0]["new"]
+logits = {}
+for variant in variants:
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{variant}", dtype=torch.float64)
+    state = nestor.State.load(f"{folder}/{variant}/user.state", model)
+    with torch.no_grad():
+        logits[variant] = model(new, past_key_values=state).logits
+write_tensors(folder + "/out.safetensors", logits)
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)
-    assert torch.equal(read_tensors(tmp_path / "out.safetensors")[0]["logits"], expected)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path), *variants], check=True, capture_output=True)
+    logits, _ = read_tensors(tmp_path / "out.safetensors")
+    for variant in variants:
+        assert torch.equal(logits[variant], expected[variant]), variant
 
 
 def test_the_header_says_what_was_read_and_by_what(tiny, tokens, tmp_path):
