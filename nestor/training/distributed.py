@@ -7,8 +7,8 @@ gradient, that one process would compute.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,20 +29,20 @@ class Processes:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         arguments: dict[str, Any] = {"cpu": True} if config.run.device == "cpu" else {}
-        # Mixed precision is an autocast region of the loop, over weights that stay float32. The trackers are
-        # accelerate's; wrapping is: DDP, or FSDP2 with one shard group per layer of the model.
+        # Mixed precision is an autocast region of the loop, over weights that stay float32.
         tracker = tracker_of(config)
         self.accelerator = Accelerator(
             mixed_precision="no",
             log_with=tracker,
             project_dir=str(config.folder) if tracker else None,
-            kwargs_handlers=[_ddp_settings()],
-            fsdp_plugin=_fsdp_plugin() if config.run.parallel == "fsdp2" else None,
+            # Gradients as views of the buckets save a copy of each.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             **arguments,
         )
+        self.sharded = config.run.parallel == "fsdp2"
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -67,30 +67,40 @@ class Processes:
         self.lanes = rank_lanes(lanes, self.rank, self.world)
 
     def __str__(self) -> str:
-        return str(self.device) if self.world == 1 else f"{self.world} x {self.device.type}"
+        if self.world == 1:
+            return str(self.device)
+        return f"{self.world} x {self.device.type}" + (", sharded" if self.sharded else "")
 
-    def prepare(
-        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-    ) -> tuple[nn.Module, list[Any]]:
-        """Model and optimisers on the device, wrapped for several processes."""
-        if self.accelerator.is_fsdp2:
-            model, *prepared = self.accelerator.prepare(model, *optimizers)
-            return model, [getattr(optimizer, "optimizer", optimizer) for optimizer in prepared]
-        return self.accelerator.prepare(model), list(optimizers)
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model on the device, as a replica or sharded. Optimisers are made from it afterwards."""
+        if not self.sharded:
+            return self.accelerator.prepare(model)
+        return shard(model.to(self.device), self.device.type, self.world)
 
-    def plain(self, model: nn.Module) -> nn.Module:
+    def plain(self, model: nn.Module) -> Any:
         """The model under its wrapping."""
         return self.accelerator.unwrap_model(model)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights, whole. With sharded parameters this is a collective."""
-        if self.accelerator.is_fsdp2:
-            return self.accelerator.get_state_dict(model)
-        return self.plain(model).state_dict()
+        """All weights, whole; tied ones are one tensor. With sharded weights this is a collective."""
+        gathered: dict[int, Tensor] = {}
+        weights = {}
+        for name, tensor in self.plain(model).state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:
+                gathered[id(tensor)] = whole(tensor)
+            weights[name] = gathered[id(tensor)]
+        return weights
 
-    def without_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Backward passes in here add to the local gradient only."""
-        return self.accelerator.no_sync(model) if self.world > 1 else nullcontext()
+    @contextmanager
+    def without_sync(self, model: Any) -> Iterator[None]:
+        """Backward passes in here add to the gradient of this process only."""
+        if self.sharded:
+            model.set_requires_gradient_sync(False)
+            yield
+            model.set_requires_gradient_sync(True)
+        else:
+            with self.accelerator.no_sync(model):
+                yield
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes."""
@@ -123,23 +133,31 @@ def tracker_of(config: TrainConfig) -> str | None:
     return name if name != "none" and importlib.util.find_spec(name) is not None else None
 
 
+def shard(model: nn.Module, device_type: str, world: int) -> nn.Module:
+    """FSDP2: each layer's parameters in equal parts over the processes, gathered while the layer computes.
+
+    Layers are the modules that the model class names in `_no_split_modules`; what is left, embeddings and the
+    last norm, is one more group. This is `fully_shard` directly: accelerate applies it on GPUs only, and an
+    equality that cannot be tested on a CPU would not be tested.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device_type, (world,))
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor with all its parts, if it is sharded."""
+    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
 def clip_gradient(model: nn.Module, limit: float) -> Tensor:
     """Scale the gradient to a norm of at most `limit` (0: leave it); returns its norm before."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def _ddp_settings() -> Any:
-    from accelerate import DistributedDataParallelKwargs
-
-    # There are no buffers to keep equal, and gradients as views of the buckets save a copy of each.
-    return DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def _fsdp_plugin() -> Any:
-    from accelerate import FullyShardedDataParallelPlugin
-
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
-    )
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf")))

@@ -123,8 +123,9 @@ class Run:
         self.held_out = valid_stream(config, self.tokenizer, processes) if config.run.eval_every else None
 
         self.flops_per_token = flops_per_token(model, config.data.sequence_length)
-        model.to(processes.device)
-        self.model, self.optimizers = processes.prepare(model, build_optimizers(model, config.optimizer))
+        self.model = processes.prepare(model)
+        self.plain = processes.plain(self.model)
+        self.optimizers = build_optimizers(self.plain, config.optimizer)
         if config.run.compile:
             self.model.compile()
         self.model.train()
@@ -289,12 +290,12 @@ class Run:
             return
         with self.reporter.pause():
             weights = self.processes.weights(self.model)
-            moments = optimizer_state(self.model, self.optimizers)
+            moments = optimizer_state(self.plain, self.optimizers)
             generators = self.processes.gather(checkpoints.random_state())
             state = self.gather_state()
 
             def write(folder: Path) -> None:
-                save_model(self.processes.plain(self.model), folder, weights)
+                save_model(self.plain, folder, weights)
                 write_tensors(folder / "optimizer.safetensors", moments)
                 checkpoints.write_random_states(folder / "rng.safetensors", generators)
                 if state is not None:
@@ -315,7 +316,7 @@ class Run:
     def restore(self, found: Path, saved: dict[str, Any]) -> None:
         """Everything but the weights, which the model was built with."""
         moments, _ = read_tensors(found / "optimizer.safetensors")
-        load_optimizer_state(self.model, self.optimizers, moments)
+        load_optimizer_state(self.plain, self.optimizers, moments)
         self.stream.load_state_dict(saved["data"])
         if (found / "state.safetensors").is_file() and self.config.run.state_mode != "reset":
             tensors, _ = read_tensors(found / "state.safetensors")
@@ -339,7 +340,7 @@ class Run:
         weights = self.processes.weights(self.model)
 
         def write(folder: Path) -> None:
-            save_model(self.processes.plain(self.model), folder, weights)
+            save_model(self.plain, folder, weights)
             self.tokenizer.save_pretrained(folder)
 
         if self.processes.is_main:
@@ -357,7 +358,7 @@ class Run:
             "torch_version": torch.__version__,
             "steps": self.step,
             "tokens": self.step * self.config.tokens_per_step,
-            "parameters": sum(p.numel() for p in self.processes.plain(self.model).parameters()),
+            "parameters": sum(p.numel() for p in self.plain.parameters()),
             "metrics": self.reporter.latest,
             "best_valid_loss": None if math.isinf(self.best) else self.best,
             "best_step": self.best_step,
@@ -375,7 +376,7 @@ class Run:
     def announce(self) -> None:
         """Say what runs where, and what may surprise."""
         config, say = self.config, self.reporter.say
-        model: Any = self.processes.plain(self.model)
+        model = self.plain
         kind = config.model.path or f"{config.model.preset} {config.model.size}"
         count = f"{sum(p.numel() for p in model.parameters()):,} parameters"
         length = f"{self.total:,} steps of {config.data.batch_size} x {config.data.sequence_length} tokens"

@@ -62,8 +62,8 @@ def open_model(folder: Path, dtype: torch.dtype) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise FileFormatError(f"{folder} does not hold a model that can be read: {reason}") from error
     for parameter in model.parameters():
-        # In a mapped file tensors lie at any address, and on a CPU the rounding of a matrix product depends on
-        # how its operands are aligned; fresh memory is always aligned alike.
+        # In a mapped file tensors lie at any address, and on a CPU the rounding of a matrix product depends
+        # on how its operands are aligned; fresh memory is always aligned alike.
         parameter.data = parameter.data.clone()
     return model
 

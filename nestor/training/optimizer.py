@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nestor.errors import ConfigError, FileFormatError
 from nestor.training.config import OptimizerConfig
+from nestor.training.distributed import whole
 
 # A matrix narrower than this maps to a few numbers per head (gates); orthogonalising its update would give
 # each of them the same weight, whatever its gradient says.
@@ -105,7 +106,7 @@ def optimizer_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
     With sharded parameters this is a collective: every process calls it and gets the same.
     """
     return {
-        f"{name}/{key}": _whole(value if isinstance(value, Tensor) else torch.tensor(value)).cpu()
+        f"{name}/{key}": whole(value if isinstance(value, Tensor) else torch.tensor(value)).cpu()
         for optimizer, name, parameter in _parameters(model, optimizers)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -154,10 +155,6 @@ def _parameters(
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 yield optimizer, names[id(parameter)], parameter
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def _like(value: Tensor, parameter: Any) -> Tensor:

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from nestor.training import train
 from nestor.training.checkpoint import list_checkpoints
 
 
@@ -60,9 +61,10 @@ def test_two_processes_equal_one(tiny, tmp_path, weights, parallel):
         run__out=str(tmp_path / "two"), data__sources=sources, run__parallel=parallel,
         run__accumulation=2, **settings,
     )  # fmt: skip
-    run(command(one, tmp_path, name="one.toml"))
+    train(one, quiet=True)
     out = run(command(two, tmp_path, processes=2, name="two.toml"))
     assert "on 2 x cpu" in out and out.count("finished:") == 1
+    assert ("sharded" in out) is (parallel == "fsdp2")
     alone, together = weights(one.folder / "final"), weights(two.folder / "final")
     assert alone.keys() == together.keys()
     for name in alone:

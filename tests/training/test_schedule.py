@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_cosine_is_half_way_in_the_middle_and_ends_at_the_final_factor():
 def test_wsd_is_stable_and_then_falls_linearly():
     values = curve(100, name="wsd", warmup=10, decay=0.2, final=0.0)
     assert values[10:81] == [1.0] * 71
-    steps = [a - b for a, b in zip(values[80:], values[81:], strict=False)]
+    steps = [a - b for a, b in pairwise(values[80:])]
     assert values[-1] == 0.0 and all(math.isclose(step, steps[0]) for step in steps)
 
 
