@@ -23,16 +23,19 @@ def next_start(state: Any, mode: str) -> Any:
 
 def _passed(state: Any) -> Any:
     layers = {
-        index: {name: _pass_tensor(name, tensor) for name, tensor in layer.items()}
-        for index, layer in state.layers.items()
+        index: {name: _pass_tensor(name, layer) for name in layer} for index, layer in state.layers.items()
     }
     return type(state)(layers, state.clock.new_zeros(state.clock.shape))
 
 
-def _pass_tensor(name: str, tensor: Tensor) -> Tensor:
-    kinds = name.split(".")
-    if "cache" in kinds:
+def _pass_tensor(name: str, layer: dict[str, Tensor]) -> Tensor:
+    tensor = layer[name]
+    first, _, rest = name.partition(".")
+    if "cache" in name.split("."):
         return tensor[:, :0]
-    if "tail" in kinds or "clock" in kinds:
+    if "tail" in name or name.endswith("clock"):
         return tensor.new_zeros(tensor.shape)
+    if first == "segment":
+        # Memory-as-context reads from the memory as it was when the segment began, and one begins now.
+        tensor = layer[f"memory.weights.{rest}"]
     return tensor.roll(1, 0)
