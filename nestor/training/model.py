@@ -52,9 +52,11 @@ def open_model(folder: Path, dtype: torch.dtype) -> Any:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     import nestor  # noqa: F401  (registers the Nestor models with the Auto classes)
 
+    logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
     try:
         model = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True)

@@ -1,6 +1,7 @@
 """Runs in processes of their own: torchrun, Ctrl-C, kill -9."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,12 @@ def test_two_processes_equal_one(tiny, tmp_path, weights, parallel):
     assert alone.keys() == together.keys()
     for name in alone:
         assert torch.allclose(alone[name], together[name], rtol=0, atol=1e-6), name
+    if parallel == "ddp":
+        # One process goes on with the run of two, from the middle.
+        shutil.rmtree(two.folder / "checkpoints" / "step-000006")
+        shutil.rmtree(two.folder / "final")
+        for name, tensor in weights(train(two, quiet=True).final).items():
+            assert torch.allclose(alone[name], tensor, rtol=0, atol=1e-6), name
     lines = [(config.folder / "metrics.jsonl").read_text().splitlines() for config in (one, two)]
     assert len(lines[0]) == len(lines[1])
 
