@@ -13,12 +13,17 @@ from typing import Any
 class StopRequest:
     """Remembers the first SIGINT or SIGTERM while it is entered; the loop asks `received` between steps.
 
-    A second SIGINT leaves the process without unwinding: whatever file was being written is a temporary one.
+    After the first, SIGINT has the system's own effect again: it ends the process wherever it is, even inside
+    a call that does not return. Whatever file was being written is a temporary one.
     Outside the main thread, where Python takes no signals, nothing is caught.
+
+    Args:
+        quiet: do not say that the request was taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.received = 0
+        self.quiet = quiet
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -35,11 +40,13 @@ class StopRequest:
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            # The live display hides the cursor; a process that ends here has to show it again.
-            message = "\nstopped at once; the last checkpoint is whole\n"
-            os.write(
-                sys.stderr.fileno(), ("\x1b[?25h" if sys.stderr.isatty() else "").encode() + message.encode()
-            )
-            os._exit(128 + number)
-        self.received = self.received or number
+        if self.received:
+            return
+        self.received = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self.quiet:
+            # The live display hides the cursor, and the next Ctrl-C would leave it so. A handler may run inside
+            # another write to the same stream, so it writes past Python's buffers.
+            show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+            text = "\nfinishing this step, then saving; Ctrl-C again stops at once\n"
+            os.write(2, (show_cursor + text).encode())

@@ -81,7 +81,7 @@ def train(
         processes.wait()
         run = Run(config, processes, newest_checkpoint(config.folder), on_step, quiet)
         try:
-            with StopRequest() as stop:
+            with StopRequest(quiet or not processes.is_main) as stop:
                 return run.execute(stop)
         finally:
             run.close()

@@ -41,7 +41,8 @@ def build_model(config: TrainConfig, tokenizer: Any, checkpoint: Path | None) ->
         "tokenizer_name": ByteTokenizer.name if isinstance(tokenizer, ByteTokenizer) else None,
     }
     architecture = preset(config.model.preset, config.model.size, **(settings | config.model.overrides))
-    return NestorForCausalLM(architecture).to(dtype)
+    model: Any = NestorForCausalLM(architecture)
+    return model.to(dtype)
 
 
 def open_model(folder: Path, dtype: torch.dtype) -> Any:

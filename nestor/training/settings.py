@@ -154,12 +154,10 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 def dotted_keys(cls: type, path: str = "") -> list[str]:
     """All keys of a dataclass and the dataclasses in it."""
     keys: list[str] = []
-    hints: dict[str, Any] = typing.get_type_hints(cls)
-    for name, hint in hints.items():
-        inner = (
-            dotted_keys(hint, _join(path, name)) if dataclasses.is_dataclass(hint) else [_join(path, name)]
-        )
-        keys += inner
+    for name, hint in typing.get_type_hints(cls).items():
+        full = _join(path, name)
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        keys += dotted_keys(hint, full) if nested else [full]
     return keys
 
 
