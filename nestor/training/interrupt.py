@@ -45,8 +45,8 @@ class StopRequest:
         self.received = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self.quiet:
-            # The live display hides the cursor, and the next Ctrl-C would leave it so. A handler may run inside
-            # another write to the same stream, so it writes past Python's buffers.
+            # The live display hides the cursor, and the next Ctrl-C would leave it so. A handler may run
+            # inside another write to the same stream, so it writes past Python's buffers.
             show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
             text = "\nfinishing this step, then saving; Ctrl-C again stops at once\n"
             os.write(2, (show_cursor + text).encode())
