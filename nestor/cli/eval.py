@@ -214,17 +214,17 @@ def _bars(quiet: bool) -> Iterator[Any]:
 def _print_summary(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from nestor.evaluation.summary import summary_table
 
     columns, rows = summary_table(result)
-    # Models across, numbers down: a terminal is narrow.
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
+    for number, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if number else "left")
     for row in rows:
-        table.add_column(row[0], justify="right")
-    for number, column in enumerate(columns[1:], start=1):
-        table.add_row(column, *[row[number] for row in rows])
+        # Brackets of an interval are not markup.
+        table.add_row(*[Text(cell) for cell in row])
     Console().print(table)
 
 

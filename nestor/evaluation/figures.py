@@ -64,10 +64,8 @@ def perplexity_figures(results: Results, models: Sequence[Mapping[str, Any]]) ->
                 "Bits per byte against the position in the text, one curve for each model.",
             ),
             "Each step is the mean over all tokens at these positions, read from the beginning of the "
-            "passage with "
-            "the State carried. Bands are 95 % bootstrap intervals. Left of the dashed lines attention "
-            "alone can "
-            "see the whole text.",
+            "passage with the State carried. Bands are 95 % bootstrap intervals. Left of the dashed lines "
+            "attention alone can see the whole text.",
         )
     ]
     by_context, carried = [], []
@@ -96,8 +94,7 @@ def perplexity_figures(results: Results, models: Sequence[Mapping[str, Any]]) ->
                     "Bits per byte of the same tokens against the context they are given.",
                 ),
                 f"The same blocks of {block} {unit} each time, read from a fresh State that starts so "
-                f"many {unit} "
-                "before the block. Dotted: the State carried from the beginning of the text.",
+                f"many {unit} before the block. Dotted: the State carried from the beginning of the text.",
             )
         )
     return figures
@@ -132,11 +129,9 @@ def recall_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> lis
                 ),
                 "Share of exactly right answers against the distance of the fact, one curve for each model.",
             ),
-            "A fact is stated in real text and asked for so many tokens later. An answer counts if "
-            "greedy decoding "
-            "gives all of it. Bands are 95 % Wilson intervals. Right of the attention reach nothing but "
-            "the memory "
-            "can know the answer.",
+            "A fact is stated in real text and asked for so many tokens later. An answer counts if greedy "
+            "decoding gives all of it. Bands are 95 % Wilson intervals. Right of the attention reach "
+            "nothing but the memory can know the answer.",
         ),
         Figure(
             "recall-answer-bits",
@@ -149,8 +144,7 @@ def recall_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> lis
                 "Bits of the right answer against the distance of the fact.",
             ),
             "The same questions: -log2 of the probability of the right answer. It moves before exact "
-            "match does. "
-            "Dotted: questions about a fact that was never stated.",
+            "match does. Dotted: questions about a fact that was never stated.",
         ),
     ]  # fmt: skip
 
@@ -177,9 +171,8 @@ def mqar_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> list[
                 ),
                 "Accuracy of associative recall against distance.",
             ),
-            "Key-value pairs of plain tokens, then every key again: only a model that was trained on "
-            "this task can "
-            "do it. Bands are 95 % bootstrap intervals over documents.",
+            "Key-value pairs of plain tokens, then every key again: only a model that was trained on this "
+            "task can do it. Bands are 95 % bootstrap intervals over documents.",
         )
     ]
 

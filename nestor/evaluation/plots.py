@@ -22,6 +22,8 @@ from nestor.errors import DataError
 from nestor.files import atomic_write
 
 DPI = 160
+# Height of a line of names, as a share of the axes.
+_ROW = 0.07
 # Okabe and Ito, "Color Universal Design" (2008); black and yellow vanish on one of the grounds.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -180,6 +182,7 @@ def _draw_curves(series: Sequence[Series], axes: Axes, theme: Theme) -> Figure:
     else:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     if axes.percent:
+        ax.set_yticks(np.linspace(0, 1, 6))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     if axes.y_range is not None:
         ax.set_ylim(*axes.y_range)
@@ -214,35 +217,44 @@ def _draw_series(ax: Any, item: Series, number: int, theme: Theme) -> None:
             )
         return
     x = np.asarray(item.x, dtype=np.float64)
-    ax.plot(
-        x, y, color=colour, linewidth=2, linestyle=dash, label=item.name,
-        marker=MARKERS[number % len(MARKERS)], markersize=5.5, markeredgecolor=theme.ground, markeredgewidth=0.8,
-    )  # fmt: skip
+    marker = MARKERS[number % len(MARKERS)]
+    (line,) = ax.plot(x, y, color=colour, linewidth=2, linestyle=dash, marker=marker, label=item.name)
+    line.set(markersize=5.5, markeredgecolor=theme.ground, markeredgewidth=0.8)
     if low is not None and high is not None:
         ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def _draw_marks(ax: Any, marks: Sequence[Mark], theme: Theme) -> None:
-    """Lines with their names along the top; names of near lines go on rows of their own."""
-    vertical = [mark for mark in marks if not mark.horizontal]
-    for row, mark in enumerate(sorted(vertical, key=lambda m: m.value)):
+    """Lines with their names in a free band above the curves, a row for each vertical line."""
+    for mark in (mark for mark in marks if mark.horizontal):
+        colour = theme.ink if mark.series is None else theme.colours[mark.series % len(theme.colours)]
+        ax.axhline(mark.value, color=colour, linewidth=1.1, linestyle=(0, (1, 2)), label=mark.label)
+    vertical = sorted((mark for mark in marks if not mark.horizontal), key=lambda mark: mark.value)
+    if not vertical:
+        return
+    ticks = ax.get_yticks()
+    low, high = ax.get_ylim()
+    band = _ROW * len(vertical) + 0.01
+    ax.set_ylim(low, low + (high - low) / (1 - band))
+    ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+    # A line at the right edge has its name on its left.
+    middle = ax.transAxes.inverted()
+    for row, mark in enumerate(vertical):
         colour = theme.ink if mark.series is None else theme.colours[mark.series % len(theme.colours)]
         ax.axvline(mark.value, color=colour, linewidth=1.3, linestyle=(0, (3, 2)))
-        # The first row of names starts below the top edge; each next one is lower, so names never overlap.
+        place = middle.transform(ax.transData.transform((mark.value, low)))[0]
         ax.annotate(
             mark.label,
-            xy=(mark.value, 0.975 - 0.075 * row),
+            xy=(mark.value, 0.985 - _ROW * row),
             xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
+            xytext=(4 if place < 0.7 else -4, 0),
             textcoords="offset points",
             color=colour,
             fontsize=9,
             va="top",
+            ha="left" if place < 0.7 else "right",
             bbox={"facecolor": theme.ground, "edgecolor": "none", "alpha": 0.75, "pad": 1.2},
         )
-    for mark in (mark for mark in marks if mark.horizontal):
-        colour = theme.ink if mark.series is None else theme.colours[mark.series % len(theme.colours)]
-        ax.axhline(mark.value, color=colour, linewidth=1.1, linestyle=(0, (1, 2)), label=mark.label)
 
 
 def _draw_heatmap(

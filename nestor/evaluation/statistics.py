@@ -33,7 +33,8 @@ _BLOCK_NUMBERS = 4_000_000
 class Interval:
     """An estimate with its two-sided confidence interval.
 
-    `low` and `high` are None where no interval can be given: one document, or nothing measured.
+    `low` and `high` are None where no interval can be given: one document, nothing measured, or a bootstrap
+    over units that are all the same, which says nothing about how far others would differ.
     `estimate` is None where nothing was measured.
     """
 
@@ -208,7 +209,7 @@ def _resample(statistic: Callable[..., NDArray], sums: list[NDArray], resamples:
 def _bca_column(estimate: float, draws: NDArray, jackknife: NDArray, level: float, n: int) -> Interval:
     """z0 and a of Efron (1987), eq. 6.6 and 6.7, then the percentiles they pick."""
     draws, jackknife = draws[np.isfinite(draws)], jackknife[np.isfinite(jackknife)]
-    if n < 2 or not np.isfinite(estimate) or len(draws) == 0:
+    if n < 2 or not np.isfinite(estimate) or len(draws) == 0 or np.ptp(draws) <= 1e-12 * abs(estimate):
         return Interval(_number(estimate), None, None, level, "bootstrap-bca", n)
     # Ties count half: proportions and other coarse statistics have many.
     below = ((draws < estimate).sum() + 0.5 * (draws == estimate).sum()) / len(draws)

@@ -162,7 +162,8 @@ def device_name(device: Any) -> str:
     """The device in words: the GPU's name, or the CPU with its threads."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.machine()} {sys.platform}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device} ({platform.machine()} {sys.platform}, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def _perplexity(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def figures_of(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def summary_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: one model a row, the headline number of each suite."""
+    """Columns and rows: a model in each column, the headline number of each suite in the rows."""
     results = result["results"]
     columns = ["model", "parameters", "attention reach"]
     columns += [name for suite, part in results.items() for name in _headlines(suite, part, None)]
@@ -47,7 +47,9 @@ def summary_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
             for value in _headlines(suite, part, model["name"]).values()
         ]
         rows.append(row)
-    return columns, rows
+    return ["", *[row[0] for row in rows]], [
+        [column, *[row[number] for row in rows]] for number, column in enumerate(columns) if number
+    ]
 
 
 def build_report(
@@ -140,8 +142,7 @@ def _recall_table(section: Section, part: Mapping[str, Any]) -> None:
     models = part["models"]
     section.text(
         "A fact is stated in real text; after the distance it is asked for. Exact match counts answers "
-        "that greedy "
-        "decoding gives completely."
+        "that greedy decoding gives completely."
     )
     columns = ["distance (tokens)", "n"] + [f"{n}: {what}" for n in models for what in ("exact", "bits")]
     rows = []
@@ -221,8 +222,7 @@ def _differences(section: Section, suite: str, part: Mapping[str, Any]) -> None:
         section.table(
             ["difference", "over", "bits per byte" if suite == "perplexity" else "exact match"],
             rows,
-            "Paired differences on the same text: zero outside of the interval is a difference beyond "
-            "chance.",
+            "Paired differences on the same text; an interval without zero is a difference beyond chance.",
             left=(0, 1),
         )
     elif len(part["models"]) > 1 and part.get("paired") is False:

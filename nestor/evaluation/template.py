@@ -47,6 +47,8 @@ section {
 .facts dd { margin: .1rem 0 0; font-size: 1.35rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .facts dd small { display: block; font-size: .8rem; font-weight: 400; color: var(--soft); }
 .wide { overflow-x: auto; margin: .4rem 0 1rem; }
+td { white-space: nowrap; }
+.settings td.left, td.text { white-space: normal; }
 table { border-collapse: collapse; font-size: .92rem; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .88rem; padding-bottom: .45rem; }
 th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }

@@ -22,6 +22,12 @@ from nestor.ops.neural_memory import MemorySpec, MemoryState, apply_network, neu
 
 LayerState = dict[str, Tensor]
 
+# Standard deviation of the initial output weights of a memory network. A layer norm behind them multiplies inner
+# gradients by its inverse, and their square is the natural write step: small weights make a memory that explodes.
+OUTPUT_STD = 0.5
+# Mean of silu(z)^2 and, nearly, gelu(z)^2 for a standard normal z.
+HIDDEN_SQUARE = 0.36
+
 _writes: ContextVar[list[Tensor] | None] = ContextVar("nestor_writes", default=None)
 
 
@@ -58,8 +64,10 @@ class NeuralMemory(nn.Module):
         depth: layers of the memory network, 1 (linear) to 4. expansion: hidden width over p.
         chunk_size: tokens that share one anchor; the model must run with the chunk size it was trained with.
         momentum, forget: whether the surprise has momentum, and whether the memory forgets.
-        max_step: largest write step before the factor `1 - eta`; None: `min(1, 4 / chunk_size) / loss_scale`,
-            which stays stable when every token of a chunk has the same key.
+        max_step: largest write strength, before the factor `1 - eta`: the share of a token's error that one step
+            at that strength takes away, to first order and at the initial weights. The write step theta is the
+            strength over the curvature of the inner loss (`_curvature`). None: `min(1, 4 / chunk_size)`, at which
+            the initial gates stay stable even if every token of a chunk has the same key.
         step_bias, momentum_bias, forget_bias: biases of the three gates' sigmoids at initialisation.
         conv_kernel: tokens seen by the short convolution on q, k, v; 0: none.
         output_gate: multiply by `sigmoid(x W_G)` before the output projection.
@@ -97,7 +105,6 @@ class NeuralMemory(nn.Module):
         decay: str = "initial",
         grad_at: str = "pre_decay",
         recompute: bool = False,
-        initial_scale: float = 1.0,
         rms_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -112,9 +119,7 @@ class NeuralMemory(nn.Module):
         )
         self.dim, self.heads, self.head_dim, self.depth = dim, heads, dim // heads, depth
         self.momentum, self.forget = momentum, forget
-        self.max_step = max_step if max_step is not None else min(1.0, 4.0 / chunk_size) / loss_scale
         self.gate_biases = (step_bias, momentum_bias, forget_bias)
-        self.initial_scale = initial_scale
 
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
@@ -124,6 +129,8 @@ class NeuralMemory(nn.Module):
             nn.ModuleDict({name: ShortConvolution(dim, conv_kernel) for name in "qkv"}) if conv_kernel else None
         )
         hidden = max(1, round(expansion * self.head_dim))
+        strength = max_step if max_step is not None else min(1.0, 4.0 / chunk_size)
+        self.max_theta = strength / (loss_scale * _curvature(norm, depth, hidden))
         widths = [self.head_dim] + [hidden] * (depth - 1) + [self.head_dim]
         self.initial = nn.ParameterList(
             nn.Parameter(torch.empty(heads, a, b)) for a, b in zip(widths, widths[1:], strict=False)
@@ -137,15 +144,17 @@ class NeuralMemory(nn.Module):
         self.initialize(0.02)
 
     def initialize(self, std: float) -> None:
-        """Gates start mild, the memory network as half a Xavier draw times `initial_scale`."""
+        """Gates start mild; the memory network starts with pre-activations of unit variance for unit keys."""
         step, momentum, forget = self.gate_biases
         biases = [step] + [momentum] * self.momentum + [forget] * self.forget
         with torch.no_grad():
             for index, bias in enumerate(biases):
                 nn.init.constant_(self.gate_proj.bias[index * self.heads : (index + 1) * self.heads], bias)
-        for weight in self.initial:
-            fan = weight.shape[-2] + weight.shape[-1]
-            nn.init.normal_(weight, std=0.5 * self.initial_scale * (2.0 / fan) ** 0.5)
+        for layer, weight in enumerate(self.initial):
+            # A key has length 1, a hidden row about sqrt(HIDDEN_SQUARE * width).
+            length = 1.0 if layer == 0 else (HIDDEN_SQUARE * weight.shape[-2]) ** 0.5
+            last = layer == self.depth - 1
+            nn.init.normal_(weight, std=(OUTPUT_STD if last else 1.0 / length))
         if self.memory_gamma is not None and self.memory_beta is not None:
             nn.init.ones_(self.memory_gamma)
             nn.init.zeros_(self.memory_beta)
@@ -209,7 +218,7 @@ class NeuralMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.gate_proj.weight.to(dtype), self.gate_proj.bias.to(dtype)
             raw = torch.sigmoid(F.linear(x.to(dtype), weight, bias)).split(self.heads, -1)
-        theta = raw[0] * self.max_step
+        theta = raw[0] * self.max_theta
         eta = raw[1] if self.momentum else None
         if eta is not None:
             # Momentum multiplies a persistent step by 1 / (1 - eta); the factor takes that back.
@@ -260,6 +269,17 @@ class NeuralMemory(nn.Module):
         for name, tensors in (("weights", memory.weights), ("momentum", memory.momentum), ("anchor", memory.anchor)):
             state |= {f"{name}.{layer}": tensor for layer, tensor in enumerate(tensors)}
         return state
+
+
+def _curvature(norm: str, depth: int, hidden: int) -> float:
+    """Largest eigenvalue, about, of the inner L2 loss of one token in the output layer's weights, at initialisation.
+
+    It is `|a|^2` for the last hidden row `a` (the key, of length 1, in a linear memory), and with a layer norm
+    `|a|^2 / s^2` where the norm divides by `s = OUTPUT_STD |a|`.
+    """
+    if norm == "residual_layernorm":
+        return 1.0 / OUTPUT_STD**2
+    return 1.0 if depth == 1 else HIDDEN_SQUARE * hidden
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def short_convolution(
     of a document (None: zeros). position: int64 ``[B, T]`` position of each token in its document; given only
     if a document starts inside the call, so that no token sees an earlier document. Returns ``[B, T, D]``.
     """
-    batch, _, channels = x.shape
+    channels = x.shape[2]
     kernel = weight.shape[1]
     if weight.shape[0] != channels:
         raise ShapeError(f"weight has {weight.shape[0]} channels; x has {channels}.")
@@ -84,7 +84,7 @@ def next_tail(
     document read when the call ends; given if a document may have started inside the call, whose predecessors
     are then replaced by `start_tail`.
     """
-    batch, length, channels = x.shape
+    length, channels = x.shape[1:]
     extended = torch.cat([_tail(x, tail, start_tail, kernel), x], 1)
     if lengths is None:
         kept = extended[:, length:]
@@ -103,7 +103,9 @@ def next_tail(
 def _tail(x: Tensor, tail: Tensor | None, start_tail: Tensor | None, kernel: int) -> Tensor:
     if tail is not None:
         if tail.shape != (x.shape[0], kernel - 1, x.shape[2]):
-            raise ShapeError(f"tail has shape {tuple(tail.shape)}; it must be {(x.shape[0], kernel - 1, x.shape[2])}.")
+            raise ShapeError(
+                f"tail has shape {tuple(tail.shape)}; it must be {(x.shape[0], kernel - 1, x.shape[2])}."
+            )
         return tail.to(x.dtype)
     if start_tail is not None:
         return start_tail.to(x.dtype).expand(x.shape[0], -1, -1)

@@ -22,6 +22,7 @@ class Template:
 
 TEMPLATES = {
     "key": Template("The key of {name} is {value}.\n", "The key of {name} is"),
+    "call": Template("Call {name} {value}.\n", "Call {name}"),
     "house": Template("{name} lives at number {value}.\n", "{name} lives at number"),
     "phone": Template("Call {name} on {value} from now on.\n", "The telephone number of {name} is"),
 }
@@ -43,7 +44,7 @@ class FactSpec:
     """Which facts are drawn.
 
     Args:
-        templates: wordings to draw from, keys of `TEMPLATES`. `key` and `house` ask in the words of the
+        templates: wordings to draw from, keys of `TEMPLATES`. `key`, `call` and `house` ask in the words of the
             statement, `phone` in other words.
         digits: digits of a value; the first is not 0 (a single digit may be).
         held_out: draw from the names that are kept out of training.

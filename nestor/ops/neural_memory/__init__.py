@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nestor.errors import ConfigError, ShapeError
+from nestor.errors import ConfigError
 from nestor.ops.neural_memory.checks import self_check
 from nestor.ops.neural_memory.chunked import ChunkState, Norm, make_rows
 from nestor.ops.neural_memory.coefficients import chunk_coefficients
@@ -17,6 +17,7 @@ from nestor.ops.neural_memory.layout import chunk_grid
 from nestor.ops.neural_memory.reference import neural_memory_reference
 from nestor.ops.neural_memory.scan import Plan, scan
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
+from nestor.ops.neural_memory.validation import check_call
 
 __all__ = [
     "BACKENDS",
@@ -73,18 +74,41 @@ def neural_memory(
         also the norm of each token's inner gradient, float32 ``[B, T, H]``, without a gradient.
     Raises: ShapeError for shapes that do not fit, ConfigError for an unknown backend.
     """
-    _check_shapes(q, k, v, theta, eta, alpha, initial, gamma, beta, spec, state, mask, resets)
+    check_call(
+        q,
+        {"k": k, "v": v},
+        {"theta": theta, "eta": eta, "alpha": alpha},
+        {"mask": mask, "resets": resets},
+        {"gamma": gamma, "beta": beta},
+        initial,
+        state,
+        start,
+        spec,
+    )
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, theta, eta, alpha, gamma, beta = (
-            None if t is None else t.to(dtype) for t in (q, k, v, theta, eta, alpha, gamma, beta)
-        )
+        q, k, v, theta = (t.to(dtype) for t in (q, k, v, theta))
+        eta, alpha, gamma, beta = (None if t is None else t.to(dtype) for t in (eta, alpha, gamma, beta))
         initial = tuple(w.to(dtype) for w in initial)
         chosen = backend or choose_backend(spec, q.device)[0]
         if chosen == "chunked":
             y, after, surprise = _chunked(
-                q, k, v, theta, eta, alpha, initial, gamma, beta, state, start, spec, mask, resets, return_surprise
+                q,
+                k,
+                v,
+                theta,
+                eta,
+                alpha,
+                initial,
+                gamma,
+                beta,
+                state,
+                start,
+                spec,
+                mask,
+                resets,
+                return_surprise,
             )
         elif chosen == "reference":
             first = start or MemoryState.fresh(initial, 1, eta is not None)
@@ -105,9 +129,16 @@ def neural_memory(
 
 
 def apply_network(
-    spec: MemorySpec, x: Tensor, weights: Sequence[Tensor], gamma: Tensor | None = None, beta: Tensor | None = None
+    spec: MemorySpec,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
 ) -> Tensor:
-    """f(x; W), a read without a write: x ``[B, T, H, p]``, weights ``[B, H, in, out]``, gamma, beta ``[H, p]``."""
+    """f(x; W), a read without a write.
+
+    Shapes: x ``[B, T, H, p]``, weights ``[B, H, in, out]``, gamma, beta ``[H, p]``; returns ``[B, T, H, p]``.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         inputs = z = x.to(dtype).transpose(1, 2)
@@ -125,18 +156,23 @@ def _expand(state: MemoryState, batch: int) -> MemoryState:
         return t.expand(batch, *t.shape[1:])
 
     return MemoryState(
-        tuple(map(grow, state.weights)), tuple(map(grow, state.momentum)), tuple(map(grow, state.anchor)), grow(state.phase)
+        tuple(map(grow, state.weights)),
+        tuple(map(grow, state.momentum)),
+        tuple(map(grow, state.anchor)),
+        grow(state.phase),
     )
 
 
 def _chunked(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
     initial: tuple[Tensor, ...], gamma: Tensor | None, beta: Tensor | None,
-    state: MemoryState | None, start: MemoryState | None, spec: MemorySpec, mask: Tensor | None, resets: Tensor | None,
-    surprise_wanted: bool,
+    state: MemoryState | None, start: MemoryState | None, spec: MemorySpec,
+    mask: Tensor | None, resets: Tensor | None, surprise_wanted: bool,
 ) -> tuple[Tensor, MemoryState, Tensor | None]:  # fmt: skip
-    batch, length, heads, width = q.shape
-    grid = chunk_grid(batch, length, spec.chunk_size, q.device, None if state is None else state.phase, mask, resets)
+    batch, length, heads, _ = q.shape
+    grid = chunk_grid(
+        batch, length, spec.chunk_size, q.device, None if state is None else state.phase, mask, resets
+    )
 
     def to_rows(x: Tensor) -> Tensor:
         """[B, T, H, ...] -> [N, B H, C, ...]"""
@@ -180,7 +216,10 @@ def _chunked(
     outputs, surprise, after = scan(
         plan,
         make_rows(to_rows(q), to_rows(k), to_rows(v), coefficients, keep, spec, has_target),
-        Norm(None if gamma is None else merge(gamma[None, :, None]), None if beta is None else merge(beta[None, :, None])),
+        Norm(
+            None if gamma is None else merge(gamma[None, :, None]),
+            None if beta is None else merge(beta[None, :, None]),
+        ),
         stacks(begin),
         ChunkState(stacks(opening), [merge(w) for w in opening.anchor]),
     )
@@ -197,46 +236,3 @@ def _chunked(
     momentum = () if eta is None else split([s[:, 1] for s in after.stacks])
     final = MemoryState(weights, momentum, split(after.anchor), grid.phase)
     return from_rows(outputs), final, from_rows(surprise) if surprise_wanted else None
-
-
-def _check_shapes(q, k, v, theta, eta, alpha, initial, gamma, beta, spec, state, mask, resets) -> None:  # noqa: ANN001
-    if q.dim() != 4:
-        raise ShapeError(f"q has shape {tuple(q.shape)}; it must be [batch, tokens, heads, head width].")
-    batch, length, heads, width = q.shape
-    if length == 0:
-        raise ShapeError("q has no tokens; neural_memory needs at least one.")
-    expected = {
-        "k": (k, (batch, length, heads, width)),
-        "v": (v, (batch, length, heads, width)),
-        "theta": (theta, (batch, length, heads)),
-        "eta": (eta, (batch, length, heads)),
-        "alpha": (alpha, (batch, length, heads)),
-        "mask": (mask, (batch, length)),
-        "resets": (resets, (batch, length)),
-    }
-    if spec.norm == "residual_layernorm":
-        if gamma is None or beta is None:
-            raise ShapeError(f"norm {spec.norm!r} needs gamma and beta of shape {(heads, width)}; one of them is None.")
-        expected |= {"gamma": (gamma, (heads, width)), "beta": (beta, (heads, width))}
-    elif gamma is not None or beta is not None:
-        raise ShapeError(f"norm {spec.norm!r} takes no gamma and beta; pass None.")
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be {shape}.")
-    for name, (tensor, _) in expected.items():
-        if name in ("mask", "resets") and tensor is not None and tensor.dtype != torch.bool:
-            raise ShapeError(f"{name} has dtype {tensor.dtype}; it must be torch.bool.")
-    widths = [w.shape[-2] for w in initial] + [initial[-1].shape[-1]] if initial else []
-    chained = all(a.shape[-1] == b.shape[-2] for a, b in zip(initial, initial[1:], strict=False))
-    if not widths or widths[0] != width or widths[-1] != width or not chained or any(w.shape[0] != heads for w in initial):
-        shapes = [tuple(w.shape) for w in initial]
-        raise ShapeError(f"initial weights have shapes {shapes}; they must chain from ({heads}, {width}, ..) to ({heads}, .., {width}).")
-    if state is None:
-        return
-    if state.phase.shape != (batch,) or state.weights[0].shape[:2] != (batch, heads):
-        raise ShapeError(
-            f"the state holds {tuple(state.weights[0].shape[:2])} (batch, heads); q has {(batch, heads)}. "
-            "Select or stack states so that there is one row a sequence."
-        )
-    if bool(state.momentum) != (eta is not None):
-        raise ShapeError("the state and eta disagree about momentum: both must have it, or neither.")

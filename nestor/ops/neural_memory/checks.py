@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -35,18 +36,22 @@ def self_check(device: torch.device | str = "cpu") -> list[CheckResult]:
         for name in (backend, "reference"):
             generator = torch.Generator().manual_seed(0)
 
-            def draw(*shape: int) -> torch.Tensor:
-                return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()  # noqa: B023
+            def draw(*shape: int, source: torch.Generator = generator) -> torch.Tensor:
+                values = torch.randn(*shape, generator=source, dtype=torch.float64)
+                return values.to(device).requires_grad_()
 
             q, k, v = (draw(2, 11, 2, 4) for _ in range(3))
-            gates = [torch.sigmoid(draw(2, 11, 2)) for _ in range(3)]
+            theta, eta, alpha = (torch.sigmoid(draw(2, 11, 2)) for _ in range(3))
             widths = [4, 4] if depth == 1 else [4, 6, 4]
-            initial = [draw(2, a, b) for a, b in zip(widths, widths[1:], strict=False)]
+            initial = [draw(2, a, b) for a, b in pairwise(widths)]
             gamma, beta = draw(2, 4), draw(2, 4)
-            y, state = neural_memory(q, k, v, *gates, initial, spec=spec, gamma=gamma, beta=beta, backend=name)
+            y, state, *_ = neural_memory(
+                q, k, v, theta, eta, alpha, initial, spec=spec, gamma=gamma, beta=beta, backend=name
+            )
             outputs = [y, *state.weights, *state.momentum]
-            sum((o * o).sum() for o in outputs).backward()
-            values.append([o.detach() for o in outputs] + [t.grad for t in (q, k, v, *initial, gamma, beta)])
+            torch.stack([(o * o).sum() for o in outputs]).sum().backward()
+            leaves = (q, k, v, *initial, gamma, beta)
+            values.append([o.detach() for o in outputs] + [t.grad for t in leaves if t.grad is not None])
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*values, strict=True))
         seconds = time.perf_counter() - started
         name = f"neural_memory, {'linear' if depth == 1 else f'{depth}-layer'} network"

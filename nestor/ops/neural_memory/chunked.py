@@ -1,10 +1,11 @@
-"""The chunked form of the neural memory: dense matrix products, explicit inner gradients, hand-written backward.
+"""The chunked form of the neural memory: dense products, explicit inner gradients, hand-written backward.
 
 Per chunk, with all gradients at the anchor ``Wa`` (spec/neural-memory.md section 2.3; ``x_0 = k``):
 
     keys     z_l = x_{l-1} Wa_l        x_l = phi(z_l)        delta_l = (delta_{l+1} Wa_{l+1}^T) phi'(z_l)
     queries  z~_l = A x~_{l-1} W_l + F x~_{l-1} S_l + (1-A) x~_{l-1} M_l - (G * x~_{l-1} x_{l-1}^T) delta_l
-    state    W'_l = A_C W_l + F_C S_l + (1-A_C) M_l - (G_C x_{l-1})^T delta_l ,  S'_l = m_C S_l - (E_C x_{l-1})^T delta_l
+    state    W'_l = A_C W_l + F_C S_l + (1-A_C) M_l - (G_C x_{l-1})^T delta_l
+             S'_l = m_C S_l - (E_C x_{l-1})^T delta_l
 
 ``M`` are the learned initial weights. W, S and M of a layer are kept as one stack of components: a query row
 mixes the components by its coefficients (A, F, 1-A), the state update mixes them by a small matrix. A memory
@@ -45,7 +46,7 @@ class Rows(NamedTuple):
     keep: Tensor | None
 
     def chunk(self, n: int) -> "Rows":
-        return Rows(*(None if t is None else t[n] for t in self))
+        return Rows(*(None if t is None else t[n] for t in self))  # type: ignore[arg-type]
 
 
 def make_rows(
@@ -82,7 +83,7 @@ class Norm:
 
 @dataclass
 class ChunkState:
-    """stacks: per layer the components ``[m, c, in, out]`` in the order W, S, M; anchor: per layer ``[m, in, out]``."""
+    """Per layer: stacks, the components ``[m, c, in, out]`` in the order W, S, M; anchor ``[m, in, out]``."""
 
     stacks: Layers
     anchor: Layers
@@ -131,7 +132,9 @@ def _at_anchor(x: Tensor, anchor: Tensor, target: Tensor | None, keep: Tensor | 
 # --- forward ----------------------------------------------------------------------------------------------
 
 
-def forward_chunk(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState) -> tuple[Tensor, ChunkState, Tape]:
+def forward_chunk(
+    spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState
+) -> tuple[Tensor, ChunkState, Tape]:
     """Outputs of one chunk, the state after it, and the tape for `backward_chunk`."""
     tape = Tape()
     _write_gradients(spec, norm, rows, state, tape)
@@ -184,7 +187,8 @@ def _read(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState, tape: Tap
             mixed = _spread(x, rows.read)
             tape.query_mixed.append(mixed)
             scores = torch.bmm(x, _t(tape.key_inputs[layer])).mul_(rows.G)
-            z = torch.bmm(mixed, state.stacks[layer].flatten(1, 2)).baddbmm_(scores, tape.deltas[layer], alpha=-1)
+            z = torch.bmm(mixed, state.stacks[layer].flatten(1, 2))
+            z = z.baddbmm_(scores, tape.deltas[layer], alpha=-1)
         if layer < depth - 1:
             x, slope = activation.with_slope(z)
             tape.query_slopes.append(slope)
@@ -291,9 +295,11 @@ class _ChunkBackward:
         # delta_l = (delta_{l+1} W_{l+1}^T) phi'(z_l): the reverse of pulling delta down walks up.
         for layer in range(self.depth - 1):
             g_delta = self.g_deltas[layer]
-            g_outputs[layer] = (g_delta * tape.pulled[layer]).mul_(self.activation.curvature(tape.key_outputs[layer]))
+            curvature = self.activation.curvature(tape.key_outputs[layer])
+            g_outputs[layer] = (g_delta * tape.pulled[layer]).mul_(curvature)
             g_back = g_delta.mul_(tape.slopes[layer])
-            self.g_deltas[layer + 1].add_(self._anchor_product(g_back, layer + 1, tape.deltas[layer + 1], transposed=True))
+            g_above = self._anchor_product(g_back, layer + 1, tape.deltas[layer + 1], transposed=True)
+            self.g_deltas[layer + 1].add_(g_above)
 
         assert tape.error is not None and tape.prediction is not None
         g_error, g_z, g_gamma = self.head.pull_back_vjp(self.g_deltas[-1], tape.error, tape.key_head)
@@ -316,7 +322,7 @@ class _ChunkBackward:
         self.row_grads["k"] = g_x.add_(g_f) if self.head.residual and g_f is not None else g_x
 
     def _anchor_product(self, grad: Tensor, layer: int, x: Tensor, transposed: bool = False) -> Tensor:
-        """Reverse of `_at_anchor(x, W)` (or of `_at_anchor(x, W^T)`): gradient of x; adds those of W, M and keep."""
+        """Reverse of `_at_anchor` on W (or on W^T): the gradient of x; adds those of W, M and keep."""
         keep, anchor, target = self.rows.keep, self.state.anchor[layer], self.state.target(layer, self.rows)
         through = anchor if transposed else _t(anchor)
 

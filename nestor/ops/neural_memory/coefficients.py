@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class _GateProducts(torch.autograd.Function):
-    """``P_tj = prod_{s=j+1..t} gate_s`` for ``j <= t``, else 0. Exact, with an exact gradient, at zero gates."""
+    """``P_tj = prod_{s=j+1..t} gate_s`` for ``j <= t``, else 0. Exact, as its gradient, at zero gates."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor) -> Tensor:
@@ -70,7 +70,9 @@ class Coefficients:
         )  # fmt: skip
 
 
-def chunk_coefficients(theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None) -> Coefficients:
+def chunk_coefficients(
+    theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None
+) -> Coefficients:
     """Coefficients from the gates of a chunk.
 
     theta, eta, alpha: ``[..., C]`` write step, momentum keep and forget gates; None switches one off.

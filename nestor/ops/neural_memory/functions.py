@@ -86,7 +86,9 @@ class Head(Protocol):
     residual: bool
     normalises: bool
 
-    def value(self, x: Tensor, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, HeadCache]:
+    def value(
+        self, x: Tensor, z: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor, HeadCache]:
         """f(x) from the memory's input x and the MLP's output z."""
         ...
 
@@ -98,7 +100,9 @@ class Head(Protocol):
         """(grad z, grad gamma, grad beta) of `value`; grad x is grad_f if `residual`, else nothing."""
         ...
 
-    def pull_back_vjp(self, grad_delta: Tensor, e: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def pull_back_vjp(
+        self, grad_delta: Tensor, e: Tensor, cache: HeadCache
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(grad e, grad z, grad gamma) of `pull_back`."""
         ...
 
@@ -111,7 +115,9 @@ class PlainHead:
     def __init__(self, residual: bool):
         self.residual = residual
 
-    def value(self, x: Tensor, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, HeadCache]:
+    def value(
+        self, x: Tensor, z: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor, HeadCache]:
         return (x + z if self.residual else z), HeadCache()
 
     def pull_back(self, e: Tensor, cache: HeadCache) -> tuple[Tensor, HeadCache]:
@@ -120,7 +126,9 @@ class PlainHead:
     def value_vjp(self, grad_f: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return grad_f, None, None
 
-    def pull_back_vjp(self, grad_delta: Tensor, e: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def pull_back_vjp(
+        self, grad_delta: Tensor, e: Tensor, cache: HeadCache
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return grad_delta, None, None
 
 
@@ -137,7 +145,9 @@ class NormHead:
     def __init__(self, eps: float):
         self.eps = eps
 
-    def value(self, x: Tensor, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, HeadCache]:
+    def value(
+        self, x: Tensor, z: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor, HeadCache]:
         assert gamma is not None and beta is not None
         centred = z - z.mean(-1, keepdim=True)
         inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
@@ -156,7 +166,9 @@ class NormHead:
         grad_gamma = (grad_f * cache.normalised).sum(-2, keepdim=True)
         return grad_z, grad_gamma, grad_f.sum(-2, keepdim=True)
 
-    def pull_back_vjp(self, grad_delta: Tensor, e: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def pull_back_vjp(
+        self, grad_delta: Tensor, e: Tensor, cache: HeadCache
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         zh, r, u = cache.normalised, cache.inverse_std, cache.weighted_error
         assert zh is not None and r is not None and u is not None and cache.gamma is not None
         width = zh.shape[-1]
@@ -165,7 +177,9 @@ class NormHead:
         # d delta / d z has two parts: through 1/s (proportional to delta) and through zh.
         delta = _project(u, zh) * r
         inner = (u * zh).mean(-1, keepdim=True) * grad_delta + u * (grad_delta * zh).mean(-1, keepdim=True)
-        grad_z = -zh * (grad_delta * delta).sum(-1, keepdim=True) * (r / width) - _project(inner, zh) * r.square()
+        grad_z = (
+            -zh * (grad_delta * delta).sum(-1, keepdim=True) * (r / width) - _project(inner, zh) * r.square()
+        )
         return cache.gamma * grad_u, grad_z, (e * grad_u).sum(-2, keepdim=True)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 class ChunkGrid:
     """N rows of at most C tokens for each of B sequences.
 
-    index:  int64 ``[B, N, C]``, the token that stands in each cell (any token where not valid), or None if the
-            tokens fill the grid in order (then only the last row may be short).
+    index:  int64 ``[B, N, C]``, the token that stands in each cell (any token where not valid), or None if
+            the tokens fill the grid in order (then only the last row may be short).
     valid:  bool ``[B, N, C]`` or None if every cell holds a token.
     resets: for each row None, or bool ``[B]``: the sequence starts a new document with this row.
     closes: for each row a bool, or bool ``[B]``: the row ends its chunk, so the anchor moves.
@@ -32,7 +32,7 @@ class ChunkGrid:
     phase: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [B, N, C, ...]; cells without a token hold arbitrary finite values."""
+        """[B, T, ...] -> [B, N, C, ...]; cells without a token hold zero."""
         batch, length = x.shape[:2]
         if self.index is None:
             missing = self.rows * self.width - length
@@ -41,7 +41,10 @@ class ChunkGrid:
             return x.reshape(batch, self.rows, self.width, *x.shape[2:])
         flat = self.index.reshape(batch, -1)
         flat = flat.reshape(*flat.shape, *([1] * (x.dim() - 2))).expand(-1, -1, *x.shape[2:])
-        return torch.gather(x, 1, flat).reshape(batch, self.rows, self.width, *x.shape[2:])
+        cells = torch.gather(x, 1, flat).reshape(batch, self.rows, self.width, *x.shape[2:])
+        assert self.valid is not None
+        # Not a product: what stands at a token that is not there may be infinite or no number.
+        return torch.where(self.valid.reshape(*self.valid.shape, *[1] * (x.dim() - 2)), cells, 0.0)
 
     def scatter(self, y: Tensor, length: int) -> Tensor:
         """[B, N, C, ...] -> [B, T, ...]; tokens that stand in no cell (masked ones) become zero."""
@@ -89,7 +92,9 @@ def _aligned_grid(batch: int, length: int, chunk_size: int, device: torch.device
     left = length % chunk_size
     valid = None
     if rows * width != length:
-        valid = (torch.arange(rows * width, device=device) < length).reshape(1, rows, width).expand(batch, -1, -1)
+        valid = (
+            (torch.arange(rows * width, device=device) < length).reshape(1, rows, width).expand(batch, -1, -1)
+        )
     closes: list[bool | Tensor] = [True] * rows
     if left:
         closes[-1] = False
@@ -126,7 +131,9 @@ def _ragged_grid(
     # Masked tokens are sent to an extra last place that is cut off.
     target = torch.where(valid, row * width + cell, rows * width)
     tokens = torch.arange(length, device=device).expand(batch, -1)
-    index = torch.full((batch, rows * width + 1), -1, dtype=torch.int64, device=device).scatter(1, target, tokens)
+    index = torch.full((batch, rows * width + 1), -1, dtype=torch.int64, device=device).scatter(
+        1, target, tokens
+    )
     index = index[:, :-1].reshape(batch, rows, width)
     occupied = index >= 0
     index = index.clamp(min=0)
@@ -141,7 +148,9 @@ def _ragged_grid(
     used = valid.sum(1)
     last = torch.where(valid, position, torch.full_like(position, -1))
     # The last valid token is the one with the most valid tokens before it.
-    final = last.gather(1, torch.where(valid, count, torch.full_like(count, -1)).argmax(1, keepdim=True)).squeeze(1)
+    final = last.gather(
+        1, torch.where(valid, count, torch.full_like(count, -1)).argmax(1, keepdim=True)
+    ).squeeze(1)
     after = torch.where(used > 0, (final + 1) % chunk_size, start)
     return ChunkGrid(
         rows=rows,

@@ -53,7 +53,12 @@ def neural_memory_reference(
 ) -> tuple[Tensor, MemoryState]:
     """Token loop. Shapes as in `nestor.ops.neural_memory.neural_memory`, with state and start filled in."""
     loss_function = INNER_LOSSES[spec.inner_loss](spec.loss_scale)
-    weights, momentum, anchor, phase = list(state.weights), list(state.momentum), list(state.anchor), state.phase
+    weights, momentum, anchor, phase = (
+        list(state.weights),
+        list(state.momentum),
+        list(state.anchor),
+        state.phase,
+    )
     outputs = []
     everywhere = torch.ones(q.shape[:1], dtype=torch.bool, device=q.device)
 
@@ -71,7 +76,11 @@ def neural_memory_reference(
             momentum = [_choose(fresh, s, w) for s, w in zip(start.momentum, momentum, strict=True)]
             phase = torch.where(fresh, 0, phase)
 
-        at = anchor if spec.grad_at == "pre_decay" else [decay(a, i, keep) for a, i in zip(anchor, initial, strict=True)]
+        at = (
+            anchor
+            if spec.grad_at == "pre_decay"
+            else [decay(a, i, keep) for a, i in zip(anchor, initial, strict=True)]
+        )
         gradients = _inner_gradients(spec, loss_function, k[:, t], v[:, t], at, gamma, beta)
 
         step = theta[:, t, :, None, None]

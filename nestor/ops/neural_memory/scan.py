@@ -79,9 +79,10 @@ class _Scan(torch.autograd.Function):
         return outputs, surprise, *state.stacks, *(a.clone() for a in state.anchor)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_outputs: Tensor, _: Tensor, *g_final: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan: Plan = ctx.plan
-        rows, norm, start, _initial = _unpack(plan, ctx.saved_tensors)
+        rows, norm, _, _ = _unpack(plan, ctx.saved_tensors)
         g_stacks = [g.clone() for g in g_final[: plan.depth]]
         g_anchor = [g.clone() for g in g_final[plan.depth :]]
         total = _Totals(plan, rows, norm)
@@ -136,11 +137,12 @@ def _leave(plan: Plan, n: int, state: ChunkState) -> ChunkState:
     weights = [s[:, 0] for s in state.stacks]
     if closed is True:
         return ChunkState(state.stacks, weights)
-    return ChunkState(state.stacks, [torch.where(closed, w, a) for w, a in zip(weights, state.anchor, strict=True)])
+    anchor = [torch.where(closed, w, a) for w, a in zip(weights, state.anchor, strict=True)]
+    return ChunkState(state.stacks, anchor)
 
 
 def _leave_backward(plan: Plan, n: int, g_stacks: Layers, g_anchor: Layers) -> list[Tensor | None]:
-    """Reverse of `_leave`: adds to the gradient of W in place, returns what passes to the anchor before the chunk."""
+    """Reverse of `_leave`: adds to the gradient of W in place; returns what passes to the anchor before."""
     closed = plan.closes[n]
     if closed is False:
         return list(g_anchor)

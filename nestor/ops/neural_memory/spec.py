@@ -45,7 +45,9 @@ class MemorySpec:
         if self.chunk_size < 1:
             raise ConfigError(f"chunk_size is {self.chunk_size}; it must be at least 1.")
         if self.norm_eps <= 0 or self.loss_scale <= 0:
-            raise ConfigError(f"norm_eps is {self.norm_eps} and loss_scale {self.loss_scale}; both must be positive.")
+            raise ConfigError(
+                f"norm_eps is {self.norm_eps} and loss_scale {self.loss_scale}; both must be positive."
+            )
         choices = {
             "activation": tuple(ACTIVATIONS),
             "norm": NORMS,
@@ -58,7 +60,8 @@ class MemorySpec:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(
-                    f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}. {suggest(value, allowed)}"
+                    f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}. "
+                    f"{suggest(value, allowed)}"
                 )
 
 
