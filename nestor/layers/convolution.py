@@ -16,7 +16,9 @@ class ShortConvolution(nn.Module):
     def __init__(self, dim: int, kernel: int) -> None:
         super().__init__()
         if kernel < 2:
-            raise ConfigError(f"convolution kernel is {kernel}; it must be at least 2 (1 would be a plain scale).")
+            raise ConfigError(
+                f"convolution kernel is {kernel}; it must be at least 2 (1 would be a plain scale)."
+            )
         self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(dim, kernel))
         self.initialize(0.02)
@@ -30,11 +32,21 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, tail: Tensor | None, span: Span, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Output and the next tail. tail: `[B, kernel - 1, dim]` or None; start: `[kernel - 1, dim]`, what stands
-        before a document, or None for zeros."""
+        """Output `[B, T, dim]` and the next tail `[B, kernel - 1, dim]`.
+
+        tail: `[B, kernel - 1, dim]`, the inputs before the call, or None at the start of streams.
+        start: `[kernel - 1, dim]`, what stands before a document, or None for zeros.
+        """
         resets = span.resets is not None
-        y = short_convolution(x, self.weight, tail, start_tail=start, position=span.position if resets else None)
+        y = short_convolution(
+            x, self.weight, tail, start_tail=start, position=span.position if resets else None
+        )
         after = next_tail(
-            x, self.kernel, tail, start_tail=start, lengths=span.lengths, clock=span.clock_after() if resets else None
+            x,
+            self.kernel,
+            tail,
+            start_tail=start,
+            lengths=span.lengths,
+            clock=span.clock_after() if resets else None,
         )
         return y, after

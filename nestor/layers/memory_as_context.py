@@ -15,6 +15,7 @@ from nestor.layers.registry import register_mixer
 from nestor.layers.rotary import rotary_table, rotate
 from nestor.layers.span import Span
 from nestor.layers.substate import join_states, part_of
+from nestor.layers.writes import joined_writes
 from nestor.ops.neural_memory.layout import chunk_grid
 
 
@@ -28,11 +29,11 @@ class MemoryAsContext(nn.Module):
         M is written with y; o_i = y_i * sigmoid(RMSNorm(M_i(y_i)))
 
     Two traps are closed: h_j depends on token j, so it is hidden from tokens before j; and the gate reads the
-    memory after its own token, not after the whole segment. h_j shares the rotary position of x_j; P has none.
-    The segments of a document are walked in order, since each reads what the one before it wrote.
+    memory after its own token, not after the whole segment. h_j shares the rotary position of x_j; P has
+    none. The segments of a document are walked in order, since each reads what the one before it wrote.
 
-    State: `memory.*`; `query_tail` of the retrieval's convolution; `segment.l`, the memory's weights at the start
-    of the open segment; `cache.key|value` and `cache.memory_key|memory_value` of its tokens; `clock`.
+    State: `memory.*`; `query_tail` of the retrieval's convolution; `segment.l`, the memory's weights at the
+    start of the open segment; `cache.key|value` and `cache.memory_key|memory_value` of its tokens; `clock`.
     """
 
     def __init__(
@@ -49,9 +50,13 @@ class MemoryAsContext(nn.Module):
         dim, kv_heads = memory.dim, heads if kv_heads is None else kv_heads
         chunk = memory.spec.chunk_size
         if segment_size < 1 or segment_size % chunk:
-            raise ConfigError(f"segment_size is {segment_size}; it must be a multiple of the memory's chunk_size {chunk}.")
+            raise ConfigError(
+                f"segment_size is {segment_size}; it must be a multiple of the memory's chunk_size {chunk}."
+            )
         if dim % heads or heads % kv_heads:
-            raise ConfigError(f"width {dim}, {heads} heads, {kv_heads} key-value heads: each must divide the last.")
+            raise ConfigError(
+                f"width {dim}, {heads} heads, {kv_heads} key-value heads: each must divide the last."
+            )
         self.memory, self.segment_size = memory, segment_size
         self.heads, self.kv_heads, self.head_dim, self.rope_theta = heads, kv_heads, dim // heads, rope_theta
         self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
@@ -81,16 +86,18 @@ class MemoryAsContext(nn.Module):
         clock = torch.zeros(batch, dtype=torch.int64, device=x.device) if clock is None else clock
         state = self._fresh(batch, x) if state is None else state
         outputs = []
-        for n in range(grid.rows):
-            lengths = None if grid.valid is None else grid.valid[:, n].sum(1)
-            resets = grid.resets[n]
-            if resets is not None:
-                clock = torch.where(resets, 0, clock)
-                state = self._restart(state, resets, x)
-            y, state = self._segment(rows[:, n], state, Span.build(clock, batch, grid.width, x.device, lengths))
-            state = self._close(state, grid.closes[n])
-            clock = state["clock"]
-            outputs.append(y)
+        with joined_writes(lambda parts: grid.scatter(torch.stack(parts, 1), length)):
+            for n in range(grid.rows):
+                lengths = None if grid.valid is None else grid.valid[:, n].sum(1)
+                resets = grid.resets[n]
+                if resets is not None:
+                    clock = torch.where(resets, 0, clock)
+                    state = self._restart(state, resets, x)
+                segment = Span.build(clock, batch, grid.width, x.device, lengths)
+                y, state = self._segment(rows[:, n], state, segment)
+                state = self._close(state, grid.closes[n])
+                clock = state["clock"]
+                outputs.append(y)
         return grid.scatter(torch.stack(outputs, 1), length), state
 
     def _segment(self, x: Tensor, state: LayerState, span: Span) -> tuple[Tensor, LayerState]:

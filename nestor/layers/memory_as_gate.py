@@ -21,12 +21,12 @@ COMBINATIONS = ("product", "mix")
 class MemoryAsGate(nn.Module):
     """`o = combine(SWA([P | x]), LMM([P | x]))`, Titans, arXiv 2501.00663, equations 26-28.
 
-    The paper leaves the gate's form open. "product" is `RMSNorm(y) * sigmoid(RMSNorm(m))`; "mix" is the convex
-    combination `s RMSNorm(y) + (1 - s) RMSNorm(m)` with `s = sigmoid(x W_S)`, through which the memory can speak
-    where attention is silent.
+    The paper leaves the gate's form open. "product" is `RMSNorm(y) * sigmoid(RMSNorm(m))`; "mix" is the
+    convex combination `s RMSNorm(y) + (1 - s) RMSNorm(m)` with `s = sigmoid(x W_S)`, through which the memory
+    can speak where attention is silent.
 
-    Both branches read the persistent tokens P `[N_p, d]`: attention as keys visible from everywhere, the memory
-    once, as the constant state that every document begins with. State: that of the two branches, as
+    Both branches read the persistent tokens P `[N_p, d]`: attention as keys visible from everywhere, the
+    memory once, as the constant state that every document begins with. State: that of the two branches, as
     `attention.*` and `memory.*`.
     """
 
@@ -40,7 +40,9 @@ class MemoryAsGate(nn.Module):
     ) -> None:
         super().__init__()
         if combine not in COMBINATIONS:
-            raise ConfigError(f"combine is {combine!r}; it must be one of {', '.join(map(repr, COMBINATIONS))}.")
+            raise ConfigError(
+                f"combine is {combine!r}; it must be one of {', '.join(map(repr, COMBINATIONS))}."
+            )
         dim = memory.dim
         self.attention, self.memory, self.combine = attention, memory, combine
         self.persistent = nn.Parameter(torch.empty(persistent_tokens, dim)) if persistent_tokens else None

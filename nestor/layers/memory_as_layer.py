@@ -18,9 +18,9 @@ from nestor.layers.substate import join_states, part_of
 class MemoryAsLayer(nn.Module):
     """`y = LMM([P | x]); o = SWA(RMSNorm(y))`, Titans, arXiv 2501.00663, equations 29-31.
 
-    The norm between the two is ours; the paper shows none. Persistent tokens P `[N_p, d]` go through the memory
-    first, once; what it makes of them stands before every document in the attention. State: `memory.*` and
-    `attention.*`.
+    The norm between the two is ours; the paper shows none. Persistent tokens P `[N_p, d]` go through the
+    memory first, once; what it makes of them stands before every document in the attention. State:
+    `memory.*` and `attention.*`.
     """
 
     def __init__(
@@ -29,7 +29,9 @@ class MemoryAsLayer(nn.Module):
         super().__init__()
         self.attention, self.memory = attention, memory
         self.norm = RMSNorm(memory.dim, norm_eps)
-        self.persistent = nn.Parameter(torch.empty(persistent_tokens, memory.dim)) if persistent_tokens else None
+        self.persistent = (
+            nn.Parameter(torch.empty(persistent_tokens, memory.dim)) if persistent_tokens else None
+        )
         self.initialize(0.02)
 
     def initialize(self, std: float) -> None:

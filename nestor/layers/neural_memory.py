@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,34 +16,22 @@ from nestor.layers.convolution import ShortConvolution
 from nestor.layers.norm import RMSNorm
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
+from nestor.layers.writes import recording, report_write, unrecorded
 from nestor.ops.neural_memory import MemorySpec, MemoryState, apply_network, neural_memory
 
 LayerState = dict[str, Tensor]
 
-# Standard deviation of the initial output weights of a memory network. A layer norm behind them multiplies inner
-# gradients by its inverse, and their square is the natural write step: small weights make a memory that explodes.
+# Standard deviation of the initial output weights of a memory network. A layer norm behind them multiplies
+# inner gradients by its inverse, and their square is the natural write step: small weights make a memory that
+# explodes.
 OUTPUT_STD = 0.5
 # Mean of silu(z)^2 and, nearly, gelu(z)^2 for a standard normal z.
 HIDDEN_SQUARE = 0.36
 
-_writes: ContextVar[list[Tensor] | None] = ContextVar("nestor_writes", default=None)
-
-
-@contextmanager
-def record_writes() -> Iterator[list[Tensor]]:
-    """Collect how hard each token is written: within the block every `NeuralMemory` call appends a float32
-    `[B, T, H]`, the write step times the norm of the inner gradient (the "surprise" of Titans)."""
-    collected: list[Tensor] = []
-    token = _writes.set(collected)
-    try:
-        yield collected
-    finally:
-        _writes.reset(token)
-
 
 @dataclass
 class Gates:
-    """Per token and head, float32 `[B, T, H]`: write step, momentum keep, forget fraction. None: switched off."""
+    """Write step, momentum keep, forget fraction: float32 `[B, T, H]`, per token and head; None: off."""
 
     theta: Tensor
     eta: Tensor | None
@@ -53,28 +39,31 @@ class Gates:
 
 
 class NeuralMemory(nn.Module):
-    """A small network per head that learns, by gradient descent while the sequence is read, to map keys to values.
+    """A small network per head that learns, while the sequence is read, to map keys to values.
 
     Titans, arXiv 2501.00663, section 3.1; block as in spec/neural-memory.md section 3.1:
-    `y = W_O( RMSNorm(f(q; W_t)) * sigmoid(x W_G) )` with `q, k, v = silu(conv(x W))`, q and k of unit length.
+    `y = W_O( RMSNorm(f(q; W_t)) * sigmoid(x W_G) )` with `q, k, v = silu(conv(x W))`, q and k of unit
+    length.
 
     Args:
         dim: width `d` of input and output.
         heads: memories per layer, each of width `p = d / heads`.
         depth: layers of the memory network, 1 (linear) to 4. expansion: hidden width over p.
-        chunk_size: tokens that share one anchor; the model must run with the chunk size it was trained with.
+        chunk_size: tokens that share one anchor; the model must run with the chunk size of its training.
         momentum, forget: whether the surprise has momentum, and whether the memory forgets.
-        max_step: largest write strength, before the factor `1 - eta`: the share of a token's error that one step
-            at that strength takes away, to first order and at the initial weights. The write step theta is the
-            strength over the curvature of the inner loss (`_curvature`). None: `min(1, 4 / chunk_size)`, at which
-            the initial gates stay stable even if every token of a chunk has the same key.
+        max_step: largest write strength, before the factor `1 - eta`: the share of a token's error that one
+            step at that strength takes away, to first order and at the initial weights. The write step theta
+            is the strength over the curvature of the inner loss (`_curvature`). None:
+            `min(1, 4 / chunk_size)`, at which the initial gates stay stable even if every token of a chunk
+            has the same key.
         step_bias, momentum_bias, forget_bias: biases of the three gates' sigmoids at initialisation.
         conv_kernel: tokens seen by the short convolution on q, k, v; 0: none.
         output_gate: multiply by `sigmoid(x W_G)` before the output projection.
-        activation, norm, norm_eps, inner_loss, loss_scale, read_mode, decay, grad_at, recompute: see `MemorySpec`.
+        activation, norm, norm_eps, inner_loss, loss_scale, read_mode, decay, grad_at, recompute: see
+            `MemorySpec`.
 
-    State (`[B, ...]`): `weights.l`, `momentum.l`, `anchor.l` float32 `[B, H, in, out]` for each layer l of the memory
-    network, `phase` int64 `[B]`, and the convolution tails `tail.q|k|v` `[B, conv_kernel - 1, d]`.
+    State (`[B, ...]`): `weights.l`, `momentum.l`, `anchor.l` float32 `[B, H, in, out]` for each layer l of
+    the memory network, `phase` int64 `[B]`, and the convolution tails `tail.q|k|v` `[B, conv_kernel - 1, d]`.
 
     Raises:
         ConfigError: an impossible combination.
@@ -109,15 +98,19 @@ class NeuralMemory(nn.Module):
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
-            raise ConfigError(f"memory width {dim} does not divide into {heads} heads; choose a divisor of {dim}.")
+            raise ConfigError(
+                f"memory width {dim} does not divide into {heads} heads; choose a divisor of {dim}."
+            )
         if not 1 <= depth <= 4:
             raise ConfigError(f"memory depth is {depth}; it must be 1 (linear) to 4.")
         if expansion <= 0 or (max_step is not None and max_step <= 0):
             raise ConfigError(f"expansion is {expansion} and max_step {max_step}; both must be positive.")
         self.spec = MemorySpec(
-            chunk_size, activation, norm, norm_eps, inner_loss, loss_scale, read_mode, decay, grad_at, recompute
-        )
+            chunk_size, activation, norm, norm_eps, inner_loss, loss_scale, read_mode,
+            decay, grad_at, recompute,
+        )  # fmt: skip
         self.dim, self.heads, self.head_dim, self.depth = dim, heads, dim // heads, depth
+        self.conv_kernel = conv_kernel
         self.momentum, self.forget = momentum, forget
         self.gate_biases = (step_bias, momentum_bias, forget_bias)
 
@@ -126,15 +119,15 @@ class NeuralMemory(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.gate_proj = nn.Linear(dim, heads * (1 + momentum + forget))
         self.convolutions = (
-            nn.ModuleDict({name: ShortConvolution(dim, conv_kernel) for name in "qkv"}) if conv_kernel else None
+            nn.ModuleDict({name: ShortConvolution(dim, conv_kernel) for name in "qkv"})
+            if conv_kernel
+            else None
         )
         hidden = max(1, round(expansion * self.head_dim))
         strength = max_step if max_step is not None else min(1.0, 4.0 / chunk_size)
         self.max_theta = strength / (loss_scale * _curvature(norm, depth, hidden))
         widths = [self.head_dim] + [hidden] * (depth - 1) + [self.head_dim]
-        self.initial = nn.ParameterList(
-            nn.Parameter(torch.empty(heads, a, b)) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.initial = nn.ParameterList(nn.Parameter(torch.empty(heads, a, b)) for a, b in pairwise(widths))
         has_norm = norm == "residual_layernorm"
         self.memory_gamma = nn.Parameter(torch.ones(heads, self.head_dim)) if has_norm else None
         self.memory_beta = nn.Parameter(torch.zeros(heads, self.head_dim)) if has_norm else None
@@ -160,12 +153,16 @@ class NeuralMemory(nn.Module):
             nn.init.zeros_(self.memory_beta)
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, span: Span | None = None, start: LayerState | None = None
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        span: Span | None = None,
+        start: LayerState | None = None,
     ) -> tuple[Tensor, LayerState]:
         """`[B, T, d]` to `[B, T, d]` and the state after the call.
 
-        start: state of a batch of one (from `read_prefix`) with which documents begin; None: the learned initial
-        weights, no momentum, no tail.
+        start: state of a batch of one (from `read_prefix`) with which documents begin; None: the learned
+        initial weights, no momentum, no tail.
         """
         if span is None:
             span = Span.build(None, x.shape[0], x.shape[1], x.device)
@@ -173,16 +170,15 @@ class NeuralMemory(nn.Module):
         gates = self.gates(x)
         opening = None if state is None else self._memory_state(state)
         begin = None if start is None else self._memory_state(start)
-        writes = _writes.get()
         result = neural_memory(
             q, k, v, gates.theta, gates.eta, gates.alpha, list(self.initial),
             spec=self.spec, gamma=self.memory_gamma, beta=self.memory_beta,
             state=opening, start=begin, mask=span.valid, resets=span.resets,
-            return_surprise=writes is not None,
+            return_surprise=recording(),
         )  # fmt: skip
         y, after = result[0], result[1]
-        if writes is not None:
-            writes.append(gates.theta.detach() * result[2])  # type: ignore[misc]
+        if len(result) == 3:
+            report_write(gates.theta.detach() * result[2])
         return self._output(y.to(x.dtype), x), {**self._layer_state(after), **tails}
 
     def project(
@@ -204,7 +200,13 @@ class NeuralMemory(nn.Module):
         return _unit(self._stream("q", self.q_proj(x), state, span, start, tails)), tails
 
     def _stream(
-        self, name: str, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None, tails: LayerState
+        self,
+        name: str,
+        x: Tensor,
+        state: LayerState | None,
+        span: Span,
+        start: LayerState | None,
+        tails: LayerState,
     ) -> Tensor:
         if self.convolutions is not None:
             key = f"tail.{name}"
@@ -232,20 +234,21 @@ class NeuralMemory(nn.Module):
     def read_prefix(self, prefix: Tensor) -> tuple[Tensor, LayerState]:
         """Outputs `[N_p, d]` at the persistent tokens `[N_p, d]`, and the state (batch of one) after them.
 
-        Persistent tokens do not depend on the input, so what the memory makes of them is a constant that every
-        document begins with; the chunk grid starts at the first real token.
+        Persistent tokens do not depend on the input, so what the memory makes of them is a constant that
+        every document begins with; the chunk grid starts at the first real token.
         """
-        y, state = NeuralMemory.forward(self, prefix.unsqueeze(0))
+        with unrecorded():
+            y, state = NeuralMemory.forward(self, prefix.unsqueeze(0))
         anchors = {f"anchor.{layer}": state[f"weights.{layer}"] for layer in range(self.depth)}
         return y[0], {**state, **anchors, "phase": torch.zeros_like(state["phase"])}
 
     def fresh_state(self, batch: int, like: Tensor) -> LayerState:
-        """The state of sequences that have read nothing: learned initial weights, no momentum, empty tails."""
+        """The state of sequences that have read nothing: initial weights, no momentum, empty tails."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         initial = tuple(w.to(dtype) for w in self.initial)
         state = self._layer_state(MemoryState.fresh(initial, batch, self.momentum))
         if self.convolutions is not None:
-            zeros = like.new_zeros(batch, self.convolutions["q"].kernel - 1, self.dim)  # type: ignore[operator]
+            zeros = like.new_zeros(batch, self.conv_kernel - 1, self.dim)
             state |= {f"tail.{name}": zeros for name in "qkv"}
         return state
 
@@ -266,16 +269,17 @@ class NeuralMemory(nn.Module):
 
     def _layer_state(self, memory: MemoryState) -> LayerState:
         state = {"phase": memory.phase}
-        for name, tensors in (("weights", memory.weights), ("momentum", memory.momentum), ("anchor", memory.anchor)):
+        for name in ("weights", "momentum", "anchor"):
+            tensors = getattr(memory, name)
             state |= {f"{name}.{layer}": tensor for layer, tensor in enumerate(tensors)}
         return state
 
 
 def _curvature(norm: str, depth: int, hidden: int) -> float:
-    """Largest eigenvalue, about, of the inner L2 loss of one token in the output layer's weights, at initialisation.
+    """Largest eigenvalue, about, of one token's inner L2 loss in the output layer's initial weights.
 
-    It is `|a|^2` for the last hidden row `a` (the key, of length 1, in a linear memory), and with a layer norm
-    `|a|^2 / s^2` where the norm divides by `s = OUTPUT_STD |a|`.
+    It is `|a|^2` for the last hidden row `a` (the key, of length 1, in a linear memory), and with a layer
+    norm `|a|^2 / s^2` where the norm divides by `s = OUTPUT_STD |a|`.
     """
     if norm == "residual_layernorm":
         return 1.0 / OUTPUT_STD**2
@@ -294,8 +298,9 @@ def build_neural_memory(config: Any, layer_index: int) -> NeuralMemory:
 
 
 def memory_from_config(config: Any, arguments: dict[str, Any] | None, **fixed: Any) -> NeuralMemory:
-    """`NeuralMemory` with the given arguments; heads and norm epsilon are the configuration's unless given."""
-    settings = {"heads": config.num_attention_heads, "rms_norm_eps": config.rms_norm_eps, **(arguments or {}), **fixed}
+    """`NeuralMemory` with the given arguments; heads and norm epsilon default to the configuration's."""
+    defaults = {"heads": config.num_attention_heads, "rms_norm_eps": config.rms_norm_eps}
+    settings = {**defaults, **(arguments or {}), **fixed}
     known = inspect.signature(NeuralMemory.__init__).parameters
     for name in settings:
         if name not in known:

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from nestor.errors import ConfigError, ShapeError, StateMismatchError
+from nestor.errors import ConfigError, NestorError, ShapeError, StateMismatchError
 from nestor.layers.norm import RMSNorm
 from nestor.layers.registry import build_feed_forward, build_mixer
 from nestor.layers.span import Span
+from nestor.layers.writes import record_writes
 from nestor.models.configuration import NestorConfig
 from nestor.models.generation import StatefulGeneration
 from nestor.models.loss import next_token_loss, next_token_targets
@@ -198,6 +199,33 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             hidden_states=(*hidden, x) if output_hidden_states else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    @torch.no_grad()
+    def write_strength(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: State | None = None,
+    ) -> Tensor:
+        """How hard the memories write each token: float32 `[B, T]`, 0 at padding.
+
+        The write step times the norm of the inner gradient (`nestor.layers.writes`), the mean over the heads
+        of a memory and over the layers with one. Arguments as in `forward`; the State given does not change.
+
+        Raises:
+            NestorError: no layer of the model has a memory.
+        """
+        with record_writes() as writes:
+            self(
+                input_ids, attention_mask, past_key_values=past_key_values, use_cache=False, logits_to_keep=1
+            )
+        if not writes:
+            raise NestorError(
+                f"no layer of this model has a memory (layer_types is {self.config.layer_types}); "
+                f"write strength is that of a memory, as in the titans presets"
+            )
+        strength = torch.stack([write.mean(dim=2) for write in writes]).mean(dim=0)
+        return Padding.build(attention_mask, *input_ids.shape).restore(strength)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
