@@ -44,8 +44,8 @@ class FactSpec:
     """Which facts are drawn.
 
     Args:
-        templates: wordings to draw from, keys of `TEMPLATES`. `key`, `call` and `house` ask in the words of the
-            statement, `phone` in other words.
+        templates: wordings to draw from, keys of `TEMPLATES`. `key`, `call` and `house` ask in the words of
+            the statement, `phone` in other words.
         digits: digits of a value; the first is not 0 (a single digit may be).
         held_out: draw from the names that are kept out of training.
     """
