@@ -23,10 +23,11 @@ FLOORS = (
     "evaluation",
     "store",
     "serving",
+    "quickstart",
     "cli",
 )
 ENTRIES = ("__init__", "__main__")
-RESOURCES = ("configs",)
+RESOURCES = ("configs", "checkpoints")
 
 # Libraries that a floor must do without, and what no file may load before it is asked to.
 FORBIDDEN = {

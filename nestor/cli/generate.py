@@ -21,6 +21,7 @@ class Args:
       nestor generate runs/a/final --no-do-sample --max-new-tokens 40 "The key of Marlow is"
       nestor generate runs/a/final --memory ada.safetensors "The key of Marlow is"
       cat page.txt | nestor generate runs/a/final - --memory ada.safetensors --write-memory
+      cat questions.txt | nestor generate runs/a/final - --lines --memory ada.safetensors
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -32,6 +33,8 @@ class Args:
     """Go on from the State in this file, which is only read."""
     write_memory: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write the State after the text back to the memory file (made if it is missing)."""
+    lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take each line as a prompt of its own, all from the same memory, and continue it to its end."""
     tokenizer: str | None = None
     """Another tokenizer than the model's own: "bytes", a folder, a file, or a hub id."""
     device: str = "auto"
@@ -45,6 +48,8 @@ def run(args: Args) -> int:
     arguments = args.sampling.generation_arguments()
     if args.write_memory and args.memory is None:
         raise ConfigError("--write-memory has no file to write; name one with --memory FILE.")
+    if args.write_memory and args.lines:
+        raise ConfigError("--lines starts every line from the same memory; leave out --write-memory.")
     prompt = _read_standard_input() if args.prompt == "-" else args.prompt
 
     from nestor.files import FileLock
@@ -69,9 +74,11 @@ def _generate(args: Args, prompt: str, arguments: dict[str, Any]) -> int:
         file = MemoryFile(args.memory, model)
         state = file.load(required=not args.write_memory)
 
-    ids = encode_prompt(tokenizer, prompt, opening=state is None)
     if tokenizer.pad_token_id is not None:
         arguments["pad_token_id"] = tokenizer.pad_token_id
+    if args.lines:
+        return _continue_lines(model, tokenizer, prompt, state, arguments)
+    ids = encode_prompt(tokenizer, prompt, opening=state is None)
     if args.sampling.num_beams == 1:
         arguments["streamer"] = TokenStream(tokenizer, _show)
     if file is None:
@@ -85,6 +92,24 @@ def _generate(args: Args, prompt: str, arguments: dict[str, Any]) -> int:
     if args.sampling.num_beams > 1:
         _show(tokenizer.decode(answer, skip_special_tokens=True))
     _show("\n")
+    return 0
+
+
+def _continue_lines(model: Any, tokenizer: Any, prompt: str, state: Any, arguments: dict[str, Any]) -> int:
+    """Print each line of `prompt` with its continuation, which ends where the line does."""
+    import torch
+
+    from nestor.cli.conversation import StopAfterLine, encode_prompt
+
+    if state is not None:
+        arguments["past_key_values"] = state
+    for line in filter(str.strip, prompt.splitlines()):
+        ids = encode_prompt(tokenizer, line, opening=state is None)
+        tokens = torch.tensor([ids], device=model.device)
+        arguments["stopping_criteria"] = [StopAfterLine(tokenizer, len(ids))]
+        output = model.generate(tokens, attention_mask=torch.ones_like(tokens), **arguments)
+        answer = tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)
+        _show(line + "".join(answer.splitlines()[:1]) + "\n")
     return 0
 
 
