@@ -22,17 +22,18 @@ from torch import Tensor
 
 from nestor.data import IGNORED, Batch, Prefetcher, check_vocabulary
 from nestor.errors import NonFiniteError
-from nestor.files import FileLock, read_tensors, write_tensors
+from nestor.files import FileLock
 from nestor.training import checkpoint as checkpoints
 from nestor.training.carrying import next_start
 from nestor.training.config import TrainConfig
 from nestor.training.distributed import Processes, clip_gradient, tracker_of
-from nestor.training.folder import Resume, newest_checkpoint, open_folder, write_final
+from nestor.training.folder import Resume, newest_checkpoint, open_folder
 from nestor.training.inputs import open_tokenizer, train_stream, valid_stream
 from nestor.training.interrupt import StopRequest
 from nestor.training.logging import Reporter, flops_per_token
-from nestor.training.model import build_model, save_model
-from nestor.training.optimizer import build_optimizers, load_optimizer_state, optimizer_state, set_lr
+from nestor.training.model import build_model
+from nestor.training.optimizer import build_optimizers, set_lr
+from nestor.training.saving import finish_run, restore_run, save_run
 from nestor.training.schedule import lr_factor
 from nestor.training.validation import validate
 
@@ -135,7 +136,7 @@ class Run:
         self.pending: list[Tensor] = []
         self.flag: Tensor | None = None
         if found is not None:
-            self.restore(found, saved)
+            restore_run(self, found, saved)
         self.reporter = Reporter(config, processes, self.step, on_step, quiet)
         self.reporter.latest = saved.get("metrics", {})
 
@@ -162,7 +163,7 @@ class Run:
                     f"{self.last_saved}; the same command goes on from there"
                 )
                 return self.result(signal)
-        self.reporter.say(f"finished: {self.finish()}")
+        self.reporter.say(f"finished: {finish_run(self)}")
         return self.result()
 
     def train_step(self) -> None:
@@ -283,87 +284,14 @@ class Run:
                 self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of this moment, unless there is one, and remove those no longer kept."""
+        """Write a checkpoint of this moment, unless there is one."""
         self.log()
-        root = self.folder / "checkpoints"
-        if self.last_saved == checkpoints.folder_of(root, self.step):
+        place = checkpoints.folder_of(self.folder / "checkpoints", self.step)
+        if self.last_saved == place:
             return
         with self.reporter.pause():
-            weights = self.processes.weights(self.model)
-            moments = optimizer_state(self.plain, self.optimizers)
-            generators = self.processes.gather(checkpoints.random_state())
-            state = self.gather_state()
-
-            def write(folder: Path) -> None:
-                save_model(self.plain, folder, weights)
-                write_tensors(folder / "optimizer.safetensors", moments)
-                checkpoints.write_random_states(folder / "rng.safetensors", generators)
-                if state is not None:
-                    write_tensors(folder / "state.safetensors", checkpoints.state_tensors(state))
-
-            if self.processes.is_main:
-                trainer = {
-                    "data": self.stream.state_dict(),
-                    "best": None if math.isinf(self.best) else self.best,
-                    "best_step": self.best_step,
-                    "metrics": self.reporter.latest,
-                }
-                checkpoints.save_checkpoint(root, self.step, write, trainer)
-                checkpoints.prune(root, self.config.run.keep_last, self.best_step)
-            self.processes.wait()
-        self.last_saved = checkpoints.folder_of(root, self.step)
-
-    def restore(self, found: Path, saved: dict[str, Any]) -> None:
-        """Everything but the weights, which the model was built with."""
-        moments, _ = read_tensors(found / "optimizer.safetensors")
-        load_optimizer_state(self.plain, self.optimizers, moments)
-        self.stream.load_state_dict(saved["data"])
-        if (found / "state.safetensors").is_file() and self.config.run.state_mode != "reset":
-            tensors, _ = read_tensors(found / "state.safetensors")
-            state = checkpoints.state_from_tensors(tensors).select(list(self.processes.lanes))
-            size = state.batch_size // self.config.run.accumulation
-            parts = [range(start, start + size) for start in range(0, state.batch_size, size)]
-            self.states = [state.select(list(rows)).to(self.processes.device) for rows in parts]
-        generators = checkpoints.read_random_state(found / "rng.safetensors", self.processes.rank)
-        if generators is not None:
-            checkpoints.set_random_state(generators)
-
-    def gather_state(self) -> Any:
-        """The State of all lanes of all processes on the CPU, None if none is carried."""
-        if self.states[0] is None:
-            return None
-        everyone = self.processes.gather(type(self.states[0]).stack(self.states).to("cpu"))
-        return type(everyone[0]).stack(everyone)
-
-    def finish(self) -> Path:
-        """Write the `final` folder."""
-        weights = self.processes.weights(self.model)
-
-        def write(folder: Path) -> None:
-            save_model(self.plain, folder, weights)
-            self.tokenizer.save_pretrained(folder)
-
-        if self.processes.is_main:
-            write_final(self.folder, write, self.summary())
-        self.processes.wait()
-        return self.folder / "final"
-
-    def summary(self) -> dict[str, Any]:
-        """How the model came to be, JSON-able."""
-        from nestor import __version__
-
-        return {
-            "name": self.config.name,
-            "nestor_version": __version__,
-            "torch_version": torch.__version__,
-            "steps": self.step,
-            "tokens": self.step * self.config.tokens_per_step,
-            "parameters": sum(p.numel() for p in self.plain.parameters()),
-            "metrics": self.reporter.latest,
-            "best_valid_loss": None if math.isinf(self.best) else self.best,
-            "best_step": self.best_step,
-            "config": self.config.to_dict(),
-        }
+            save_run(self)
+        self.last_saved = place
 
     def result(self, signal: int = 0) -> RunResult:
         """What `train` returns."""

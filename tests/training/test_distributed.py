@@ -99,11 +99,11 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tiny, tmp_path):
 
     # The second run goes on from there, and hangs in its first save; kill -9 while it does.
     hang = (
-        "import sys, time, nestor.training.loop as loop\n"
+        "import sys, time, nestor.training.saving as saving\n"
         "def save(*_):\n"
         "    print('saving', flush=True)\n"
         "    time.sleep(600)\n"
-        "loop.save_model = save\n"
+        "saving.save_model = save\n"
         "from nestor.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
