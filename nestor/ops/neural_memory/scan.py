@@ -80,7 +80,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_outputs: Tensor, _: Tensor, *g_final: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(
+        ctx: Any, g_outputs: Tensor, g_surprise: Tensor, *g_final: Tensor
+    ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         rows, norm, _, _ = _unpack(plan, ctx.saved_tensors)
         g_stacks = [g.clone() for g in g_final[: plan.depth]]
