@@ -25,8 +25,9 @@ LayerState = dict[str, Tensor]
 # inner gradients by its inverse, and their square is the natural write step: small weights make a memory that
 # explodes.
 OUTPUT_STD = 0.5
-# Mean of silu(z)^2 and, nearly, gelu(z)^2 for a standard normal z.
+# Means of silu(z)^2 and silu'(z)^2, and nearly of gelu's, for a standard normal z.
 HIDDEN_SQUARE = 0.36
+SLOPE_SQUARE = 0.38
 
 
 @dataclass
@@ -276,14 +277,18 @@ class NeuralMemory(nn.Module):
 
 
 def _curvature(norm: str, depth: int, hidden: int) -> float:
-    """Largest eigenvalue, about, of one token's inner L2 loss in the output layer's initial weights.
+    """Curvature, about, of one token's inner L2 loss in the memory network's initial weights.
 
-    It is `|a|^2` for the last hidden row `a` (the key, of length 1, in a linear memory), and with a layer
-    norm `|a|^2 / s^2` where the norm divides by `s = OUTPUT_STD |a|`.
+    A layer adds the square of what goes into it times the square of the gain from there to the output. The
+    last one adds `|a|^2` for the hidden row `a` (the key, of length 1, in a linear memory); each one between
+    the first and the last also has the gain of the output weights, the square of which is `OUTPUT_STD^2`
+    times the width, times the slope of the activation. A layer norm divides by the square of
+    `OUTPUT_STD |a|`.
     """
-    if norm == "residual_layernorm":
-        return 1.0 / OUTPUT_STD**2
-    return 1.0 if depth == 1 else HIDDEN_SQUARE * hidden
+    row = 1.0 if depth == 1 else HIDDEN_SQUARE * hidden
+    between = max(0, depth - 2) * OUTPUT_STD**2 * SLOPE_SQUARE * hidden
+    scale = (OUTPUT_STD**2 * row) if norm == "residual_layernorm" else 1.0
+    return row * (1.0 + between) / scale
 
 
 def _unit(x: Tensor) -> Tensor:
