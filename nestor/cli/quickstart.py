@@ -228,6 +228,8 @@ def _title(console: Console, number: int, text: str) -> None:
 def _show_memory(console: Console, memory: dict[str, Any]) -> None:
     from rich.text import Text
 
+    from nestor.evaluation.report import printable
+
     console.print(
         f"process {memory['process']} let both read {memory['page_tokens']:,} tokens once; the facts lie "
         f"{memory['distance']:,} tokens before the end:",
@@ -240,7 +242,7 @@ def _show_memory(console: Console, memory: dict[str, Any]) -> None:
         for answer in asking["answers"]:
             mark, style = ("right", "green") if answer["right"] else ("wrong", "red")
             text = Text(f"  {answer['question']}")
-            text.append(answer["given"].rstrip(), style=style)
+            text.append(printable(answer["given"].rstrip()), style=style)
             text.append(
                 f"   {mark}" + ("" if answer["right"] else f", wanted{answer['wanted']}"), style="dim"
             )

@@ -4,7 +4,8 @@
     report.section("Summary").facts([("recall at 1,024 bytes", "93 %", "transformer: 0 %")])
     report.section("Plots").plot(plot, "What one should see in it.")
     report.write("report.html")
- The file refers to nothing outside of itself: styles are inline, pictures are data URLs, and there is no
+
+The file refers to nothing outside of itself: styles are inline, pictures are data URLs, and there is no
 script. All text is escaped, whatever it is: samples come from models and names from users.
 """
 
@@ -21,6 +22,8 @@ from nestor.errors import DataError
 from nestor.evaluation.plots import Plot
 from nestor.evaluation.template import PAGE
 from nestor.files import write_text
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Section:
@@ -121,14 +124,21 @@ class Report:
         from jinja2 import Environment, StrictUndefined
 
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        return environment.from_string(PAGE).render(
+        page = environment.from_string(PAGE).render(
             title=self.title, subtitle=self.subtitle, footer=self.footer, sections=self.sections
         )
+        return printable(page)
 
     def write(self, path: str | Path) -> Path:
         """Write the page, atomically; returns the path."""
         write_text(path, self.render())
         return Path(path)
+
+
+def printable(text: str) -> str:
+    """`text` with a replacement character for every control character but tab and line end: models of bytes
+    write them, and neither a page nor a terminal should take them at their word."""
+    return _CONTROLS.sub("\ufffd", text)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -143,7 +143,7 @@ def _memory(section: Section, memory: Mapping[str, Any]) -> None:
     section.sample({"facts on the page": memory["facts"].rstrip()}, "What was read")
     for model, asking in memory["asked"].items():
         size = memory["memory_bytes"][model] / 1000
-        _asking(section, f"{model}, from its memory of {size:,.0f} kB", asking)
+        _asking(section, f"{model}, from its saved State of {size:,.0f} kB", asking)
     forget = memory["forget"]
     section.heading("Forgetting")
     section.commands([("A process is told to forget a copy of that memory:", forget["command"])])

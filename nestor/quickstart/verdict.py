@@ -62,8 +62,8 @@ def memory_sentences(memory: Mapping[str, Any]) -> list[str]:
     asked = memory["asked"][name]
     total = len(asked["answers"])
     sentences = [
-        f"A new process that loaded the saved memory of {name}, {_kilobytes(memory['memory_bytes'][name])}, "
-        f"without the text answered {_count(asked['right'], total)}"
+        f"A new process that loaded the saved memory of {name} ({_kilobytes(memory['memory_bytes'][name])}) "
+        f"and never saw the text answered {_count(asked['right'], total)}"
         + "".join(
             f"; {other} with its saved State answered {_count(row['right'], total)}"
             for other, row in memory["asked"].items()

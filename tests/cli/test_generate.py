@@ -163,3 +163,21 @@ def test_a_model_of_another_library_runs_and_has_no_memory_to_write(nestor_comma
         "generate", tmp_path / "llama", PROMPT, "--memory", tmp_path / "m", "--write-memory"
     )
     assert status == 2 and "a 'llama' model has no State" in err
+
+
+def test_lines_are_prompts_of_their_own_from_one_memory(nestor_command, model_folder, model, tmp_path):
+    state = model(torch.tensor([list(b"The key of Marlow is 4821.\n")])).past_key_values
+    memory = tmp_path / "ada.safetensors"
+    state.save(memory, model=model)
+    lines = [PROMPT, "The key of Marlow is"]
+    status, out, err = nestor_command(
+        "generate", model_folder, "-", "--lines", *GREEDY, "--memory", memory, stdin="\n\n".join(lines)
+    )
+    assert status == 0, err
+    decode = ByteTokenizer().decode
+    wanted = [line + "".join(decode(continuation(model, line, state)).splitlines()[:1]) for line in lines]
+    assert out.splitlines() == wanted
+    status, _, err = nestor_command(
+        "generate", model_folder, "-", "--lines", "--memory", memory, "--write-memory", stdin=PROMPT
+    )
+    assert status == 2 and "--lines starts every line from the same memory" in err
