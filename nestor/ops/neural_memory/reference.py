@@ -119,7 +119,7 @@ def _inner_gradients(
 ) -> list[Tensor]:
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        weights = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        weights = [w if differentiable and w.requires_grad else w.detach().requires_grad_() for w in weights]
         # Sequences and heads have their own weights, so the sum separates.
         loss = loss_function.value(apply_memory(spec, k, weights, gamma, beta), v).sum()
         gradients = torch.autograd.grad(loss, weights, create_graph=differentiable)
