@@ -41,13 +41,14 @@ def reach_marks(models: Sequence[Mapping[str, Any]]) -> list[Mark]:
 
 def perplexity_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Bits per byte by position, and by context length where it was measured."""
-    unit = next(iter(results.values()))["unit"]
+    first = next(iter(results.values()))
+    unit, log_x = first["unit"], first["by_position"]["scale"] == "log"
     marks = reach_marks(models) if unit == "tokens" or all(m["tokenizer"] == "bytes" for m in models) else []
     by_position = []
     for name, result in results.items():
         edges = list(result["by_position"]["edges"])
         # The first bin begins at 0, which a logarithmic axis does not have.
-        drawn = [max(edges[1] / 2, 1), *edges[1:]]
+        drawn = [max(edges[1] / 2, 1), *edges[1:]] if log_x else edges
         estimate, low, high = _columns(result["by_position"]["bits_per_byte"])
         by_position.append(Series(name, drawn[:-1], estimate, low, high, steps=drawn))
     figures = [
@@ -57,8 +58,9 @@ def perplexity_figures(results: Results, models: Sequence[Mapping[str, Any]]) ->
                 by_position,
                 Axes(
                     "Bits per byte by position",
-                    f"position in the text ({unit}, log scale)",
+                    f"position in the text ({unit}{', log scale' if log_x else ''})",
                     "bits per byte (lower is better)",
+                    log_x=log_x,
                     marks=marks,
                 ),
                 "Bits per byte against the position in the text, one curve for each model.",
@@ -79,7 +81,7 @@ def perplexity_figures(results: Results, models: Sequence[Mapping[str, Any]]) ->
         if whole is not None:
             carried.append(Mark(whole["estimate"], f"{name}, whole text", number, horizontal=True))
     if by_context:
-        block = next(iter(results.values()))["by_context"]["block"]
+        block = first["by_context"]["block"]
         figures.append(
             Figure(
                 "perplexity-by-context",
@@ -103,18 +105,19 @@ def perplexity_figures(results: Results, models: Sequence[Mapping[str, Any]]) ->
 def recall_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Exact match and answer bits of planted facts against distance."""
     marks = reach_marks(models)
-    exact, bits, guesses = [], [], []
-    for number, (name, result) in enumerate(results.items()):
+    exact: list[Series] = []
+    bits: list[Series] = []
+    unstated: list[Series] = []
+    guess = next(iter(results.values()))["guess_bits"]
+    for name, result in results.items():
         rows = [row for row in result["distances"] if row["n"]]
         if not rows:
             continue
         x = [row["distance"] for row in rows]
         exact.append(Series(name, x, *_columns([row["exact_match"] for row in rows])))
         bits.append(Series(name, x, *_columns([row["answer_bits"] for row in rows])))
-        control = result.get("control")
-        if control and control["n"]:
-            level = control["answer_bits"]["estimate"]
-            guesses.append(Mark(level, f"{name}, fact never stated", number, horizontal=True))
+        without = _columns([row["unstated_bits"] for row in rows])[0]
+        unstated.append(Series(f"{name}, never stated", x, without, of=len(bits) - 1))
     if not exact:
         return []
     x_label = "distance from the fact to the question (tokens, log scale)"
@@ -136,15 +139,16 @@ def recall_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> lis
         Figure(
             "recall-answer-bits",
             curves(
-                bits,
+                [*bits, *unstated],
                 Axes(
                     "Surprise at the right answer", x_label, "bits of the whole answer (lower is better)",
-                    marks=[*marks, *guesses],
+                    marks=[*marks, Mark(guess, f"guessing, {guess:.1f} bits", None, horizontal=True)],
                 ),
                 "Bits of the right answer against the distance of the fact.",
             ),
             "The same questions: -log2 of the probability of the right answer. It moves before exact "
-            "match does. Dotted: questions about a fact that was never stated.",
+            "match does: who guesses needs the bits of the dotted line on average, so what is below it was "
+            "kept. Dotted in colour: at the same places, questions about a fact that was never stated.",
         ),
     ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """lm-evaluation-harness (EleutherAI) on a loaded model, through its Hugging Face interface.
- The harness comes with the extra `nestor[eval]` and is imported only here. A byte tokenizer is given to it
+
+The harness comes with the extra `nestor[eval]` and is imported only here. A byte tokenizer is given to it
 in the shape that it knows, a `PreTrainedTokenizerFast` with the same ids.
 """
 

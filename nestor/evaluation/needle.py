@@ -17,8 +17,8 @@ from nestor.data.tasks.haystack import Haystack
 from nestor.data.tasks.needle import NEEDLE_KINDS, needle
 from nestor.data.tokenizers import encode_text
 from nestor.errors import ConfigError, suggest
-from nestor.evaluation.scoring import PIECE, Progress, Row, greedy, score_rows
-from nestor.evaluation.statistics import paired_ratio_differences, wilson_interval
+from nestor.evaluation.scoring import PIECE, Progress, Row, Stream, greedy, score_rows
+from nestor.evaluation.statistics import paired_proportion_difference, wilson_interval
 from nestor.evaluation.subjects import Subject
 
 VARIANTS = ("passkey", "number", "word")
@@ -125,23 +125,20 @@ def measure_needle(
     }
 
 
-def compare_needle(
-    names: Sequence[str], results: Sequence[dict[str, Any]], *, resample_seed: int = 0
-) -> list[dict[str, Any]]:
+def compare_needle(names: Sequence[str], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Paired difference in exact match of every later model against the first, over all needles both could
     read.
     """
     out = []
     for name, result in zip(names[1:], results[1:], strict=True):
         pairs = [
-            (float(a), float(b))
+            (a, b)
             for a, b in zip(results[0]["exact"], result["exact"], strict=True)
             if a is not None and b is not None
         ]
         if pairs:
-            first, second = np.asarray(pairs).T
-            ones = np.ones(len(pairs))
-            interval = paired_ratio_differences((second, ones), (first, ones), seed=resample_seed)[0]
+            first, second = zip(*pairs, strict=True)
+            interval = paired_proportion_difference(second, first)
             out.append({"model": name, "baseline": names[0], "exact_match": interval.as_dict()})
     return out
 
@@ -188,7 +185,7 @@ def _shown(probes: Sequence[NeedleProbe], fits: Sequence[bool], variants: Sequen
 
 def _sample(subject: Subject, probe: NeedleProbe, piece: int) -> dict[str, Any]:
     prompt = [*subject.prefix, *probe.ids[: probe.start].tolist()]
-    answer = greedy(subject.model, prompt, len(probe.ids) - probe.start, piece=piece)
+    answer = greedy(Stream(subject.model, piece), prompt, len(probe.ids) - probe.start)
     return {
         "variant": probe.variant,
         "length": probe.length,

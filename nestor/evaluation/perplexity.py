@@ -1,8 +1,10 @@
 """Bits per byte of held-out text, by position in the document and by how much context is given.
- By position: every token of a long passage is predicted from all that came before it, the State carried
+
+By position: every token of a long passage is predicted from all that came before it, the State carried
 through the whole passage. A model that uses its memory goes on improving beyond what its attention
 reaches.
- By context length: the same scored tokens each time (blocks in the later part of the passages), read from
+
+By context length: the same scored tokens each time (blocks in the later part of the passages), read from
 a fresh State that starts only L units before the block (`reset`), against the State carried from the
 passage's beginning (`carried`). What separates the two is what the model kept.
 
@@ -42,6 +44,7 @@ class Layout:
     blocks: tuple[int, ...]
     """Starts of the blocks."""
     unit: str = "tokens"
+    scale: str = "log"
 
 
 def make_layout(
@@ -51,13 +54,13 @@ def make_layout(
     scale: str = "log",
     bins: int = 16,
     block: int | None = None,
-    blocks: int = 4,
+    blocks: int = 2,
     unit: str = "tokens",
 ) -> Layout:
     """Bins and blocks for passages of `length` units.
 
     Args:
-        contexts: context lengths; default powers of two from 16 to half of the length.
+        contexts: context lengths; default powers of four from 16 to half of the length.
         scale: "log" doubles from 16 on; "linear" makes `bins` equal bins.
         block: units of a scored block; default at most 128, and an eighth of the length.
         blocks: blocks in each passage, between the greatest context and the end.
@@ -72,7 +75,7 @@ def make_layout(
     if bins < 1 or blocks < 1:
         raise ConfigError(f"bins is {bins} and blocks {blocks}; both must be at least 1")
     block = min(128, length // 8) if block is None else block
-    given = sorted(set(contexts)) if contexts is not None else _doubling(16, length // 2)
+    given = sorted(set(contexts)) if contexts is not None else _growing(16, length // 2, 4)
     if block < 1 or any(context < 1 for context in given):
         raise ConfigError(f"block is {block} and contexts are {given}; all must be at least 1")
     widest = given[-1] if given else 0
@@ -82,7 +85,7 @@ def make_layout(
             f"ask for contexts of at most {length - block}"
         )
     if scale == "log":
-        edges = [0, *_doubling(16, length - 1), length]
+        edges = [0, *_growing(16, length - 1, 2), length]
     else:
         edges = sorted({round(i * length / bins) for i in range(bins + 1)})
     starts = np.linspace(widest, length - block, blocks).tolist() if given else []
@@ -93,6 +96,7 @@ def make_layout(
         block=block,
         blocks=tuple(sorted({int(start) for start in starts})),
         unit=unit,
+        scale=scale,
     )
 
 
@@ -138,6 +142,7 @@ def measure_perplexity(
         "by_seed": _by_seed(passages, encoded, bits),
         "by_position": {
             "edges": list(layout.edges),
+            "scale": layout.scale,
             "bits_per_byte": [
                 i.as_dict() for i in ratio_intervals(position_bits, position_bytes, seed=resample_seed)
             ],
@@ -302,9 +307,9 @@ def _notes(subject: Subject, layout: Layout, passages: int) -> list[str]:
     return notes
 
 
-def _doubling(first: int, last: int) -> list[int]:
+def _growing(first: int, last: int, factor: int) -> list[int]:
     values = []
     while first <= last:
         values.append(first)
-        first *= 2
+        first *= factor
     return values

@@ -1,5 +1,6 @@
 """Plots of the suites: matplotlib without a display, one style, PNG bytes in a light and a dark variant.
- Colours are those of Okabe and Ito, which stay apart for colour-blind readers; every series also has a
+
+Colours are those of Okabe and Ito, which stay apart for colour-blind readers; every series also has a
 marker and a dash pattern of its own, so that a black-and-white print can be read. Intervals are bands.
 Nothing here touches pyplot's global state: a figure is made, rendered and dropped.
 """
@@ -77,6 +78,8 @@ class Series:
     high: Sequence[float | None] | None = None
     steps: Sequence[float] | None = None
     """Edges of the bins [len(x) + 1]; given, the curve is drawn as steps over them instead of points at x."""
+    of: int | None = None
+    """Number of the series that this one is compared with: drawn dotted in its colour, without points."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ def _draw_curves(series: Sequence[Series], axes: Axes, theme: Theme) -> Figure:
     if handles:
         figure.legend(
             loc="outside lower center",
-            ncols=min(3, len(handles)),
+            # Four entries make two rows of two: a curve stands above its dotted companion.
+            ncols=min(2 if len(handles) == 4 else 3, len(handles)),
             frameon=False,
             labelcolor=theme.ink,
             fontsize=9.5,
@@ -217,6 +221,10 @@ def _draw_series(ax: Any, item: Series, number: int, theme: Theme) -> None:
             )
         return
     x = np.asarray(item.x, dtype=np.float64)
+    if item.of is not None:
+        colour = theme.colours[item.of % len(theme.colours)]
+        ax.plot(x, y, color=colour, linewidth=1.3, linestyle=(0, (1, 2)), label=item.name)
+        return
     marker = MARKERS[number % len(MARKERS)]
     (line,) = ax.plot(x, y, color=colour, linewidth=2, linestyle=dash, marker=marker, label=item.name)
     line.set(markersize=5.5, markeredgecolor=theme.ground, markeredgewidth=0.8)

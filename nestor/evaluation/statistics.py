@@ -1,5 +1,6 @@
-"""Intervals for what the suites measure: Wilson for proportions, BCa bootstrap for ratios of sums.
- Most numbers of the suites are ratios of sums over documents: bits per byte is sum(bits) / sum(bytes), an
+"""Intervals: Wilson and Newcombe for proportions, BCa bootstrap for ratios of sums.
+
+Most numbers of the suites are ratios of sums over documents: bits per byte is sum(bits) / sum(bytes), an
 accuracy is sum(correct) / sum(asked). The unit that is resampled is the document (the row), never the
 token: the tokens of one document are not independent. Intervals are bias-corrected and accelerated (Efron
 1987, "Better bootstrap confidence intervals"): with the few documents of a typical evaluation the plain
@@ -11,7 +12,7 @@ Every function takes a seed and is deterministic in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -69,6 +70,11 @@ def wilson_interval(successes: int, trials: int, level: float = LEVEL) -> Interv
         raise DataError(f"successes must lie in 0..trials, got {successes} of {trials}")
     if trials == 0:
         return Interval(None, None, None, level, "wilson", 0)
+    return Interval(*_wilson_limits(successes, trials, level), level, "wilson", trials)
+
+
+def _wilson_limits(successes: int, trials: int, level: float) -> tuple[float, float, float]:
+    """The proportion and Wilson's limits."""
     z = _NORMAL.inv_cdf(0.5 + level / 2)
     p = successes / trials
     scale = 1 + z * z / trials
@@ -77,7 +83,42 @@ def wilson_interval(successes: int, trials: int, level: float = LEVEL) -> Interv
     # At the two ends the algebra gives exactly 0 and 1; rounding must not put the estimate outside.
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == trials else centre + half
-    return Interval(p, low, high, level, "wilson", trials)
+    return p, low, high
+
+
+def paired_proportion_difference(
+    first: Sequence[bool], second: Sequence[bool], level: float = LEVEL
+) -> Interval:
+    """Interval of mean(first) - mean(second), right or wrong on the same items: Newcombe's (1998) method 10.
+
+    Wilson's limits of the two proportions, combined by squaring and adding, with the correlation of the two:
+
+        low = d - sqrt((p1 - l1)^2 - 2 phi (p1 - l1) (u2 - p2) + (u2 - p2)^2),  high the other way round
+
+    Like Wilson's it has a width where the bootstrap has none: one is always right and the other never.
+
+    Raises:
+        DataError: different numbers of items, or a level outside (0, 1).
+    """
+    _check_level(level)
+    if len(first) != len(second):
+        raise DataError(f"a paired comparison needs the same items, got {len(first)} and {len(second)}")
+    n = len(first)
+    if n == 0:
+        return Interval(None, None, None, level, "newcombe-paired", 0)
+    one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    both, only_one = int((one & two).sum()), int((one & ~two).sum())
+    only_two, neither = int((~one & two).sum()), int((~one & ~two).sum())
+    p1, l1, u1 = _wilson_limits(both + only_one, n, level)
+    p2, l2, u2 = _wilson_limits(both + only_two, n, level)
+    margins = (both + only_one) * (only_two + neither) * (both + only_two) * (only_one + neither)
+    product: float = both * neither - only_one * only_two
+    # A positive correlation is corrected for continuity: it narrows the interval.
+    product = max(product - n / 2, 0) if product > 0 else product
+    phi = product / margins**0.5 if margins else 0.0
+    below = (p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2
+    above = (u1 - p1) ** 2 - 2 * phi * (u1 - p1) * (p2 - l2) + (p2 - l2) ** 2
+    return Interval(p1 - p2, p1 - p2 - below**0.5, p1 - p2 + above**0.5, level, "newcombe-paired", n)
 
 
 def ratio_intervals(

@@ -87,17 +87,19 @@ class Subject:
 def attention_reach(config: Any) -> Reach:
     """The reach of a configuration with `layer_types`, `sliding_window` and `segment_size`.
 
-    A segment is attended as a whole and nothing beyond it, so segmented layers do not add up.
+    A segment is attended as a whole and nothing beyond it, so segmented layers alone do not add up; between
+    windows, which cross the edges of segments, they do.
     """
     kinds = list(getattr(config, "layer_types", None) or ["full_attention"])
     if _FULL & set(kinds):
         return Reach(None, None)
-    window = getattr(config, "sliding_window", None)
-    segment = getattr(config, "segment_size", None)
-    steps = sum(window - 1 for kind in kinds if kind in _WINDOWED and window)
-    segmented = segment if segment and _SEGMENTED & set(kinds) else 0
-    widest = max([window or 1 for kind in kinds if kind in _WINDOWED] + [segmented, 1])
-    return Reach(widest, steps + max(segmented, 1))
+    window = getattr(config, "sliding_window", None) or 1
+    segment = getattr(config, "segment_size", None) or 1
+    windowed = sum(kind in _WINDOWED for kind in kinds)
+    segmented = sum(kind in _SEGMENTED for kind in kinds)
+    widest = max(window if windowed else 1, segment if segmented else 1)
+    steps = windowed * (window - 1) + (segmented if windowed else min(segmented, 1)) * (segment - 1)
+    return Reach(widest, steps + 1)
 
 
 def same_tokenizer(subjects: Sequence[Subject]) -> bool:

@@ -18,7 +18,7 @@ import torch
 from nestor.data import open_corpus, shipped_corpora, tokenize
 from nestor.data.tasks import CorpusHaystack, FactSpec
 from nestor.errors import ConfigError, suggest
-from nestor.evaluation import needle, perplexity, recall
+from nestor.evaluation import mqar, needle, perplexity, recall
 from nestor.evaluation.passages import cut_passages
 from nestor.evaluation.scoring import PIECE, Progress
 from nestor.evaluation.subjects import Subject, check_names, same_tokenizer
@@ -141,10 +141,11 @@ def write_results(
 
     folder = Path(folder)
     figures = figures_of(result)
+    report = build_report(result, figures, commands)
     write_json(folder / "results.json", result)
     for figure in figures:
         figure.plot.write(folder / "plots" / f"{figure.name}.png")
-    return build_report(result, figures, commands).write(folder / "report.html")
+    return report.write(folder / "report.html")
 
 
 def versions() -> dict[str, str]:
@@ -210,7 +211,7 @@ def _recall(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[s
         for subject in subjects:
             length = settings.longest if subject.limit is None else min(settings.longest, subject.limit)
             with bar(f"associative recall: {subject.name}") as progress:
-                found[subject.name] = recall.measure_mqar(
+                found[subject.name] = mqar.measure_mqar(
                     subject,
                     document_length=length,
                     count=max(1, (settings.repeats or 32) // 4),
@@ -221,7 +222,8 @@ def _recall(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[s
                     resample_seed=settings.seeds[0],
                     progress=progress,
                 )
-        out["mqar"] = {"models": found, "differences": []}
+        differences = mqar.compare_mqar(list(found), list(found.values()), resample_seed=settings.seeds[0])
+        out["mqar"] = {"models": found, "differences": differences}
     return out
 
 
@@ -234,21 +236,19 @@ def _facts(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[st
     count = settings.repeats or 32
     found = {}
     for subject, haystack in zip(subjects, _haystacks(subjects, settings), strict=True):
-        probes = recall.draw_probes(
+        documents = recall.draw_documents(
             haystack, distances, count, seeds=settings.seeds, n_facts=settings.facts, spec=spec
         )
-        controls = recall.draw_controls(haystack, count, seeds=settings.seeds, spec=spec)
         with bar(f"recall of facts: {subject.name}") as progress:
             found[subject.name] = recall.measure_recall(
                 subject,
-                probes,
-                controls=controls,
+                documents,
                 batch_size=settings.batch_size,
                 piece=settings.piece,
                 resample_seed=settings.seeds[0],
                 progress=progress,
             )
-    # Probes are placed by tokens: with different tokenizers the texts differ, and nothing is paired.
+    # Facts are placed by tokens: with different tokenizers the texts differ, and nothing is paired.
     paired = same_tokenizer(subjects)
     differences = (
         recall.compare_recall(list(found), list(found.values()), resample_seed=settings.seeds[0])
@@ -277,11 +277,7 @@ def _needle(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[s
                 subject, probes, batch_size=settings.batch_size, piece=settings.piece, progress=progress
             )
     paired = same_tokenizer(subjects)
-    differences = (
-        needle.compare_needle(list(found), list(found.values()), resample_seed=settings.seeds[0])
-        if paired
-        else []
-    )
+    differences = needle.compare_needle(list(found), list(found.values())) if paired else []
     return {"needle": {"models": found, "differences": differences, "paired": paired}}
 
 

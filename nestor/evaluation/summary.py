@@ -129,6 +129,8 @@ def _perplexity_table(section: Section, part: Mapping[str, Any]) -> None:
         ]
         for i, row in enumerate(context["contexts"])
     ]
+    if not rows:
+        return
     rows.append(["whole text"] + [with_interval(m["by_context"]["carried"]) for m in part["models"].values()])
     section.table(
         [f"context ({first['unit']})", *part["models"]],
@@ -142,9 +144,11 @@ def _recall_table(section: Section, part: Mapping[str, Any]) -> None:
     models = part["models"]
     section.text(
         "A fact is stated in real text; after the distance it is asked for. Exact match counts answers "
-        "that greedy decoding gives completely."
+        "that greedy decoding gives completely. Bits are -log2 of the probability of the right answer: who "
+        f"does not know the fact needs at least {next(iter(models.values()))['guess_bits']:.1f} on average."
     )
-    columns = ["distance (tokens)", "n"] + [f"{n}: {what}" for n in models for what in ("exact", "bits")]
+    columns = ["distance (tokens)", "n"]
+    columns += [f"{name}: {what}" for name in models for what in ("exact", "bits")]
     rows = []
     for i, row in enumerate(next(iter(models.values()))["distances"]):
         cells = [f"{row['distance']:,}", str(max(m["distances"][i]["n"] for m in models.values()))]
@@ -155,16 +159,14 @@ def _recall_table(section: Section, part: Mapping[str, Any]) -> None:
                 with_interval(here["answer_bits"], digits=1),
             ]
         rows.append(cells)
-    controls = [model["control"] for model in models.values()]
-    if all(controls):
-        cells = ["never stated", str(max(control["n"] for control in controls))]
-        for control in controls:
-            cells += [
-                with_interval(control["exact_match"], as_percent=True),
-                with_interval(control["answer_bits"], digits=1),
-            ]
-        rows.append(cells)
     section.table(columns, rows, "Exact match, and bits of the right answer, by distance.")
+    section.text(
+        "Right answers to questions about facts never stated (luck or a leak): "
+        + ", ".join(
+            f"{name} {m['control']['right']} of {m['control']['asked']}" for name, m in models.items()
+        )
+        + "."
+    )
 
 
 def _mqar_table(section: Section, part: Mapping[str, Any]) -> None:
@@ -211,8 +213,9 @@ def _differences(section: Section, suite: str, part: Mapping[str, Any]) -> None:
         pair = f"{difference['model']} minus {difference['baseline']}"
         if suite == "perplexity":
             rows.append([pair, "all positions", with_interval(difference["bits_per_byte"])])
-        elif suite == "needle":
-            rows.append([pair, "all needles", with_interval(difference["exact_match"], as_percent=True)])
+        elif suite in ("mqar", "needle"):
+            what = "all needles" if suite == "needle" else "all queries"
+            rows.append([pair, what, with_interval(difference["exact_match"], as_percent=True)])
         else:
             rows += [
                 [pair, f"distance {row['distance']:,}", with_interval(row["exact_match"], as_percent=True)]
