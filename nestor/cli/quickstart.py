@@ -130,7 +130,7 @@ def _run(args: Args, console: Console) -> int:
         "memory": memory,
         "samples": write_samples(subjects, settings),
         "settings": _settings(args) | {"seconds": round(time.monotonic() - began)},
-        "commands": commands(args.output, [entrant.final for entrant in entrants], args.recipes),
+        "commands": commands(args.output, entrants),
     }
     result["verdict"] = verdict(result)
     report = write_everything(result, args.output)

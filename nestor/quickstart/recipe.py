@@ -71,6 +71,7 @@ def choose(
     if len(recipes) != 2:
         raise ConfigError(f"--recipes names {len(recipes)} configurations; the quickstart compares two")
     configs = [load_config(recipe) for recipe in recipes]
+    text_of(configs[-1])
     names = [config.model.preset for config in configs]
     if names[0] == names[1]:
         names = [config.name for config in configs]
@@ -93,7 +94,7 @@ def choose(
 
 def with_steps(entrant: Entrant, steps: int) -> Entrant:
     """The entrant with a run of `steps` steps, and what is logged, measured and saved along them."""
-    every = max(1, steps // _VALIDATED)
+    every = -(-steps // _VALIDATED)
     config = with_run(
         entrant.config,
         steps=steps,
@@ -116,8 +117,14 @@ def recall_source(config: TrainConfig) -> SourceConfig | None:
 
 
 def text_of(config: TrainConfig) -> tuple[str, ...]:
-    """The corpora that the recipe reads as text, or that its facts are planted in."""
+    """The corpora that the recipe reads as text, or that its facts are planted in.
+
+    Raises:
+        ConfigError: there are none.
+    """
     texts = [source for source in config.data.sources if source.text]
+    if not texts:
+        raise ConfigError(f"{config.name} names no text, and the quickstart measures on text; add a source")
     plain = [source for source in texts if not source.task]
     return (plain or texts)[0].text
 

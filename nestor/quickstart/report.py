@@ -12,6 +12,7 @@ from nestor.evaluation.plots import Axes, Series, curves
 from nestor.evaluation.report import Report, Section
 from nestor.evaluation.summary import build_report, figures_of
 from nestor.files import write_json
+from nestor.quickstart.recipe import Entrant
 from nestor.quickstart.samples import TEMPERATURE
 from nestor.quickstart.tables import summary
 
@@ -190,15 +191,23 @@ def _written(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return section.blocks
 
 
-def commands(output: Path, finals: Sequence[Path], recipes: Sequence[str]) -> list[tuple[str, str]]:
+def commands(output: Path, entrants: Sequence[Entrant]) -> list[tuple[str, str]]:
     """How to go on: (words, command line)."""
-    models = " ".join(shlex.quote(str(final)) for final in finals)
-    last, memory = shlex.quote(str(finals[-1])), shlex.quote(str(output / "memory" / "mine.safetensors"))
-    longer = shlex.quote(str(output) + "-long")
-    return [
-        ("Talk with the model whose memory lasts:", f"nestor chat {last} --memory {memory}"),
+    finals = [shlex.quote(str(entrant.final)) for entrant in entrants]
+    models, memory = " ".join(finals), shlex.quote(str(output / "memory" / "mine.safetensors"))
+    longer = shlex.quote(f"{output}-long")
+    found = [
+        ("Talk with the model whose memory lasts:", f"nestor chat {finals[-1]} --memory {memory}"),
         ("Train for longer here:", f"nestor quickstart --minutes 60 --output {longer}"),
-        ("Train from scratch, by the whole recipe:", f"nestor train {shlex.quote(recipes[-1])}"),
         ("Measure with narrower intervals:", f"nestor eval {models} --suite recall --seeds 1 2 3 4"),
         ("Look for needles of other kinds:", f"nestor eval {models} --suite needle"),
-    ]  # fmt: skip
+    ]
+    for entrant in entrants:
+        made = entrant.origin.training.get("command") if entrant.origin else None
+        recipe = shlex.quote(entrant.recipe)
+        found.append(
+            (f"Make the model that {entrant.name} went on from:", made)
+            if made
+            else (f"Train {entrant.name} by its whole recipe:", f"nestor train {recipe}")
+        )
+    return found

@@ -23,6 +23,7 @@ from nestor.errors import ConfigError
 from nestor.quickstart import picture, recipe, training
 from nestor.quickstart.display import TrainingDisplay
 from nestor.quickstart.measuring import beyond_reach
+from nestor.quickstart.report import commands
 from nestor.quickstart.verdict import bits_sentence, memory_sentences, recall_sentence
 
 STEPS, WINDOW = 4, 8
@@ -237,6 +238,12 @@ def test_a_given_model_is_the_start_and_is_named(finished, recipes, tmp_path, ca
         moved = max((a - b).abs().max() for a, b in zip(before.parameters(), after.parameters(), strict=True))
         # AdamW moves a weight by about the learning rate; random weights would lie much further off.
         assert 0 < moved < 3 * 0.2 * 1e-2
+    assert ("Train titans-mag by its whole recipe:", f"nestor train {recipes[1]}") in commands(
+        tmp_path, entrants
+    )
+    made = replace(entrants[1].origin, training={**entrants[1].origin.training, "command": "make it"})
+    entrants[1] = replace(entrants[1], origin=made)
+    assert ("Make the model that titans-mag went on from:", "make it") in commands(tmp_path, entrants)
     scratch = recipe.choose(recipes, tmp_path / "out", 3, None, True)
     assert [entrant.origin for entrant in scratch] == [None, None]
     assert scratch[0].config.optimizer.lr == 1e-2 and scratch[0].config.model.path == ""
