@@ -175,10 +175,10 @@ def _chunked(
     )
 
     def to_rows(x: Tensor) -> Tensor:
-        """[B, T, H, ...] -> [N, B H, C, ...]"""
+        """[B, T, H, ...] -> [B H, N, C, ...]"""
         x = grid.gather(x)
-        axes = (1, 0, 3, 2, *range(4, x.dim()))
-        return x.permute(axes).reshape(grid.rows, batch * heads, grid.width, *x.shape[4:])
+        axes = (0, 3, 1, 2, *range(4, x.dim()))
+        return x.permute(axes).reshape(batch * heads, grid.rows, grid.width, *x.shape[4:])
 
     def merge(x: Tensor) -> Tensor:
         """[B or 1, H, ...] -> [B H, ...]"""
@@ -186,7 +186,7 @@ def _chunked(
 
     valid = None
     if grid.valid is not None:
-        valid = grid.valid.permute(1, 0, 2).repeat_interleave(heads, 1)
+        valid = grid.valid.repeat_interleave(heads, 0)
     gates = [None if g is None else to_rows(g) for g in (theta, eta, alpha)]
     assert gates[0] is not None
     coefficients = chunk_coefficients(gates[0], gates[1], gates[2], valid)
@@ -200,39 +200,49 @@ def _chunked(
     plan = Plan(
         spec=spec,
         depth=len(initial),
-        written=1 if eta is None else 2,
         resets=[None if r is None else r.repeat_interleave(heads)[:, None, None] for r in grid.resets],
         closes=[c if isinstance(c, bool) else c.repeat_interleave(heads)[:, None, None] for c in grid.closes],
         has_norm=gamma is not None,
+        has_targets=has_target,
         surprise=surprise_wanted,
     )
-    targets = [(w.unsqueeze(0),) for w in initial] if has_target else [()] * len(initial)
 
     def stacks(memory: MemoryState) -> list[Tensor]:
-        components = zip(memory.weights, memory.momentum or [()] * len(initial), targets, strict=True)
-        parts = [(w, *((s,) if isinstance(s, Tensor) else ()), *target) for w, s, target in components]
-        return [torch.stack([merge(x) for x in part], 1) for part in parts]
+        weights = memory.weights
+        deviations = [w - m for w, m in zip(weights, initial, strict=True)] if has_target else weights
+        components = zip(deviations, memory.momentum, strict=True) if eta is not None else zip(deviations)
+        return [torch.stack([merge(x) for x in part], 1) for part in components]
 
-    outputs, surprise, after = scan(
+    outputs, surprise, final_stacks, final_anchor = scan(
         plan,
-        make_rows(to_rows(q), to_rows(k), to_rows(v), coefficients, keep, spec, has_target),
+        make_rows(to_rows(q), to_rows(k), to_rows(v), coefficients, keep, spec),
         Norm(
             None if gamma is None else merge(gamma[None, :, None]),
             None if beta is None else merge(beta[None, :, None]),
         ),
         stacks(begin),
-        ChunkState(stacks(opening), [merge(w) for w in opening.anchor]),
+        ChunkState(
+            stacks(opening),
+            [merge(w) for w in opening.anchor],
+            [merge(w[None]) for w in initial] if has_target else None,
+        ),
     )
 
     def from_rows(x: Tensor) -> Tensor:
-        """[N, B H, C, ...] -> [B, T, H, ...]"""
-        x = x.reshape(grid.rows, batch, heads, grid.width, *x.shape[3:])
-        return grid.scatter(x.permute(1, 0, 3, 2, *range(4, x.dim())), length)
+        """[B H, N, C, ...] -> [B, T, H, ...]"""
+        x = x.unflatten(0, (batch, heads))
+        return grid.scatter(x.permute(0, 2, 3, 1, *range(4, x.dim())), length)
 
     def split(parts: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(w.reshape(batch, heads, *w.shape[1:]) for w in parts)
 
-    weights = split([s[:, 0] for s in after.stacks])
-    momentum = () if eta is None else split([s[:, 1] for s in after.stacks])
-    final = MemoryState(weights, momentum, split(after.anchor), grid.phase)
+    weights = split([s[:, 0] for s in final_stacks])
+    if has_target:
+        weights = tuple(w + m for w, m in zip(weights, initial, strict=True))
+        if mask is not None and state is not None:
+            # The way over W - M rounds; a sequence without a token keeps every bit.
+            read = mask.any(1)[:, None, None, None]
+            weights = tuple(torch.where(read, w, b) for w, b in zip(weights, state.weights, strict=True))
+    momentum = () if eta is None else split([s[:, 1] for s in final_stacks])
+    final = MemoryState(weights, momentum, split(final_anchor), grid.phase)
     return from_rows(outputs), final, from_rows(surprise) if surprise_wanted else None

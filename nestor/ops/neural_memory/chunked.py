@@ -1,17 +1,19 @@
 """The chunked form of the neural memory: dense products, explicit inner gradients, hand-written backward.
 
-Per chunk, with all gradients at the anchor ``Wa`` (spec/neural-memory.md section 2.3; ``x_0 = k``):
+Per chunk, with all gradients at the anchor ``Wa`` (spec/neural-memory.md section 2.3; ``x_0 = k``), and with
+the deviation ``D = W - M`` from the learned initial weights M that the memory decays to:
 
     keys     z_l = x_{l-1} Wa_l        x_l = phi(z_l)        delta_l = (delta_{l+1} Wa_{l+1}^T) phi'(z_l)
-    queries  z~_l = A x~_{l-1} W_l + F x~_{l-1} S_l + (1-A) x~_{l-1} M_l - (G * x~_{l-1} x_{l-1}^T) delta_l
-    state    W'_l = A_C W_l + F_C S_l + (1-A_C) M_l - (G_C x_{l-1})^T delta_l
+    state    D'_l = A_C D_l + F_C S_l - (G_C x_{l-1})^T delta_l
              S'_l = m_C S_l - (E_C x_{l-1})^T delta_l
+    queries  z~_l = x~_{l-1} M_l + A x~_{l-1} D_l + F x~_{l-1} S_l - (G * x~_{l-1} x_{l-1}^T) delta_l
 
-``M`` are the learned initial weights. W, S and M of a layer are kept as one stack of components: a query row
-mixes the components by its coefficients (A, F, 1-A), the state update mixes them by a small matrix. A memory
-without momentum has no S, one that decays to zero no M; nothing else changes. Nothing of size tokens x
-weights exists. The backward differentiates these lines, so it carries the second-order terms of the inner
-gradient (section 2.4). Sequences and heads are one batch axis ``m`` here; chunks are the first axis ``n``.
+Only the writes (keys and state) wait for the chunk before: they go chunk by chunk, as `write_chunk`. Reads
+(queries) wait for nothing but their chunk's state: `read_block` takes many chunks at once. D and S of a layer
+are one stack of components. A memory without momentum has no S, one that decays to zero no M, and its D is W.
+Nothing of size tokens x weights exists. The backward differentiates these lines, so it carries the
+second-order terms of the inner gradient (section 2.4). Steps are ``u_l = -delta_l``, so that all signs are
+plus. Sequences and heads are one batch axis ``m``; a block of reads has the batch axis ``b``, m x its chunks.
 """
 
 from dataclasses import dataclass, field
@@ -28,49 +30,56 @@ Layers = list[Tensor]  # one tensor per layer of the memory network
 
 
 class Rows(NamedTuple):
-    """The tokens of one chunk (or, with a leading n, of all chunks) and their coefficients.
+    """The tokens of all chunks and their coefficients, ``[m, N, ...]``; of one chunk without the N.
 
-    q, k, v ``[m, C, p]``. read ``[m, C, c]`` and G ``[m, C, C]``: how query rows mix the c components and the
-    chunk's own writes; None for chunk-start reads. mix ``[m, c, c]``: how the components after the chunk are
-    made from those before it. write ``[m, C, w]``: the weight of each token's gradient in the w components
-    that are written (W, or W and S). keep ``[m, C, 1]``: a_t for post-decay gradients, else None.
+    k, v ``[C, p]``. carry ``[c]``: the share of each component that the chunk keeps (A_C, or A_C and m_C),
+    and cross ``[1]`` = F_C, what it moves from S to D. write ``[C, c]``: the weight of each token's step in
+    the components. keep ``[C, 1]``: a_t for post-decay gradients, else None. q ``[C, p]``, read ``[C, c]``,
+    G ``[C, C]``: how query rows mix the components and the chunk's own steps; None for chunk-start reads.
     """
 
-    q: Tensor
     k: Tensor
     v: Tensor
-    read: Tensor | None
-    G: Tensor | None
-    mix: Tensor
+    carry: Tensor
+    cross: Tensor | None
     write: Tensor
     keep: Tensor | None
+    q: Tensor
+    read: Tensor | None
+    G: Tensor | None
 
     def chunk(self, n: int) -> "Rows":
-        return Rows(*(None if t is None else t[n] for t in self))  # type: ignore[arg-type]
+        """Chunk n, ``[m, ...]``."""
+        return Rows(*(None if t is None else t[:, n] for t in self))  # type: ignore[arg-type]
+
+    def queries(self, block: slice) -> "Queries":
+        """What the reads of a block of chunks take, ``[b, ...]``."""
+        taken = (None if t is None else t[:, block].flatten(0, 1) for t in (self.q, self.read, self.G))
+        return Queries(*taken)  # type: ignore[arg-type]
+
+
+class Queries(NamedTuple):
+    """q, read and G of `Rows`, for the chunks of a block: ``[b, C, ...]``."""
+
+    q: Tensor
+    read: Tensor | None
+    G: Tensor | None
 
 
 def make_rows(
-    q: Tensor, k: Tensor, v: Tensor, c: Coefficients, keep: Tensor | None, spec: MemorySpec, has_target: bool
+    q: Tensor, k: Tensor, v: Tensor, c: Coefficients, keep: Tensor | None, spec: MemorySpec
 ) -> Rows:
-    """Arrange the coefficients of all chunks for components W, S (with momentum), M (with a decay target)."""
-    end_rows = [c.G_end] if c.E_end is None else [c.G_end, c.E_end]
-    zero, one = torch.zeros_like(c.A_end), torch.ones_like(c.A_end)
-    to_weights, others = [c.A_end], []
-    if c.F_end is not None:
-        assert c.m_end is not None
-        to_weights.append(c.F_end)
-        others.append([zero, c.m_end])
-    if has_target:
-        to_weights.append(1.0 - c.A_end)
-        others = [[*row, zero] for row in others] + [[zero] * len(to_weights[:-1]) + [one]]
-    mix = torch.stack([torch.cat(row, -1) for row in [to_weights, *others]], -2)
+    """Arrange the coefficients of all chunks for the components D and S."""
+
+    def components(of_weights: Tensor, of_momentum: Tensor | None) -> Tensor:
+        return torch.stack([of_weights] if of_momentum is None else [of_weights, of_momentum], -1)
 
     read = G = None
     if spec.read_mode != "chunk_start":
         r = c.exclusive() if spec.read_mode == "exclusive" else c
-        columns = [r.A] + ([] if r.F is None else [r.F]) + ([1.0 - r.A] if has_target else [])
-        read, G = torch.stack(columns, -1), r.G
-    return Rows(q, k, v, read, G, mix, torch.stack(end_rows, -1), keep)
+        read, G = components(r.A, r.F), r.G
+    carry = components(c.A_end, c.m_end).squeeze(-2)
+    return Rows(k, v, carry, c.F_end, components(c.G_end, c.E_end), keep, q, read, G)
 
 
 @dataclass(frozen=True)
@@ -83,33 +92,46 @@ class Norm:
 
 @dataclass
 class ChunkState:
-    """Per layer: stacks, the components ``[m, c, in, out]`` in the order W, S, M; anchor ``[m, in, out]``."""
+    """Per layer: stacks, the components ``[m, c, in, out]`` in the order D, S; anchor ``[m, in, out]``;
+    targets, M ``[m, in, out]``, the same in every chunk, or None if the memory decays to zero."""
 
     stacks: Layers
     anchor: Layers
+    targets: Layers | None
 
-    def target(self, layer: int, rows: Rows) -> Tensor | None:
-        """M of a layer, if the memory decays to its initial weights."""
-        return self.stacks[layer][:, -1] if rows.mix.shape[-1] > rows.write.shape[-1] else None
+    def target(self, layer: int) -> Tensor | None:
+        """M of a layer."""
+        return None if self.targets is None else self.targets[layer]
 
 
 @dataclass
-class Tape:
-    """Intermediate values of one chunk that its backward uses."""
+class Writing:
+    """Intermediate values of the writes of one chunk."""
 
-    key_inputs: Layers = field(default_factory=list)  # x_{l-1}
-    key_outputs: Layers = field(default_factory=list)  # z_l
+    inputs: Layers = field(default_factory=list)  # x_{l-1}
     slopes: Layers = field(default_factory=list)  # phi'(z_l), l < L
-    pulled: Layers = field(default_factory=list)  # delta_{l+1} W_{l+1}^T, l < L
-    deltas: Layers = field(default_factory=list)  # delta_l
-    written: Layers = field(default_factory=list)  # x_{l-1} times the write coefficients
+    curvatures: Layers = field(default_factory=list)  # phi''(z_l), l < L
+    pulled: Layers = field(default_factory=list)  # u_{l+1} W_{l+1}^T, l < L
+    steps: Layers = field(default_factory=list)  # u_l
+    weighted: Layers = field(default_factory=list)  # x_{l-1} times the write coefficients
     prediction: Tensor | None = None  # f(k)
     error: Tensor | None = None  # e
-    key_head: HeadCache = field(default_factory=HeadCache)
-    query_inputs: Layers = field(default_factory=list)  # x~_{l-1}
-    query_mixed: Layers = field(default_factory=list)  # x~_{l-1} times the read coefficients
-    query_slopes: Layers = field(default_factory=list)  # phi'(z~_l), l < L
-    query_head: HeadCache = field(default_factory=HeadCache)
+    head: HeadCache = field(default_factory=HeadCache)
+
+
+@dataclass
+class Reading:
+    """Intermediate values of the reads of a block of chunks, and what they saw of its writes."""
+
+    keys: Layers  # x_{l-1}
+    steps: Layers  # u_l
+    stacks: Layers  # D, S; of a chunk-start read the anchor
+    inputs: Layers = field(default_factory=list)  # x~_{l-1}
+    mixed: Layers = field(default_factory=list)  # x~_{l-1} times the read coefficients
+    scores: Layers = field(default_factory=list)  # x~_{l-1} x_{l-1}^T
+    weighted: Layers = field(default_factory=list)  # scores times G
+    slopes: Layers = field(default_factory=list)  # phi'(z~_l), l < L
+    head: HeadCache = field(default_factory=HeadCache)
 
 
 def _t(x: Tensor) -> Tensor:
@@ -117,8 +139,23 @@ def _t(x: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor, coefficients: Tensor) -> Tensor:
-    """x ``[m, C, in]`` scaled by each of the coefficients ``[m, C, c]``, side by side: ``[m, C, c in]``."""
+    """x ``[b, C, in]`` scaled by each of the coefficients ``[b, C, c]``, side by side: ``[b, C, c in]``."""
     return (x.unsqueeze(-2) * coefficients.unsqueeze(-1)).flatten(-2)
+
+
+def _gather(along: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Reverse of `_spread`: from the gradient ``[b, C, c in]`` of its result those of x and coefficients."""
+    along = along.unflatten(-1, (-1, x.shape[-1]))
+    g_coefficients = torch.linalg.vecdot(along, x.unsqueeze(-2))
+    g_x = along[..., 0, :] * coefficients[..., :1]
+    for c in range(1, coefficients.shape[-1]):
+        g_x.addcmul_(along[..., c, :], coefficients[..., c : c + 1])
+    return g_x, g_coefficients
+
+
+def _by_sequence(x: Tensor, like: Tensor) -> Tensor:
+    """``[b, C, w]`` as ``[m, tokens, w]``, for what all chunks of a sequence share (like: ``[m, ...]``)."""
+    return x.reshape(like.shape[0], -1, x.shape[-1])
 
 
 def _at_anchor(x: Tensor, anchor: Tensor, target: Tensor | None, keep: Tensor | None) -> Tensor:
@@ -132,230 +169,291 @@ def _at_anchor(x: Tensor, anchor: Tensor, target: Tensor | None, keep: Tensor | 
 # --- forward ----------------------------------------------------------------------------------------------
 
 
-def forward_chunk(
-    spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState
-) -> tuple[Tensor, ChunkState, Tape]:
-    """Outputs of one chunk, the state after it, and the tape for `backward_chunk`."""
-    tape = Tape()
-    _write_gradients(spec, norm, rows, state, tape)
-    y = _read(spec, norm, rows, state, tape)
+def write_chunk(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState) -> tuple[Layers, Writing]:
+    """The components after one chunk, and what its reads and its backward use."""
+    tape = write_gradients(spec, norm, rows, state)
+    carry = rows.carry[..., None, None]
     stacks = []
-    for stack, x, delta in zip(state.stacks, tape.key_inputs, tape.deltas, strict=True):
-        written = _spread(x, rows.write)
-        tape.written.append(written)
-        after = torch.bmm(rows.mix, stack.flatten(2)).view_as(stack)
-        after[:, : rows.write.shape[-1]].flatten(1, 2).baddbmm_(_t(written), delta, alpha=-1)
+    for stack, weighted, step in zip(state.stacks, tape.weighted, tape.steps, strict=True):
+        after = stack * carry
+        if rows.cross is not None:
+            after[:, 0].addcmul_(stack[:, 1], rows.cross.unsqueeze(-1))
+        after.flatten(1, 2).baddbmm_(_t(weighted), step)
         stacks.append(after)
-    return y, ChunkState(stacks, state.anchor), tape
+    return stacks, tape
 
 
-def _write_gradients(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState, tape: Tape) -> None:
-    """Per-token gradients at the anchor as rows: dW_l of token j is x_{l-1,j}^T delta_{l,j}."""
+def write_gradients(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState) -> Writing:
+    """Per-token gradients at the anchor as rows: -dW_l of token j is x_{l-1,j}^T u_{l,j}."""
     activation, head = ACTIVATIONS[spec.activation], make_head(spec.norm, spec.norm_eps)
     depth = len(state.anchor)
+    tape = Writing()
     x = rows.k
     for layer in range(depth):
-        tape.key_inputs.append(x)
-        z = _at_anchor(x, state.anchor[layer], state.target(layer, rows), rows.keep)
-        tape.key_outputs.append(z)
+        tape.inputs.append(x)
+        tape.weighted.append(_spread(x, rows.write))
+        z = _at_anchor(x, state.anchor[layer], state.target(layer), rows.keep)
+        if layer < depth - 1:
+            x, slope, curvature = activation.with_curvature(z)
+            tape.slopes.append(slope)
+            tape.curvatures.append(curvature)
+    tape.prediction, cache = head.value(rows.k, z, norm.gamma, norm.beta)
+    tape.error = INNER_LOSSES[spec.inner_loss](spec.loss_scale).error(tape.prediction, rows.v)
+    delta, tape.head = head.pull_back(tape.error, cache)
+
+    steps, pulled = [-delta], []
+    for layer in range(depth - 1, 0, -1):
+        target = state.target(layer)
+        back = _at_anchor(
+            steps[-1], _t(state.anchor[layer]), None if target is None else _t(target), rows.keep
+        )
+        pulled.append(back)
+        steps.append(back * tape.slopes[layer - 1])
+    tape.steps, tape.pulled = steps[::-1], pulled[::-1]
+    return tape
+
+
+def read_block(
+    spec: MemorySpec, norm: Norm, queries: Queries, targets: Layers | None, tape: Reading
+) -> Tensor:
+    """Outputs ``[b, C, p]`` of the chunks of a block; fills the tape."""
+    activation, head = ACTIVATIONS[spec.activation], make_head(spec.norm, spec.norm_eps)
+    depth = len(tape.stacks)
+    x = queries.q
+    for layer, stack in enumerate(tape.stacks):
+        tape.inputs.append(x)
+        if queries.read is None or queries.G is None:
+            z = torch.bmm(x, stack)
+        else:
+            tape.mixed.append(_spread(x, queries.read))
+            tape.scores.append(torch.bmm(x, _t(tape.keys[layer])))
+            tape.weighted.append(tape.scores[layer] * queries.G)
+            z = torch.bmm(tape.mixed[layer], stack.flatten(1, 2))
+            z.baddbmm_(tape.weighted[layer], tape.steps[layer])
+            if targets is not None:
+                _by_sequence(z, targets[layer]).baddbmm_(_by_sequence(x, targets[layer]), targets[layer])
         if layer < depth - 1:
             x, slope = activation.with_slope(z)
             tape.slopes.append(slope)
-    tape.prediction, cache = head.value(rows.k, z, norm.gamma, norm.beta)
-    tape.error = INNER_LOSSES[spec.inner_loss](spec.loss_scale).error(tape.prediction, rows.v)
-    delta, tape.key_head = head.pull_back(tape.error, cache)
-
-    deltas, pulled = [delta], []
-    for layer in range(depth - 1, 0, -1):
-        target = state.target(layer, rows)
-        back = _at_anchor(delta, _t(state.anchor[layer]), None if target is None else _t(target), rows.keep)
-        delta = back * tape.slopes[layer - 1]
-        pulled.append(back)
-        deltas.append(delta)
-    tape.deltas, tape.pulled = deltas[::-1], pulled[::-1]
+    if norm.gamma is None:
+        y, tape.head = head.value(queries.q, z, None, None)
+        return y
+    y, tape.head = head.value(
+        _by_sequence(queries.q, norm.gamma), _by_sequence(z, norm.gamma), norm.gamma, norm.beta
+    )
+    return y.view_as(queries.q)
 
 
-def _read(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState, tape: Tape) -> Tensor:
-    activation, head = ACTIVATIONS[spec.activation], make_head(spec.norm, spec.norm_eps)
-    depth = len(state.anchor)
-    x = rows.q
-    for layer in range(depth):
-        tape.query_inputs.append(x)
-        if rows.read is None or rows.G is None:
-            z = torch.bmm(x, state.anchor[layer])
-        else:
-            mixed = _spread(x, rows.read)
-            tape.query_mixed.append(mixed)
-            scores = torch.bmm(x, _t(tape.key_inputs[layer])).mul_(rows.G)
-            z = torch.bmm(mixed, state.stacks[layer].flatten(1, 2))
-            z = z.baddbmm_(scores, tape.deltas[layer], alpha=-1)
-        if layer < depth - 1:
-            x, slope = activation.with_slope(z)
-            tape.query_slopes.append(slope)
-    y, tape.query_head = head.value(rows.q, z, norm.gamma, norm.beta)
-    return y
+def gradient_norm(tape: Reading) -> Tensor:
+    """Frobenius norm of each token's inner gradient, ``[b, C]``: its per-layer gradients have rank one."""
+    squares = [
+        torch.linalg.vecdot(x, x) * torch.linalg.vecdot(step, step)
+        for x, step in zip(tape.keys, tape.steps, strict=True)
+    ]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 # --- backward ---------------------------------------------------------------------------------------------
 
 
+class Sums:
+    """Gradients of what all chunks share, added up: gamma, beta ``[m, 1, p]`` and the targets per layer."""
+
+    def __init__(self) -> None:
+        self.gamma: Tensor | None = None
+        self.beta: Tensor | None = None
+        self.targets: dict[int, Tensor] = {}
+
+    def add_norm(self, gamma: Tensor | None, beta: Tensor | None) -> None:
+        if gamma is not None:
+            self.gamma = gamma if self.gamma is None else self.gamma.add_(gamma)
+        if beta is not None:
+            self.beta = beta if self.beta is None else self.beta.add_(beta)
+
+    def add_target(self, layer: int, grad: Tensor) -> None:
+        present = self.targets.get(layer)
+        self.targets[layer] = grad.clone() if present is None else present.add_(grad)
+
+    def add_target_product(self, layer: int, x: Tensor, grad: Tensor) -> None:
+        """The gradient of M from that of ``x M``."""
+        present = self.targets.get(layer)
+        self.targets[layer] = torch.bmm(_t(x), grad) if present is None else present.baddbmm_(_t(x), grad)
+
+
 @dataclass
-class Gradients:
-    """Gradients of one chunk: of its rows (by field name), of the state before it, and of gamma and beta."""
+class BlockGradients:
+    """Gradients from the reads of a block: of its `Queries`, and per layer of what they saw, as in `Reading`.
+    The lists of keys and steps are empty for chunk-start reads."""
+
+    queries: Queries
+    keys: Layers
+    steps: Layers
+    stacks: Layers
+
+
+def read_block_backward(
+    spec: MemorySpec, queries: Queries, targets: Layers | None, tape: Reading, g_y: Tensor, sums: Sums
+) -> BlockGradients:
+    """Reverse of `read_block`."""
+    head = make_head(spec.norm, spec.norm_eps)
+    depth = len(tape.stacks)
+    g_keys, g_steps, g_stacks = [], [], []
+    g_read: Tensor | None = None
+    g_G: Tensor | None = None
+    g_out = g_y if tape.head.gamma is None else _by_sequence(g_y, tape.head.gamma)
+    g_z, g_gamma, g_beta = head.value_vjp(g_out, tape.head)
+    sums.add_norm(g_gamma, g_beta)
+    g_z = g_z.reshape(g_y.shape)
+    for layer in range(depth - 1, -1, -1):
+        x, stack = tape.inputs[layer], tape.stacks[layer]
+        if queries.read is None or queries.G is None:
+            g_stacks.append(torch.bmm(_t(x), g_z))
+            g_x = torch.bmm(g_z, _t(stack))
+        else:
+            along = torch.bmm(g_z, _t(stack.flatten(1, 2)))
+            g_x, g_coefficients = _gather(along, x, queries.read)
+            g_read = g_coefficients if g_read is None else g_read.add_(g_coefficients)
+            g_stacks.append(torch.bmm(_t(tape.mixed[layer]), g_z).view_as(stack))
+            g_weighted = torch.bmm(g_z, _t(tape.steps[layer]))
+            g_steps.append(torch.bmm(_t(tape.weighted[layer]), g_z))
+            scores = tape.scores[layer]
+            g_G = scores * g_weighted if g_G is None else g_G.addcmul_(scores, g_weighted)
+            g_scores = g_weighted.mul_(queries.G)
+            g_keys.append(torch.bmm(_t(g_scores), x))
+            g_x.baddbmm_(g_scores, tape.keys[layer])
+            if targets is not None:
+                target = targets[layer]
+                sums.add_target_product(layer, _by_sequence(x, target), _by_sequence(g_z, target))
+                _by_sequence(g_x, target).baddbmm_(_by_sequence(g_z, target), _t(target))
+        if layer:
+            g_z = g_x.mul_(tape.slopes[layer - 1])
+    g_q = g_x.add_(g_y) if head.residual else g_x
+    return BlockGradients(Queries(g_q, g_read, g_G), g_keys[::-1], g_steps[::-1], g_stacks[::-1])
+
+
+@dataclass
+class ChunkGradients:
+    """Gradients of one chunk: of its rows (by field name), and per layer of the state before it."""
 
     rows: dict[str, Tensor]
     stacks: Layers
     anchor: list[Tensor | None]
-    gamma: Tensor | None
-    beta: Tensor | None
 
 
-class _ChunkBackward:
-    """Reverse of `forward_chunk`: state update, then read, then the key pass with its second-order terms."""
+class _WriteBackward:
+    """Reverse of `write_chunk`: state update, then the key pass with its second-order terms."""
 
-    def __init__(self, spec: MemorySpec, rows: Rows, state: ChunkState, tape: Tape):
-        self.rows, self.state, self.tape = rows, state, tape
+    def __init__(self, spec: MemorySpec, rows: Rows, state: ChunkState, tape: Writing, sums: Sums):
+        self.rows, self.state, self.tape, self.sums = rows, state, tape, sums
         self.depth = len(state.anchor)
-        self.activation = ACTIVATIONS[spec.activation]
         self.head = make_head(spec.norm, spec.norm_eps)
         self.loss = INNER_LOSSES[spec.inner_loss](spec.loss_scale)
         self.row_grads: dict[str, Tensor] = {}
-        self.g_stacks: list[Any] = [None] * self.depth
+        self.g_stacks: Layers = []
         self.g_anchor: list[Any] = [None] * self.depth
-        self.g_inputs: list[Any] = [None] * self.depth  # of x_{l-1}
-        self.g_deltas: list[Any] = [None] * self.depth
-        self.g_gamma: Tensor | None = None
-        self.g_beta: Tensor | None = None
+        self.g_inputs: Layers = []  # of x_{l-1}
+        self.g_steps: Layers = []
 
-    def run(self, g_y: Tensor, g_new_stacks: Layers) -> Gradients:
+    def run(self, g_after: Layers, seen: BlockGradients | None) -> ChunkGradients:
+        """g_after: gradients of the components after the chunk. seen: those from its dual-form reads."""
         for layer in range(self.depth):
-            self._state_update(layer, g_new_stacks[layer])
-        self._read(g_y)
+            self._state_update(layer, g_after[layer])
+            if seen is not None:
+                self.g_stacks[layer].add_(seen.stacks[layer])
+                self.g_inputs[layer].add_(seen.keys[layer])
+                self.g_steps[layer].add_(seen.steps[layer])
         self._write_gradients()
-        return Gradients(self.row_grads, self.g_stacks, self.g_anchor, self.g_gamma, self.g_beta)
+        return ChunkGradients(self.row_grads, self.g_stacks, self.g_anchor)
 
     def _add_row(self, name: str, value: Tensor) -> None:
         present = self.row_grads.get(name)
         self.row_grads[name] = value if present is None else present.add_(value)
 
-    def _add_norm(self, gamma: Tensor | None, beta: Tensor | None) -> None:
-        if gamma is not None:
-            self.g_gamma = gamma if self.g_gamma is None else self.g_gamma + gamma
-        if beta is not None:
-            self.g_beta = beta if self.g_beta is None else self.g_beta + beta
-
     def _state_update(self, layer: int, g_after: Tensor) -> None:
         rows, tape, stack = self.rows, self.tape, self.state.stacks[layer]
-        x, delta = tape.key_inputs[layer], tape.deltas[layer]
-        flat = g_after.flatten(2)
-        self.g_stacks[layer] = torch.bmm(_t(rows.mix), flat).view_as(stack)
-        self._add_row("mix", torch.bmm(flat, _t(stack.flatten(2))))
-        g_written = g_after[:, : rows.write.shape[-1]].flatten(1, 2)
-        along = torch.bmm(delta, _t(g_written)).neg_().unflatten(-1, (-1, x.shape[-1]))
-        self._add_row("write", torch.linalg.vecdot(along, x.unsqueeze(-2)))
-        self.g_inputs[layer] = along.mul_(rows.write.unsqueeze(-1)).sum(-2)
-        self.g_deltas[layer] = torch.bmm(tape.written[layer], g_written).neg_()
-
-    def _read(self, g_y: Tensor) -> None:
-        tape = self.tape
-        g_z, g_gamma, g_beta = self.head.value_vjp(g_y, tape.query_head)
-        self._add_norm(g_gamma, g_beta)
-        for layer in range(self.depth - 1, -1, -1):
-            x = tape.query_inputs[layer]
-            if self.rows.read is None:
-                self.g_anchor[layer] = torch.bmm(_t(x), g_z)
-                g_x = torch.bmm(g_z, _t(self.state.anchor[layer]))
-            else:
-                g_x = self._read_layer(layer, x, g_z)
-            if layer:
-                g_z = g_x.mul_(tape.query_slopes[layer - 1])
-        self.row_grads["q"] = g_x.add_(g_y) if self.head.residual else g_x
-
-    def _read_layer(self, layer: int, x: Tensor, g_z: Tensor) -> Tensor:
-        """One layer of the dual-form read; returns the gradient of its query-side input x."""
-        rows, tape = self.rows, self.tape
-        assert rows.read is not None and rows.G is not None
-        keys, delta = tape.key_inputs[layer], tape.deltas[layer]
-        along = torch.bmm(g_z, _t(self.state.stacks[layer].flatten(1, 2))).unflatten(-1, (-1, x.shape[-1]))
-        self.g_stacks[layer].flatten(1, 2).baddbmm_(_t(tape.query_mixed[layer]), g_z)
-        self._add_row("read", torch.linalg.vecdot(along, x.unsqueeze(-2)))
-        g_x = along.mul_(rows.read.unsqueeze(-1)).sum(-2)
-
-        scores, g_scores = torch.bmm(x, _t(keys)), torch.bmm(g_z, _t(delta))
-        self._add_row("G", (scores * g_scores).neg_())
-        self.g_deltas[layer].baddbmm_(_t(scores.mul_(rows.G)), g_z, alpha=-1)
-        g_scores.mul_(rows.G)
-        self.g_inputs[layer].baddbmm_(_t(g_scores), x, alpha=-1)
-        return g_x.baddbmm_(g_scores, keys, alpha=-1)
+        g_before = g_after * rows.carry[..., None, None]
+        gram = torch.bmm(g_after.flatten(2), _t(stack.flatten(2)))
+        self._add_row("carry", gram.diagonal(dim1=-2, dim2=-1))
+        if rows.cross is not None:
+            g_before[:, 1].addcmul_(g_after[:, 0], rows.cross.unsqueeze(-1))
+            self._add_row("cross", gram[:, 0, 1:])
+        self.g_stacks.append(g_before)
+        flat = g_after.flatten(1, 2)
+        along = torch.bmm(tape.steps[layer], _t(flat))
+        g_x, g_write = _gather(along, tape.inputs[layer], rows.write)
+        self._add_row("write", g_write)
+        self.g_inputs.append(g_x)
+        self.g_steps.append(torch.bmm(tape.weighted[layer], flat))
 
     def _write_gradients(self) -> None:
         tape = self.tape
         g_outputs: list[Any] = [None] * self.depth  # of z_l
 
-        # delta_l = (delta_{l+1} W_{l+1}^T) phi'(z_l): the reverse of pulling delta down walks up.
+        # u_l = (u_{l+1} W_{l+1}^T) phi'(z_l): the reverse of pulling steps down walks up.
         for layer in range(self.depth - 1):
-            g_delta = self.g_deltas[layer]
-            curvature = self.activation.curvature(tape.key_outputs[layer])
-            g_outputs[layer] = (g_delta * tape.pulled[layer]).mul_(curvature)
-            g_back = g_delta.mul_(tape.slopes[layer])
-            g_above = self._anchor_product(g_back, layer + 1, tape.deltas[layer + 1], transposed=True)
-            self.g_deltas[layer + 1].add_(g_above)
+            g_step = self.g_steps[layer]
+            g_outputs[layer] = (g_step * tape.pulled[layer]).mul_(tape.curvatures[layer])
+            g_back = g_step.mul_(tape.slopes[layer])
+            above, g_above = tape.steps[layer + 1], self.g_steps[layer + 1]
+            self._anchor_product(g_back, layer + 1, above, g_above, transposed=True)
 
         assert tape.error is not None and tape.prediction is not None
-        g_error, g_z, g_gamma = self.head.pull_back_vjp(self.g_deltas[-1], tape.error, tape.key_head)
-        self._add_norm(g_gamma, None)
+        g_delta = self.g_steps[-1].neg_()
+        g_error, g_z, g_gamma = self.head.pull_back_vjp(g_delta, tape.error, tape.head)
+        self.sums.add_norm(g_gamma, None)
         g_f, self.row_grads["v"] = self.loss.error_vjp(g_error, tape.prediction, self.rows.v)
         if g_f is not None:
-            through_head, g_gamma, g_beta = self.head.value_vjp(g_f, tape.key_head)
-            self._add_norm(g_gamma, g_beta)
+            through_head, g_gamma, g_beta = self.head.value_vjp(g_f, tape.head)
+            self.sums.add_norm(g_gamma, g_beta)
             g_z = through_head if g_z is None else g_z.add_(through_head)
         g_outputs[-1] = g_z
 
         for layer in range(self.depth - 1, -1, -1):
             g_x = self.g_inputs[layer]
             if g_outputs[layer] is not None:
-                g_x.add_(self._anchor_product(g_outputs[layer], layer, tape.key_inputs[layer]))
+                self._anchor_product(g_outputs[layer], layer, tape.inputs[layer], g_x)
             if layer:
-                below = g_x.mul_(tape.slopes[layer - 1])
                 present = g_outputs[layer - 1]
-                g_outputs[layer - 1] = below if present is None else present.add_(below)
+                below = tape.slopes[layer - 1]
+                g_outputs[layer - 1] = g_x * below if present is None else present.addcmul_(g_x, below)
         self.row_grads["k"] = g_x.add_(g_f) if self.head.residual and g_f is not None else g_x
 
-    def _anchor_product(self, grad: Tensor, layer: int, x: Tensor, transposed: bool = False) -> Tensor:
-        """Reverse of `_at_anchor` on W (or on W^T): the gradient of x; adds those of W, M and keep."""
-        keep, anchor, target = self.rows.keep, self.state.anchor[layer], self.state.target(layer, self.rows)
+    def _anchor_product(
+        self, grad: Tensor, layer: int, x: Tensor, g_x: Tensor, transposed: bool = False
+    ) -> None:
+        """Reverse of `_at_anchor` on W (or on W^T): adds the gradients of x, W, M and keep."""
+        keep, anchor, target = self.rows.keep, self.state.anchor[layer], self.state.target(layer)
         through = anchor if transposed else _t(anchor)
 
         def outer(g: Tensor) -> tuple[Tensor, Tensor]:
-            return (_t(g), x) if transposed else (_t(x), g)
+            return (g, x) if transposed else (x, g)
 
         kept = grad if keep is None else grad * keep
+        left, right = outer(kept)
         present = self.g_anchor[layer]
-        self.g_anchor[layer] = torch.bmm(*outer(kept)) if present is None else present.baddbmm_(*outer(kept))
-        g_x = torch.bmm(kept, through)
+        self.g_anchor[layer] = (
+            torch.bmm(_t(left), right) if present is None else present.baddbmm_(_t(left), right)
+        )
+        g_x.baddbmm_(kept, through)
         if keep is not None:
             forward = torch.bmm(x, _t(through))
             if target is not None:
                 toward = target if transposed else _t(target)
                 forward.sub_(torch.bmm(x, _t(toward)))
                 lost = grad * (1.0 - keep)
-                self.g_stacks[layer][:, -1].baddbmm_(*outer(lost))
+                self.sums.add_target_product(layer, *outer(lost))
                 g_x.baddbmm_(lost, toward)
             self._add_row("keep", torch.linalg.vecdot(grad, forward).unsqueeze(-1))
-        return g_x
 
 
-def backward_chunk(
-    spec: MemorySpec, rows: Rows, state: ChunkState, tape: Tape, g_y: Tensor, g_new_stacks: Layers
-) -> Gradients:
-    """Gradients of one chunk from those of its outputs and of the components after it."""
-    return _ChunkBackward(spec, rows, state, tape).run(g_y, g_new_stacks)
-
-
-def gradient_norm(tape: Tape) -> Tensor:
-    """Frobenius norm of each token's inner gradient, ``[m, C]``: its per-layer gradients have rank one."""
-    squares = [
-        torch.linalg.vecdot(x, x) * torch.linalg.vecdot(delta, delta)
-        for x, delta in zip(tape.key_inputs, tape.deltas, strict=True)
-    ]
-    return torch.stack(squares).sum(0).sqrt()
+def write_chunk_backward(
+    spec: MemorySpec,
+    rows: Rows,
+    state: ChunkState,
+    tape: Writing,
+    g_after: Layers,
+    seen: BlockGradients | None,
+    sums: Sums,
+) -> ChunkGradients:
+    """Gradients of one chunk from those of the components after it and of what its reads saw."""
+    return _WriteBackward(spec, rows, state, tape, sums).run(g_after, seen)

@@ -15,31 +15,50 @@ import torch
 from torch import Tensor
 
 
-class _GateProducts(torch.autograd.Function):
-    """``P_tj = prod_{s=j+1..t} gate_s`` for ``j <= t``, else 0. Exact, as its gradient, at zero gates."""
+def _products(gate: Tensor) -> Tensor:
+    # Transposed, so that the product runs along memory.
+    with torch.no_grad():
+        above = torch.ones(gate.shape[-1], gate.shape[-1], dtype=torch.bool, device=gate.device).triu(1)
+        steps = torch.where(above, gate.unsqueeze(-2), gate.new_ones(()))
+        return torch.cumprod(steps, dim=-1).triu_().transpose(-1, -2)
+
+
+class _Recurrence(torch.autograd.Function):
+    """``y_t = gate_t y_{t-1} + x_t`` from ``y_{-1} = 0``, with the gate's products P: ``y = P x``.
+
+    gate ``[..., C]``, x and y ``[..., C, K]``; x = None stands for the identity, of which y is P itself. The
+    gradient is exact at zero gates: ``g_x = P^T g_y`` is the recurrence backwards, and ``g_gate_t`` is the
+    product ``g_x_t . y_{t-1}``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor) -> Tensor:
-        length = gate.shape[-1]
-        below = torch.ones(length, length, dtype=torch.bool, device=gate.device).tril(-1)
-        steps = torch.where(below, gate.unsqueeze(-1), gate.new_ones(()))
-        products = torch.cumprod(steps, dim=-2).tril_()
-        ctx.save_for_backward(products)
-        return products
+    def forward(ctx: Any, gate: Tensor, products: Tensor, x: Tensor | None) -> Tensor:
+        y = products.clone() if x is None else torch.matmul(products, x)
+        ctx.save_for_backward(products, y)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        # P_tj = P_ts gate_s P_{s-1,j}, hence d gate_s = sum_j (P^T grad)_sj P_{s-1,j}.
-        (products,) = ctx.saved_tensors
-        carried = torch.matmul(products.transpose(-1, -2), grad.tril())
-        grad_gate = torch.zeros_like(carried[..., 0])
-        grad_gate[..., 1:] = (carried[..., 1:, :] * products[..., :-1, :]).sum(-1)
-        return grad_gate
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
+        products, y = ctx.saved_tensors
+        grad_x = torch.matmul(products.transpose(-1, -2), grad)
+        grad_gate = torch.zeros_like(grad_x[..., 0])
+        grad_gate[..., 1:] = torch.linalg.vecdot(grad_x[..., 1:, :], y[..., :-1, :])
+        return grad_gate, None, grad_x if ctx.needs_input_grad[2] else None
+
+
+def _recur(gate: Tensor, products: Tensor, x: Tensor | None) -> Tensor:
+    return _Recurrence.apply(gate, products, x)
 
 
 def gate_products(gate: Tensor) -> Tensor:
     """[..., C] -> [..., C, C] lower triangular, ``P_tj = prod_{s=j+1..t} gate_s`` (an empty product is 1)."""
-    return _GateProducts.apply(gate)
+    return _recur(gate, _products(gate), None)
+
+
+def _from_start(gate: Tensor, products: Tensor) -> Tensor:
+    """``prod_{s<=t} gate_s``, what is left at t of the value at the chunk's start, ``[..., C, 1]``."""
+    first = torch.nn.functional.pad(gate[..., :1], (0, gate.shape[-1] - 1))
+    return _recur(gate, products, first.unsqueeze(-1))
 
 
 @dataclass(frozen=True)
@@ -83,17 +102,18 @@ def chunk_coefficients(
     if valid is not None:
         theta = torch.where(valid, theta, 0.0)
         keep = torch.where(valid, keep, 1.0)
-    decay = gate_products(keep)
-    A = decay[..., 0] * keep[..., :1]
+    decay = _products(keep)
+    A = _from_start(keep, decay).squeeze(-1)
     if eta is None:
-        G = decay * theta.unsqueeze(-2)
+        G = _recur(keep, decay, None) * theta.unsqueeze(-2)
         return Coefficients(A, None, G, A[..., -1:], None, None, G[..., -1, :], None)
     if valid is not None:
         eta = torch.where(valid, eta, 1.0)
-    momentum = gate_products(eta)
-    m = momentum[..., 0] * eta[..., :1]
-    into_weights = decay if valid is None else decay * valid.unsqueeze(-2)
-    G = torch.matmul(into_weights, momentum) * theta.unsqueeze(-2)
-    F = torch.matmul(into_weights, m.unsqueeze(-1)).squeeze(-1)
-    E_end = momentum[..., -1, :] * theta
+    momentum = _products(eta)
+    E, m = _recur(eta, momentum, None), _from_start(eta, momentum)
+    into_weights = [E, m] if valid is None else [x * valid.unsqueeze(-1) for x in (E, m)]
+    G, F = (_recur(keep, decay, x) for x in into_weights)
+    G, F = G * theta.unsqueeze(-2), F.squeeze(-1)
+    m = m.squeeze(-1)
+    E_end = E[..., -1, :] * theta
     return Coefficients(A, F, G, A[..., -1:], F[..., -1:], m[..., -1:], G[..., -1, :], E_end)

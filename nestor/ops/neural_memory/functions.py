@@ -9,7 +9,7 @@ Rows are tokens: ``x, z, f, e`` are ``[..., C, width]``; ``gamma, beta`` are ``[
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,8 +27,8 @@ class Activation(Protocol):
         """phi(z), phi'(z)"""
         ...
 
-    def curvature(self, z: Tensor) -> Tensor:
-        """phi''(z)"""
+    def with_curvature(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """phi(z), phi'(z), phi''(z)"""
         ...
 
 
@@ -39,15 +39,19 @@ class Gelu:
         return torch.nn.functional.gelu(z)
 
     def with_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        cdf = torch.erf(z * math.sqrt(0.5)).add_(1.0).mul_(0.5)
-        return z * cdf, torch.addcmul(cdf, z, self._density(z))
+        value, slope, _ = self._parts(z)
+        return value, slope
 
-    def curvature(self, z: Tensor) -> Tensor:
-        return self._density(z).mul_(2.0 - z * z)
+    def with_curvature(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, slope, density = self._parts(z)
+        return value, slope, density.mul_(2.0 - z * z)
 
     @staticmethod
-    def _density(z: Tensor) -> Tensor:
-        return torch.exp(z * z * -0.5).mul_(1.0 / math.sqrt(2.0 * math.pi))
+    def _parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """phi, phi', and the density of the normal distribution."""
+        cdf = torch.erf(z * math.sqrt(0.5)).add_(1.0).mul_(0.5)
+        density = torch.exp(z * z * -0.5).mul_(1.0 / math.sqrt(2.0 * math.pi))
+        return z * cdf, torch.addcmul(cdf, z, density), density
 
 
 class Silu:
@@ -57,13 +61,20 @@ class Silu:
         return torch.nn.functional.silu(z)
 
     def with_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        s = torch.sigmoid(z)
-        value = z * s
-        return value, torch.addcmul(s, value, 1.0 - s)
+        value, slope, _ = self._parts(z)
+        return value, slope
 
-    def curvature(self, z: Tensor) -> Tensor:
+    def with_curvature(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # phi'' = (1 - s) (2 phi' - phi): no second exponential.
+        value, slope, rest = self._parts(z)
+        return value, slope, rest.mul_(torch.sub(slope, value, alpha=0.5)).mul_(2.0)
+
+    @staticmethod
+    def _parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """phi, phi', and 1 - s for the sigmoid s."""
         s = torch.sigmoid(z)
-        return s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
+        value, rest = z * s, 1.0 - s
+        return value, torch.addcmul(s, value, rest), rest
 
 
 ACTIVATIONS: dict[str, Activation] = {"gelu": Gelu(), "silu": Silu()}
@@ -76,10 +87,13 @@ ACTIVATIONS: dict[str, Activation] = {"gelu": Gelu(), "silu": Silu()}
 class HeadCache:
     """What the derivatives of a head need from its forward pass."""
 
-    normalised: Tensor | None = None  # zh, [..., C, p]
+    z: Tensor | None = None  # [..., C, p]
+    mean: Tensor | None = None  # of z, [..., C, 1]
     inverse_std: Tensor | None = None  # 1/s, [..., C, 1]
+    normalised: Tensor | None = None  # zh, [..., C, p]
     gamma: Tensor | None = None
     weighted_error: Tensor | None = None  # u = gamma e, [..., C, p]
+    delta: Tensor | None = None  # [..., C, p]
 
 
 class Head(Protocol):
@@ -149,43 +163,42 @@ class NormHead:
         self, x: Tensor, z: Tensor, gamma: Tensor | None, beta: Tensor | None
     ) -> tuple[Tensor, HeadCache]:
         assert gamma is not None and beta is not None
-        centred = z - z.mean(-1, keepdim=True)
-        inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        normalised = centred * inverse_std
-        return torch.addcmul(x + beta, gamma, normalised), HeadCache(normalised, inverse_std, gamma)
+        normalised, mean, inverse_std = torch.native_layer_norm(z, z.shape[-1:], None, None, self.eps)
+        cache = HeadCache(z, mean, inverse_std, normalised, gamma)
+        return torch.addcmul(x + beta, gamma, normalised), cache
 
     def pull_back(self, e: Tensor, cache: HeadCache) -> tuple[Tensor, HeadCache]:
-        assert cache.gamma is not None and cache.normalised is not None and cache.inverse_std is not None
+        assert cache.gamma is not None
         u = cache.gamma * e
-        delta = _project(u, cache.normalised) * cache.inverse_std
-        return delta, HeadCache(cache.normalised, cache.inverse_std, cache.gamma, u)
+        delta = _through_norm(u, cache)
+        return delta, replace(cache, weighted_error=u, delta=delta)
 
     def value_vjp(self, grad_f: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        assert cache.gamma is not None and cache.normalised is not None and cache.inverse_std is not None
-        grad_z = _project(cache.gamma * grad_f, cache.normalised) * cache.inverse_std
+        assert cache.gamma is not None and cache.normalised is not None
         grad_gamma = (grad_f * cache.normalised).sum(-2, keepdim=True)
-        return grad_z, grad_gamma, grad_f.sum(-2, keepdim=True)
+        return _through_norm(cache.gamma * grad_f, cache), grad_gamma, grad_f.sum(-2, keepdim=True)
 
     def pull_back_vjp(
         self, grad_delta: Tensor, e: Tensor, cache: HeadCache
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        zh, r, u = cache.normalised, cache.inverse_std, cache.weighted_error
-        assert zh is not None and r is not None and u is not None and cache.gamma is not None
-        width = zh.shape[-1]
-        projected = _project(grad_delta, zh)
-        grad_u = projected * r
-        # d delta / d z has two parts: through 1/s (proportional to delta) and through zh.
-        delta = _project(u, zh) * r
-        inner = (u * zh).mean(-1, keepdim=True) * grad_delta + u * (grad_delta * zh).mean(-1, keepdim=True)
-        grad_z = (
-            -zh * (grad_delta * delta).sum(-1, keepdim=True) * (r / width) - _project(inner, zh) * r.square()
-        )
+        zh, r, u, delta = cache.normalised, cache.inverse_std, cache.weighted_error, cache.delta
+        assert zh is not None and r is not None and u is not None and delta is not None
+        assert cache.gamma is not None
+        grad_u = _through_norm(grad_delta, cache)
+        # delta = P u / s depends on z through 1/s (a part proportional to delta) and through zh. P is linear,
+        # so that the projections of the latter part are delta and grad_u again.
+        total = zh * torch.linalg.vecdot(grad_delta, delta).unsqueeze(-1)
+        total.addcmul_(grad_u, torch.linalg.vecdot(u, zh).unsqueeze(-1))
+        total.addcmul_(delta, torch.linalg.vecdot(grad_delta, zh).unsqueeze(-1))
+        grad_z = total.mul_(r * (-1.0 / zh.shape[-1]))
         return cache.gamma * grad_u, grad_z, (e * grad_u).sum(-2, keepdim=True)
 
 
-def _project(w: Tensor, zh: Tensor) -> Tensor:
-    """P w = w - mean(w) - zh mean(zh w), the symmetric projection in every layer-norm derivative."""
-    return w - w.mean(-1, keepdim=True) - zh * (w * zh).mean(-1, keepdim=True)
+def _through_norm(w: Tensor, cache: HeadCache) -> Tensor:
+    """P w / s with P w = w - mean(w) - zh mean(zh w): the derivative of a layer norm, which is symmetric."""
+    return torch.ops.aten.native_layer_norm_backward(
+        w, cache.z, w.shape[-1:], cache.mean, cache.inverse_std, None, None, [True, False, False]
+    )[0]
 
 
 NORMS = ("none", "residual", "residual_layernorm")

@@ -7,72 +7,102 @@ import torch
 from torch import Tensor
 
 from nestor.ops.neural_memory.chunked import (
+    BlockGradients,
+    ChunkGradients,
     ChunkState,
-    Gradients,
     Layers,
     Norm,
+    Queries,
+    Reading,
     Rows,
-    Tape,
-    backward_chunk,
-    forward_chunk,
+    Sums,
+    Writing,
     gradient_norm,
+    read_block,
+    read_block_backward,
+    write_chunk,
+    write_chunk_backward,
 )
 from nestor.ops.neural_memory.spec import MemorySpec
+
+# Query elements of the chunks that are read at once. A CPU keeps what it reads in its cache; elsewhere fewer
+# and larger kernels are faster.
+CPU_READ_ELEMENTS = 1 << 16
+READ_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to walk: for each chunk whether it starts with a reset and whether it closes (see `ChunkGrid`).
 
-    Masks are None, a bool, or bool ``[m, 1, 1]``. written: the number of leading components (W, or W and S)
-    that a reset restores and a call returns; the rest (M) are constant.
+    Masks are None, a bool, or bool ``[m, 1, 1]``.
     """
 
     spec: MemorySpec
     depth: int
-    written: int
     resets: list[Tensor | None]
     closes: list[bool | Tensor]
     has_norm: bool
+    has_targets: bool
     surprise: bool
 
 
 def scan(
     plan: Plan, rows: Rows, norm: Norm, start: Layers, state: ChunkState
-) -> tuple[Tensor, Tensor, ChunkState]:
+) -> tuple[Tensor, Tensor, Layers, Layers]:
     """Walk the chunks.
 
-    rows has a leading n; start: per layer the components ``[m, c, in, out]`` that a reset restores. Returns
-    outputs ``[n, m, C, p]``, the inner gradients' norms ``[n, m, C]`` (empty unless asked for) and the final
-    state.
+    rows: ``[m, N, ...]``. start: per layer the components ``[m, c, in, out]`` that a reset restores. Returns
+    outputs ``[m, N, C, p]``, the inner gradients' norms ``[m, N, C]`` (empty unless asked for) and the final
+    components and anchors per layer.
     """
     slow = [norm.gamma, norm.beta] if plan.has_norm else []
-    tensors = [*rows, *slow, *start, *state.stacks, *state.anchor]
+    tensors = [*rows, *slow, *start, *state.stacks, *state.anchor, *(state.targets or [])]
     keep_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     outputs, surprise, *final = _Scan.apply(plan, keep_tape, *tensors)
-    return outputs, surprise, ChunkState(final[: plan.depth], final[plan.depth :])
+    return outputs, surprise, final[: plan.depth], final[plan.depth :]
+
+
+@dataclass
+class _Block:
+    """What the backward needs of a block of chunks: their start states and tapes."""
+
+    chunks: range
+    states: list[ChunkState]
+    writings: list[Writing] | None
+    reading: Reading | None
 
 
 class _Scan(torch.autograd.Function):
-    """Inputs after the plan: the fields of `Rows`, gamma, beta (with a norm), start, stacks, anchor."""
+    """Inputs after the plan: fields of `Rows`, gamma, beta (with a norm), start, stacks, anchor, targets."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, keep_tape: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         rows, norm, start, state = _unpack(plan, tensors)
         outputs = torch.empty_like(rows.q)
         surprise = rows.q.new_empty(rows.q.shape[:-1] if plan.surprise else (0,))
-        states: list[ChunkState] = []
-        tapes: list[Tape | None] = []
-        for n in range(rows.q.shape[0]):
-            state = _enter(plan, n, state, start)
-            outputs[n], after, tape = forward_chunk(plan.spec, norm, rows.chunk(n), state)
-            if plan.surprise:
-                surprise[n] = gradient_norm(tape)
-            if keep_tape:
+        blocks: list[_Block] = []
+        for chunks in _block_ranges(rows.q):
+            states, writings = [], []
+            for n in chunks:
+                state = _enter(plan, n, state, start)
+                stacks, writing = write_chunk(plan.spec, norm, rows.chunk(n), state)
                 states.append(state)
-                tapes.append(None if plan.spec.recompute else tape)
-            state = _leave(plan, n, after)
-        ctx.plan, ctx.states, ctx.tapes = plan, states, tapes
+                writings.append(writing)
+                state = _leave(plan, n, stacks, state)
+            place = slice(chunks.start, chunks.stop)
+            queries, reading = rows.queries(place), _reading(plan, states, writings)
+            if plan.spec.read_mode != "chunk_start":
+                _share(states, reading)
+            y = read_block(plan.spec, norm, queries, state.targets, reading)
+            outputs[:, place] = y.unflatten(0, (-1, len(chunks)))
+            if plan.surprise:
+                surprise[:, place] = gradient_norm(reading).unflatten(0, (-1, len(chunks)))
+            if keep_tape and plan.spec.recompute:
+                blocks.append(_Block(chunks, states, None, None))
+            elif keep_tape:
+                blocks.append(_Block(chunks, states, writings, reading))
+        ctx.plan, ctx.blocks = plan, blocks
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(surprise)
         # Autograd needs outputs that are neither inputs nor views of each other; an open anchor is an input.
@@ -86,28 +116,99 @@ class _Scan(torch.autograd.Function):
         plan: Plan = ctx.plan
         rows, norm, _, _ = _unpack(plan, ctx.saved_tensors)
         g_stacks = [g.clone() for g in g_final[: plan.depth]]
-        g_anchor = [g.clone() for g in g_final[plan.depth :]]
-        total = _Totals(plan, rows, norm)
-        for n in range(rows.q.shape[0] - 1, -1, -1):
-            state, tape, chunk = ctx.states[n], ctx.tapes[n], rows.chunk(n)
-            if tape is None:
-                _, _, tape = forward_chunk(plan.spec, norm, chunk, state)
-            ctx.tapes[n] = None
-            passed = _leave_backward(plan, n, g_stacks, g_anchor)
-            grads = backward_chunk(plan.spec, chunk, state, tape, g_outputs[n], g_stacks)
-            total.add(n, grads)
-            g_stacks = grads.stacks
-            g_anchor = [_sum(g, p, a) for g, p, a in zip(grads.anchor, passed, state.anchor, strict=True)]
-            if plan.resets[n] is not None:
-                g_stacks, g_anchor = total.reset(plan.resets[n], g_stacks, g_anchor)
-        return (None, None, *total.rows(), *total.norm(), *total.start, *g_stacks, *g_anchor)
+        g_anchor: list[Any] = [g.clone() for g in g_final[plan.depth :]]
+        total = _Totals(plan, rows)
+        for block in reversed(ctx.blocks):
+            writings, reading = block.writings, block.reading
+            block.writings = block.reading = None
+            if writings is None or reading is None:
+                writings, reading = _recompute(plan, norm, rows, block)
+            place = slice(block.chunks.start, block.chunks.stop)
+            seen = read_block_backward(
+                plan.spec,
+                rows.queries(place),
+                block.states[0].targets,
+                reading,
+                g_outputs[:, place].flatten(0, 1),
+                total.sums,
+            )
+            total.add_queries(place, seen.queries)
+            del reading
+            for index, n in reversed(list(enumerate(block.chunks))):
+                state, writing = block.states[index], writings.pop()
+                passed = _leave_backward(plan, n, g_stacks, g_anchor, total.sums)
+                reads = _of_chunk(seen, index, len(block.chunks))
+                dual = reads if seen.keys else None
+                grads = write_chunk_backward(
+                    plan.spec, rows.chunk(n), state, writing, g_stacks, dual, total.sums
+                )
+                total.add(n, grads)
+                g_stacks = grads.stacks
+                at_anchor = [None] * plan.depth if dual is not None else reads.stacks
+                g_anchor = [
+                    _sum([g, p, r], a)
+                    for g, p, r, a in zip(grads.anchor, passed, at_anchor, state.anchor, strict=True)
+                ]
+                if plan.resets[n] is not None:
+                    g_stacks, g_anchor = total.reset(plan.resets[n], g_stacks, g_anchor)
+        shared, targets = total.shared(), total.targets()
+        return (None, None, *total.rows(), *shared, *total.start, *g_stacks, *g_anchor, *targets)
 
 
-def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
-    if a is None or b is None:
-        present = a if b is None else b
-        return torch.zeros_like(like) if present is None else present
-    return a.add_(b)
+def _block_ranges(q: Tensor) -> list[range]:
+    """The chunks of q ``[m, N, C, p]`` in blocks that are read together."""
+    chunks = q.shape[1]
+    budget = CPU_READ_ELEMENTS if q.device.type == "cpu" else READ_ELEMENTS
+    size = max(1, budget * chunks // q.numel())
+    return [range(first, min(first + size, chunks)) for first in range(0, chunks, size)]
+
+
+def _reading(plan: Plan, states: list[ChunkState], writings: list[Writing]) -> Reading:
+    """What the reads of a block of chunks see: their states, keys and steps as ``[b, ...]``."""
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        return tensors[0] if len(tensors) == 1 else torch.stack(tensors, 1).flatten(0, 1)
+
+    layers = range(plan.depth)
+    at_start = plan.spec.read_mode == "chunk_start"
+    return Reading(
+        keys=[join([w.inputs[layer] for w in writings]) for layer in layers],
+        steps=[join([w.steps[layer] for w in writings]) for layer in layers],
+        stacks=[join([(s.anchor if at_start else s.stacks)[layer] for s in states]) for layer in layers],
+    )
+
+
+def _share(states: list[ChunkState], reading: Reading) -> None:
+    """Let the states be views of the joined stacks, so that each is held once."""
+    for index, state in enumerate(states):
+        state.stacks = [s.unflatten(0, (-1, len(states)))[:, index] for s in reading.stacks]
+
+
+def _recompute(plan: Plan, norm: Norm, rows: Rows, block: _Block) -> tuple[list[Writing], Reading]:
+    writings = [
+        write_chunk(plan.spec, norm, rows.chunk(n), state)[1]
+        for n, state in zip(block.chunks, block.states, strict=True)
+    ]
+    reading = _reading(plan, block.states, writings)
+    place = slice(block.chunks.start, block.chunks.stop)
+    read_block(plan.spec, norm, rows.queries(place), block.states[0].targets, reading)
+    return writings, reading
+
+
+def _of_chunk(seen: BlockGradients, index: int, chunks: int) -> BlockGradients:
+    def pick(tensors: Layers) -> Layers:
+        return [t.unflatten(0, (-1, chunks))[:, index] for t in tensors]
+
+    return BlockGradients(seen.queries, pick(seen.keys), pick(seen.steps), pick(seen.stacks))
+
+
+def _sum(parts: list[Tensor | None], like: Tensor) -> Tensor:
+    present = [p for p in parts if p is not None]
+    if not present:
+        return torch.zeros_like(like)
+    for part in present[1:]:
+        present[0].add_(part)
+    return present[0]
 
 
 def _unpack(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[Rows, Norm, Layers, ChunkState]:
@@ -119,8 +220,14 @@ def _unpack(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[Rows, Norm,
 
     rows = Rows(*take(len(Rows._fields)))
     gamma, beta = take(2) if plan.has_norm else (None, None)
-    start = take(plan.depth)
-    return rows, Norm(gamma, beta), start, ChunkState(take(plan.depth), take(plan.depth))
+    start, stacks, anchor = take(plan.depth), take(plan.depth), take(plan.depth)
+    return rows, Norm(gamma, beta), start, ChunkState(stacks, anchor, rest if plan.has_targets else None)
+
+
+def _weights(stacks: Layers, targets: Layers | None) -> Layers:
+    """W of every layer: D, and M where there is one."""
+    deviations = [s[:, 0] for s in stacks]
+    return deviations if targets is None else [d + m for d, m in zip(deviations, targets, strict=True)]
 
 
 def _enter(plan: Plan, n: int, state: ChunkState, start: Layers) -> ChunkState:
@@ -128,63 +235,72 @@ def _enter(plan: Plan, n: int, state: ChunkState, start: Layers) -> ChunkState:
     if fresh is None:
         return state
     stacks = [torch.where(fresh.unsqueeze(-1), s, c) for s, c in zip(start, state.stacks, strict=True)]
-    anchor = [torch.where(fresh, s[:, 0], a) for s, a in zip(start, state.anchor, strict=True)]
-    return ChunkState(stacks, anchor)
+    weights = _weights(start, state.targets)
+    anchor = [torch.where(fresh, w, a) for w, a in zip(weights, state.anchor, strict=True)]
+    return ChunkState(stacks, anchor, state.targets)
 
 
-def _leave(plan: Plan, n: int, state: ChunkState) -> ChunkState:
+def _leave(plan: Plan, n: int, stacks: Layers, before: ChunkState) -> ChunkState:
+    """The state of the next chunk, whose anchor is W where this one closes."""
     closed = plan.closes[n]
     if closed is False:
-        return state
-    weights = [s[:, 0] for s in state.stacks]
-    if closed is True:
-        return ChunkState(state.stacks, weights)
-    anchor = [torch.where(closed, w, a) for w, a in zip(weights, state.anchor, strict=True)]
-    return ChunkState(state.stacks, anchor)
+        return ChunkState(stacks, before.anchor, before.targets)
+    anchor = _weights(stacks, before.targets)
+    if closed is not True:
+        anchor = [torch.where(closed, w, a) for w, a in zip(anchor, before.anchor, strict=True)]
+    return ChunkState(stacks, anchor, before.targets)
 
 
-def _leave_backward(plan: Plan, n: int, g_stacks: Layers, g_anchor: Layers) -> list[Tensor | None]:
-    """Reverse of `_leave`: adds to the gradient of W in place; returns what passes to the anchor before."""
+def _leave_backward(
+    plan: Plan, n: int, g_stacks: Layers, g_anchor: Layers, sums: Sums
+) -> list[Tensor | None]:
+    """Reverse of `_leave`: adds to the gradient of D in place; returns what passes to the anchor before."""
     closed = plan.closes[n]
     if closed is False:
         return list(g_anchor)
-    if closed is True:
-        for g_s, g_a in zip(g_stacks, g_anchor, strict=True):
-            g_s[:, 0].add_(g_a)
-        return [None] * len(g_anchor)
-    for g_s, g_a in zip(g_stacks, g_anchor, strict=True):
-        g_s[:, 0].add_(torch.where(closed, g_a, 0.0))
-    return [torch.where(closed, 0.0, g_a) for g_a in g_anchor]
+    moved = g_anchor if closed is True else [torch.where(closed, g, 0.0) for g in g_anchor]
+    _weights_backward(plan, moved, g_stacks, sums)
+    return [None] * plan.depth if closed is True else [torch.where(closed, 0.0, g) for g in g_anchor]
+
+
+def _weights_backward(plan: Plan, g_weights: Layers, g_stacks: Layers, sums: Sums) -> None:
+    """Reverse of `_weights`: adds to the gradients of the components in place."""
+    for layer, g in enumerate(g_weights):
+        g_stacks[layer][:, 0].add_(g)
+        if plan.has_targets:
+            sums.add_target(layer, g)
 
 
 class _Totals:
     """Gradients summed over the chunks, laid out as the inputs of `_Scan`."""
 
-    def __init__(self, plan: Plan, rows: Rows, norm: Norm):
+    def __init__(self, plan: Plan, rows: Rows):
         self.plan = plan
+        self.sums = Sums()
+        self.start: list[Any] = [None] * plan.depth
         self._like = rows
         self._rows: dict[str, Tensor] = {}
-        self._gamma, self._beta = norm.gamma, norm.beta
-        self._g_gamma: Tensor | None = None
-        self._g_beta: Tensor | None = None
-        self.start: list[Tensor | None] = [None] * plan.depth
 
-    def add(self, n: int, grads: Gradients) -> None:
+    def add_queries(self, block: slice, grads: Queries) -> None:
+        for name, value in grads._asdict().items():
+            if value is not None:
+                self._place(name)[:, block] = value.unflatten(0, (-1, block.stop - block.start))
+
+    def add(self, n: int, grads: ChunkGradients) -> None:
         for name, value in grads.rows.items():
-            if name not in self._rows:
-                self._rows[name] = torch.empty_like(getattr(self._like, name))
-            self._rows[name][n] = value
-        if grads.gamma is not None:
-            self._g_gamma = grads.gamma if self._g_gamma is None else self._g_gamma.add_(grads.gamma)
-        if grads.beta is not None:
-            self._g_beta = grads.beta if self._g_beta is None else self._g_beta.add_(grads.beta)
+            self._place(name)[:, n] = value
 
-    def reset(self, fresh: Any, g_stacks: Layers, g_anchor: list[Tensor]) -> tuple[Layers, Layers]:
+    def _place(self, name: str) -> Tensor:
+        if name not in self._rows:
+            self._rows[name] = torch.empty_like(getattr(self._like, name))
+        return self._rows[name]
+
+    def reset(self, fresh: Any, g_stacks: Layers, g_anchor: Layers) -> tuple[Layers, Layers]:
         """Reverse of `_enter`: what flows to the start is summed, the rest goes on to the chunk before."""
         whole = fresh.unsqueeze(-1)
-        for layer in range(self.plan.depth):
-            part = torch.where(whole, g_stacks[layer], 0.0)
-            part[:, 0].add_(torch.where(fresh, g_anchor[layer], 0.0))
+        parts = [torch.where(whole, g, 0.0) for g in g_stacks]
+        _weights_backward(self.plan, [torch.where(fresh, g, 0.0) for g in g_anchor], parts, self.sums)
+        for layer, part in enumerate(parts):
             present = self.start[layer]
             self.start[layer] = part if present is None else present.add_(part)
         return [torch.where(whole, 0.0, g) for g in g_stacks], [torch.where(fresh, 0.0, g) for g in g_anchor]
@@ -192,5 +308,9 @@ class _Totals:
     def rows(self) -> list[Tensor | None]:
         return [self._rows.get(name) for name in Rows._fields]
 
-    def norm(self) -> list[Tensor | None]:
-        return [self._g_gamma, self._g_beta] if self.plan.has_norm else []
+    def shared(self) -> list[Tensor | None]:
+        return [self.sums.gamma, self.sums.beta] if self.plan.has_norm else []
+
+    def targets(self) -> list[Tensor | None]:
+        layers = range(self.plan.depth if self.plan.has_targets else 0)
+        return [self.sums.targets.get(layer) for layer in layers]
