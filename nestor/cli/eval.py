@@ -60,7 +60,7 @@ class Args:
     """Type of the weights; auto is the one they were saved in."""
     tokenizer: str | None = None
     """Another tokenizer than the models' own: "bytes", a folder, a file, or a hub id."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Texts read at the same time."""
     piece: int = 2048
     """Tokens read in one call; a longer text is read in pieces, the State carried."""

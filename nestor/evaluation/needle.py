@@ -27,13 +27,15 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class NeedleProbe:
-    """`ids[:start]` is the prompt, `ids[start:]` the answer."""
+    """`ids[:start]` is the prompt, `ids[start:]` the answer. `real_depth` is where the needle came to lie, at
+    the break of a line or clause that is nearest to `depth`."""
 
     ids: NDArray
     start: int
     variant: str
     length: int
     depth: float
+    real_depth: float
     value: str
     question: str
     answer: str
@@ -155,6 +157,7 @@ def _probe(
         variant=variant,
         length=length,
         depth=depth,
+        real_depth=hidden.meta["real_depth"],
         value=hidden.meta["value"],
         question=hidden.prompt[hidden.prompt.rfind("\n") + 1 :],
         answer=hidden.answer,

@@ -275,8 +275,7 @@ def _draw_heatmap(
     title, x, y, label = words
     height = 1.7 + 0.42 * max(3, len(rows))
     figure, ax = _figure(title, theme, (min(11.0, 3.2 + 0.75 * max(4, len(columns))), height))
-    colours = matplotlib.colormaps[theme.heat].copy()
-    colours.set_bad(theme.faint)
+    colours = matplotlib.colormaps[theme.heat].with_extremes(bad=theme.faint)
     image = ax.imshow(np.ma.masked_invalid(grid), cmap=colours, vmin=0, vmax=1, aspect="auto")
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)

@@ -252,8 +252,9 @@ def _bca_column(estimate: float, draws: NDArray, jackknife: NDArray, level: floa
     draws, jackknife = draws[np.isfinite(draws)], jackknife[np.isfinite(jackknife)]
     if n < 2 or not np.isfinite(estimate) or len(draws) == 0 or np.ptp(draws) <= 1e-12 * abs(estimate):
         return Interval(_number(estimate), None, None, level, "bootstrap-bca", n)
-    # Ties count half: proportions and other coarse statistics have many.
-    below = ((draws < estimate).sum() + 0.5 * (draws == estimate).sum()) / len(draws)
+    # Ties count half: proportions and other coarse statistics have many, which rounding must not tell apart.
+    tied = np.abs(draws - estimate) <= 1e-9 * np.ptp(draws)
+    below = ((draws < estimate)[~tied].sum() + 0.5 * tied.sum()) / len(draws)
     if below <= 0 or below >= 1:
         z0 = 0.0
     else:

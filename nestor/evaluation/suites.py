@@ -46,9 +46,11 @@ class Settings:
     corpus: tuple[str, ...] = ("classics",)
     split: str | None = None
     """Part of the corpus; None: the held-out part of a shipped corpus, all of any other."""
-    batch_size: int = 8
+    batch_size: int = 16
     piece: int = PIECE
     scale: str = "log"
+    by_context: bool = True
+    """Measure perplexity by context length too, which reads about as much text again as by position."""
     recall_tasks: tuple[str, ...] = RECALL_TASKS
     facts: int = 4
     digits: int = 4
@@ -170,8 +172,8 @@ def device_name(device: Any) -> str:
 def _perplexity(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[str, Any]:
     unit = "tokens" if same_tokenizer(subjects) else "bytes"
     longest = settings.longest
-    contexts = None
-    if len(settings.lengths) > 1:
+    contexts = None if settings.by_context else []
+    if settings.by_context and len(settings.lengths) > 1:
         contexts = [length for length in sorted(set(settings.lengths)) if length <= longest // 2]
     layout = perplexity.make_layout(longest, contexts=contexts, scale=settings.scale, unit=unit)
     corpus = _corpus(settings)
