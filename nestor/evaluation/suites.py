@@ -172,7 +172,7 @@ def device_name(device: Any) -> str:
 def _perplexity(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[str, Any]:
     unit = "tokens" if same_tokenizer(subjects) else "bytes"
     longest = settings.longest
-    contexts = None if settings.by_context else []
+    contexts: list[int] | None = None if settings.by_context else []
     if settings.by_context and len(settings.lengths) > 1:
         contexts = [length for length in sorted(set(settings.lengths)) if length <= longest // 2]
     layout = perplexity.make_layout(longest, contexts=contexts, scale=settings.scale, unit=unit)
