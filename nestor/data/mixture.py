@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from nestor.data.streams import Batch, LaneStream
+from nestor.data.streams import Batch, LaneStream, as_batch, empty_piece
 from nestor.errors import ConfigError
 
 #: Builds a source for so many lanes in the whole job, of which this process makes the given ones.
@@ -59,17 +58,11 @@ class Mixture(LaneStream):
             self._rows.append(rows)
 
     def __next__(self) -> Batch:
-        shape = (len(self.lanes), self.length)
-        batch = Batch(
-            input_ids=torch.empty(shape, dtype=torch.int64),
-            labels=torch.empty(shape, dtype=torch.int64),
-            resets=torch.empty(shape, dtype=torch.bool),
-        )
+        batch = as_batch(empty_piece(len(self.lanes), self.length))
         for stream, rows in zip(self.streams, self._rows, strict=True):
             part = next(stream)
-            batch["input_ids"][rows] = part["input_ids"]
-            batch["labels"][rows] = part["labels"]
-            batch["resets"][rows] = part["resets"]
+            for name in batch:
+                batch[name][rows] = part[name]  # type: ignore[literal-required]
         self.position += self.length
         return batch
 

@@ -29,11 +29,29 @@ IGNORED = -100
 
 class Batch(TypedDict):
     """`input_ids` [B, T] int64; `labels` [B, T] int64, the next tokens (not to be shifted again), -100
-    where none is asked for; `resets` [B, T] bool, True at the first token of a document."""
+    where none is asked for; `resets` [B, T] bool, True at the first token of a document; `weights` [B, T]
+    float32, how much the loss on a label counts: 1 in text, what a task says in its documents."""
 
     input_ids: Tensor
     labels: Tensor
     resets: Tensor
+    weights: Tensor
+
+
+#: ids and labels int64, resets bool, weights float32 of consecutive tokens of a lane, each [length].
+Piece = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def empty_piece(*shape: int) -> Piece:
+    """Room for tokens, with no reset and every weight 1."""
+    ids, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    return ids, labels, np.zeros(shape, bool), np.ones(shape, np.float32)
+
+
+def as_batch(piece: Piece) -> Batch:
+    """The arrays [B, T] of a batch as tensors."""
+    ids, labels, resets, weights = map(torch.from_numpy, piece)
+    return Batch(input_ids=ids, labels=labels, resets=resets, weights=weights)
 
 
 class LaneStream:
@@ -59,21 +77,19 @@ class LaneStream:
         return self
 
     def __next__(self) -> Batch:
-        shape = (len(self.lanes), self.length)
-        ids, labels, resets = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, bool)
+        batch = empty_piece(len(self.lanes), self.length)
         for row, lane in enumerate(self.lanes):
-            ids[row], labels[row], resets[row] = self._read(lane, self.position, self.length)
+            for whole, part in zip(batch, self._read(lane, self.position, self.length), strict=True):
+                whole[row] = part
         self.position += self.length
-        return Batch(
-            input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels), resets=torch.from_numpy(resets)
-        )
+        return as_batch(batch)
 
     def identity(self) -> dict[str, Any]:
         """What the stream's content depends on, JSON-able."""
         raise TypeError(f"{type(self).__name__} does not say what it depends on: define identity()")
 
-    def _read(self, lane: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids, labels (int64) and resets (bool) of one lane, each [length]."""
+    def _read(self, lane: int, start: int, length: int) -> Piece:
+        """Tokens `start .. start + length` of one lane."""
         raise TypeError(f"{type(self).__name__} has no lanes: define _read()")
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,19 +181,19 @@ class TokenStream(LaneStream):
         start = lane * total // self.batch_size
         return start, (lane + 1) * total // self.batch_size - start
 
-    def _read(self, lane: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read(self, lane: int, start: int, length: int) -> Piece:
         span_start, span_length = self._span(lane)
         parts = []
         while length:
             epoch, inside = divmod(start, span_length)
             count = min(length, span_length - inside)
-            ids, labels, resets = self._ring(epoch).read(span_start + inside, count)
+            part = self._ring(epoch).read(span_start + inside, count)
             if inside == 0:
-                resets[0] = True
-            parts.append((ids, labels, resets))
+                part[2][0] = True
+            parts.append(part)
             start, length = start + count, length - count
-        ids, labels, resets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return ids, labels, resets
+        ids, labels, resets, weights = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return ids, labels, resets, weights
 
     def _ring(self, epoch: int) -> _Ring:
         if epoch not in self._rings:
@@ -202,11 +218,9 @@ class _Ring:
         lengths = np.diff(corpus.offsets)[self.order]
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
 
-    def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids, labels, resets of `length` tokens from `start` on (before the turn); never more than a whole
-        ring."""
-        ids, labels = np.empty(length, np.int64), np.empty(length, np.int64)
-        resets = np.zeros(length, bool)
+    def read(self, start: int, length: int) -> Piece:
+        """`length` tokens from `start` on (before the turn); never more than a whole ring."""
+        ids, labels, resets, weights = empty_piece(length)
         place = (start + self.turn) % self.corpus.n_tokens
         slot = int(np.searchsorted(self.starts, place, side="right")) - 1
         done = 0
@@ -225,7 +239,7 @@ class _Ring:
             done += count
             slot = (slot + 1) % self.corpus.n_documents
             place = int(self.starts[slot])
-        return ids, labels, resets
+        return ids, labels, resets, weights
 
 
 def rank_lanes(batch_size: int, rank: int, world_size: int) -> range:

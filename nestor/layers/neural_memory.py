@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,9 @@ class NeuralMemory(nn.Module):
         momentum, forget: whether the surprise has momentum, and whether the memory forgets.
         max_step: largest write strength, before the factor `1 - eta`: the share of a token's error that one
             step at that strength takes away, to first order and at the initial weights. The write step theta
-            is the strength over the curvature of the inner loss (`_curvature`). None:
-            `min(1, 4 / chunk_size)`, at which the initial gates stay stable even if every token of a chunk
-            has the same key.
+            is the strength over the curvature of the inner loss (`_curvature`). A model that is to remember
+            what it reads once needs strengths near 1; bounds like `4 / chunk_size`, below which equal keys
+            in a chunk cannot overshoot, forbid that.
         step_bias, momentum_bias, forget_bias: biases of the three gates' sigmoids at initialisation.
         conv_kernel: tokens seen by the short convolution on q, k, v; 0: none.
         output_gate: multiply by `sigmoid(x W_G)` before the output projection.
@@ -80,10 +80,10 @@ class NeuralMemory(nn.Module):
         chunk_size: int = 64,
         momentum: bool = True,
         forget: bool = True,
-        max_step: float | None = None,
-        step_bias: float = -2.0,
+        max_step: float = 1.0,
+        step_bias: float = -3.0,
         momentum_bias: float = 0.0,
-        forget_bias: float = -4.0,
+        forget_bias: float = -8.0,
         conv_kernel: int = 4,
         output_gate: bool = True,
         activation: str = "silu",
@@ -104,7 +104,7 @@ class NeuralMemory(nn.Module):
             )
         if not 1 <= depth <= 4:
             raise ConfigError(f"memory depth is {depth}; it must be 1 (linear) to 4.")
-        if expansion <= 0 or (max_step is not None and max_step <= 0):
+        if expansion <= 0 or max_step <= 0:
             raise ConfigError(f"expansion is {expansion} and max_step {max_step}; both must be positive.")
         self.spec = MemorySpec(
             chunk_size, activation, norm, norm_eps, inner_loss, loss_scale, read_mode,
@@ -125,8 +125,7 @@ class NeuralMemory(nn.Module):
             else None
         )
         hidden = max(1, round(expansion * self.head_dim))
-        strength = max_step if max_step is not None else min(1.0, 4.0 / chunk_size)
-        self.max_theta = strength / (loss_scale * _curvature(norm, depth, hidden))
+        self.max_theta = max_step / (loss_scale * _curvature(norm, depth, hidden))
         widths = [self.head_dim] + [hidden] * (depth - 1) + [self.head_dim]
         self.initial = nn.ParameterList(nn.Parameter(torch.empty(heads, a, b)) for a, b in pairwise(widths))
         has_norm = norm == "residual_layernorm"
@@ -138,7 +137,18 @@ class NeuralMemory(nn.Module):
         self.initialize(0.02)
 
     def initialize(self, std: float) -> None:
-        """Gates start mild; the memory network starts with pre-activations of unit variance for unit keys."""
+        """Start as a memory of what came next.
+
+        Queries and keys start equal, but a key looks one token further back: a query finds the values of
+        the tokens that followed the same few tokens earlier. From independent projections a model has to
+        learn that before any recall can pay, and small ones mostly do not. Projections keep the variance of
+        normalised inputs, gates start mild, and the memory network starts with pre-activations of unit
+        variance for unit keys.
+        """
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(projection.weight, std=self.dim**-0.5)
+        if self.convolutions is not None:
+            self._look_back(self.convolutions)
         step, momentum, forget = self.gate_biases
         biases = [step] + [momentum] * self.momentum + [forget] * self.forget
         with torch.no_grad():
@@ -152,6 +162,21 @@ class NeuralMemory(nn.Module):
         if self.memory_gamma is not None and self.memory_beta is not None:
             nn.init.ones_(self.memory_gamma)
             nn.init.zeros_(self.memory_beta)
+
+    @torch.no_grad()
+    def _look_back(self, convolutions: nn.ModuleDict) -> None:
+        """Queries and keys by one projection and convolution, keys one token late; values as they are."""
+        self.k_proj.weight.copy_(self.q_proj.weight)
+        q, k, v = (cast(ShortConvolution, convolutions[name]).weight for name in "qkv")
+        kernel = q.shape[1]
+        q.zero_()
+        k.zero_()
+        v.zero_()
+        nn.init.normal_(q[:, 1:], std=(kernel - 1) ** -0.5)
+        k[:, :-1] = q[:, 1:]
+        # A first token has nothing before it: from a key of zero its unit vector would have no gradient.
+        nn.init.normal_(k[:, -1], std=0.1)
+        v[:, -1] = 1.0
 
     def forward(
         self,

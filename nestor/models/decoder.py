@@ -112,6 +112,7 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         resets: Tensor | None = None,
         shift_labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -131,6 +132,7 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             logits_to_keep: last positions to compute logits for, 0 for all, or a 1-D tensor of positions.
             resets: `[B, T]` bool, the token starts a new document: the row forgets what came before.
             shift_labels: `[B, T]` int64 targets of each position, already shifted; -100 is ignored.
+            loss_weights: `[B, T]` float, how much the loss on each of `shift_labels` counts; None: equally.
             num_items_in_batch: divide the summed loss by this number instead of taking the mean.
             output_hidden_states: return the residual stream before each layer and after the last norm.
 
@@ -147,7 +149,12 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         x = self._embed(input_ids, inputs_embeds)
         batch, length, _ = x.shape
         self._check_state(past_key_values, batch)
-        for name, value in (("labels", labels), ("shift_labels", shift_labels), ("resets", resets)):
+        for name, value in (
+            ("labels", labels),
+            ("shift_labels", shift_labels),
+            ("loss_weights", loss_weights),
+            ("resets", resets),
+        ):
             if value is not None and tuple(value.shape) != (batch, length):
                 raise ShapeError(
                     f"{name} has shape {list(value.shape)}, the tokens {[batch, length]}; make them equal"
@@ -190,7 +197,9 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             shift_labels = padding.restore(next_token_targets(padding.justify(labels), span), fill=-100)
         elif shift_labels is not None:
             shift_labels = padding.ignore(shift_labels)
-        loss = None if shift_labels is None else next_token_loss(logits, shift_labels, num_items_in_batch)
+        loss = None
+        if shift_labels is not None:
+            loss = next_token_loss(logits, shift_labels, num_items_in_batch, loss_weights)
         keep_state = self.config.use_cache if use_cache is None else use_cache
         output = CausalLMOutputWithPast(
             loss=loss,

@@ -26,15 +26,25 @@ def next_token_targets(labels: Tensor, span: Span) -> Tensor:
 
 
 def next_token_loss(
-    logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+    logits: Tensor,
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy in nats, float32 at least, of logits `[B, T, V]` on targets `[B, T]`; -100 is ignored.
 
-    The mean over targets, or their sum divided by `num_items_in_batch` (gradient accumulation).
+    The mean over targets, or their sum divided by `num_items_in_batch` (gradient accumulation). With
+    `weights` `[B, T]` the weighted mean, or the weighted sum so divided.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    reduction = "mean" if num_items_in_batch is None else "sum"
     targets = targets.to(logits.device)
+    if weights is not None:
+        targets, weights = targets.flatten(), weights.to(logits).flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
+        if num_items_in_batch is None:
+            num_items_in_batch = (weights * (targets != IGNORED)).sum()
+        return (losses * weights).sum() / num_items_in_batch
+    reduction = "mean" if num_items_in_batch is None else "sum"
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
     if num_items_in_batch is None:
         return loss

@@ -40,7 +40,7 @@ class Size:
 
 # From 60m on, the budget makes the named size together with a tied embedding of 32,000 tokens.
 SIZES = {
-    "quick": Size(layers=4, width=128, heads=4, budget=14.5, expansion=2, chunk=16, window=64, persistent=4),
+    "quick": Size(layers=2, width=128, heads=4, budget=14.5, expansion=2, chunk=64, window=64, persistent=4),
     "5m": Size(layers=4, width=256, heads=4, budget=18.8, expansion=2, chunk=64, window=256, persistent=8),
     "60m": Size(layers=10, width=512, heads=8, budget=16.6, expansion=4, chunk=64, window=512, persistent=16),
     "170m": Size(

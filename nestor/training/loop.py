@@ -193,14 +193,18 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
 
     def forward(self, part: Batch, state: Any, targets: Tensor) -> tuple[Tensor, Any]:
-        """Loss of some lanes, summed and divided by the targets of the whole batch, and the State after."""
+        """Loss of some lanes, summed and divided by the weight of the whole batch, and the State after."""
         device = self.processes.device
         resets = part["resets"]
         if state is None:
             # A fresh row needs no reset at its start, and without any reset the layers take shorter ways.
             resets = resets.clone()
             resets[:, 0] = False
-        inputs = {"input_ids": part["input_ids"], "shift_labels": part["labels"]}
+        inputs = {
+            "input_ids": part["input_ids"],
+            "shift_labels": part["labels"],
+            "loss_weights": part["weights"],
+        }
         if bool(resets.any()):
             inputs["resets"] = resets
         with self.autocast():
@@ -213,8 +217,8 @@ class Run:
         return output.loss, output.past_key_values
 
     def count_targets(self, batch: Batch) -> Tensor:
-        """Targets of the global batch, on the device; at least 1."""
-        counted = (batch["labels"] != IGNORED).sum()
+        """Targets of the global batch, each by its weight, on the device; at least 1."""
+        counted = (batch["weights"] * (batch["labels"] != IGNORED)).sum()
         return self.processes.sum(to_device(counted, self.processes.device)).clamp(min=1)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -338,8 +342,8 @@ def seed_everything(seed: int) -> None:
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """The lanes of a batch in equal parts, in order."""
-    pieces = zip(*(batch[name].chunk(parts) for name in ("input_ids", "labels", "resets")), strict=True)
-    return [Batch(input_ids=ids, labels=labels, resets=resets) for ids, labels, resets in pieces]
+    pieces = zip(*(tensor.chunk(parts) for tensor in batch.values()), strict=True)  # type: ignore[attr-defined]
+    return [Batch(**dict(zip(batch, piece, strict=True))) for piece in pieces]  # type: ignore[typeddict-item]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

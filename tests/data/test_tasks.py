@@ -113,7 +113,7 @@ def test_recall_document_answers_are_where_they_are_said_to_be(request, source, 
     tokenizer = haystack.tokenizer
     task = RecallTask(haystack, length, n_facts=facts, n_questions=asked, spec=ALL_TEMPLATES)
     document = task.document(rng_of(seed))
-    assert document.ids.shape == document.counted.shape == (length,) and document.counted.all()
+    assert document.ids.shape == document.weights.shape == (length,) and (document.weights > 0).all()
     drawn = {fact.name: fact for fact in ALL_TEMPLATES.draw(rng_of(seed), facts)}
     assert len(document.answers) == asked
     for answer in document.answers:
@@ -156,11 +156,11 @@ def test_recall_loss_on_answers_only(books):
     wanted = np.zeros(600, bool)
     for answer in document.answers:
         wanted[answer.start : answer.end] = True
-    assert (document.counted == wanted).all() and wanted.sum() == 8 * len(" 1234.")
+    assert ((document.weights > 0) == wanted).all() and wanted.sum() == 8 * len(" 1234.")
     batch = next(TaskStream(task, 1, 600, eos=257, seed=5))
     document = TaskStream(task, 1, 600, seed=5).document(0)
     for t, label in enumerate(batch["labels"][0].tolist()):
-        counted = t + 1 < 600 and document.counted[t + 1]
+        counted = t + 1 < 600 and document.weights[t + 1] > 0
         assert label == (document.ids[t + 1] if counted else IGNORED)
 
 
@@ -230,11 +230,11 @@ def test_mqar_values_follow_their_keys_again(seed, pairs, extra):
     memory = dict(zip(ids[0 : 2 * pairs : 2].tolist(), ids[1 : 2 * pairs : 2].tolist(), strict=True))
     assert len(memory) == len(set(memory.values())) == pairs
     assert all(0 <= key < 30 <= value < 60 for key, value in memory.items())
-    assert len(document.answers) == pairs and document.counted.sum() == pairs
+    assert len(document.answers) == pairs and (document.weights > 0).sum() == pairs
     asked = set()
     for answer in document.answers:
         key, value = ids[answer.start - 1], ids[answer.start]
-        assert document.counted[answer.start] and memory[int(key)] == value and answer.end == answer.start + 1
+        assert document.weights[answer.start] and memory[int(key)] == value and answer.end == answer.start + 1
         pair_end = 2 * list(memory).index(int(key)) + 2
         assert answer.distance == answer.start - 1 - pair_end
         asked.add(int(key))
@@ -321,3 +321,20 @@ def test_task_stream_refuses_a_state_of_another_task(books):
     json.dumps(state)
     with pytest.raises(StateMismatchError, match="task was"):
         TaskStream(RecallTask(books, 801), 2, 10).load_state_dict(state)
+
+
+def test_answers_weigh_what_they_are_told_to_in_the_batch(books):
+    task = RecallTask(books, 600, n_facts=2, n_questions=4, answer_weight=7.0)
+    batch, document = next(TaskStream(task, 1, 600, seed=3)), TaskStream(task, 1, 600, seed=3).document(0)
+    weights = batch["weights"][0]
+    inside = torch.zeros(600, dtype=torch.bool)
+    for answer in document.answers:
+        # The weight stands where the token is predicted, one place before it.
+        inside[answer.start - 1 : answer.end - 1] = True
+    assert inside.sum() == 4 * len(" 1234.")
+    assert (weights[inside] == 7).all() and (weights[~inside] == 1).all()
+    only = RecallTask(books, 600, n_facts=2, n_questions=4, loss_on="answers", answer_weight=7.0)
+    only_weights = next(TaskStream(only, 1, 600, seed=3))["weights"][0]
+    assert (only_weights[inside] == 7).all() and (only_weights[~inside][:-1] == 0).all()
+    with pytest.raises(ConfigError, match="answer_weight is -1"):
+        RecallTask(books, 600, answer_weight=-1)

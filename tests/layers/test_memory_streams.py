@@ -222,7 +222,7 @@ def test_outer_gradients_equal_finite_differences(layer, read_pieces):
         return (y * weight).sum() + 0.1 * torch.stack(memory).sum()
 
     gradients = torch.autograd.grad(value(), list(leaves.values()))
-    step = 1e-5
+    step = 1e-6
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         direction = normal(*leaf.shape, seed=3)
         with torch.no_grad():
@@ -238,21 +238,21 @@ def test_outer_gradients_equal_finite_differences(layer, read_pieces):
 
 
 def test_a_bfloat16_layer_keeps_its_memory_in_float32(kind, build_layer, read_pieces):
-    layer = build_layer(kind, max_step=0.2).bfloat16()
+    layer = build_layer(kind, max_step=0.05).bfloat16()
     x = normal(2, LENGTH, 8).bfloat16()
     with torch.no_grad():
         y, state, _ = read_pieces(layer, x, cuts=[6])
-        exact = build_layer(kind, max_step=0.2)
+        exact = build_layer(kind, max_step=0.05)
         exact.load_state_dict(layer.state_dict())  # the same rounded weights
         wanted, wanted_state, _ = read_pieces(exact, x.double(), cuts=[6])
     assert y.dtype == torch.bfloat16
-    assert float((y.double() - wanted).norm() / wanted.norm()) < 0.05
+    assert float((y.double() - wanted).norm() / wanted.norm()) < 0.1
     fast = [n for n in state if {"weights", "momentum", "anchor", "segment"} & set(n.split("."))]
     assert len(fast) == (8 if kind == "memory_as_context" else 6)
     for name in fast:
         assert state[name].dtype == torch.float32
         drift = (state[name].double() - wanted_state[name]).norm() / wanted_state[name].norm()
-        assert float(drift) < 0.05, name
+        assert float(drift) < 0.1, name
 
 
 @pytest.mark.parametrize("kind", ["memory_as_context", "memory_as_gate", "memory_as_layer"])

@@ -175,6 +175,21 @@ def test_loss_is_the_shifted_cross_entropy_and_ignores_minus_100(tiny, tokens):
     assert model.bfloat16()(ids, labels=labels).loss.dtype == torch.float32
 
 
+def test_loss_weights_weigh_each_target(tiny, tokens):
+    model, ids = tiny("transformer"), tokens(2, 9)
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    weights = torch.ones(2, 9)
+    weights[0, 3], weights[1, 5] = 10.0, 0.0
+    out = model(ids, shift_labels=targets, loss_weights=weights)
+    losses = F.cross_entropy(out.logits[:, :-1].mT, ids[:, 1:], reduction="none")
+    expected = (losses.sum() + 9 * losses[0, 3] - losses[1, 5]) / (16 + 9 - 1)
+    torch.testing.assert_close(out.loss, expected)
+    total = model(ids, shift_labels=targets, loss_weights=weights, num_items_in_batch=8).loss
+    torch.testing.assert_close(total * 8, expected * 24)
+    with pytest.raises(ShapeError, match="loss_weights has shape"):
+        model(ids, shift_labels=targets, loss_weights=weights[:, :4])
+
+
 def test_the_first_token_of_a_new_document_is_no_target(tiny, tokens):
     model = tiny("transformer")
     ids = tokens(1, 9)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nestor.data.tasks.stream import Answer, TaskDocument, check_loss_on
+from nestor.data.tasks.stream import Answer, TaskDocument, check_loss_on, loss_weights
 from nestor.errors import ConfigError
 
 
@@ -74,7 +74,6 @@ class MqarTask:
         values = third + rng.choice(third, n, replace=False)
         ids = rng.integers(2 * third, self.vocab_size, self.document_length)
         ids[0 : 2 * n : 2], ids[1 : 2 * n : 2] = keys, values
-        counted = np.full(self.document_length, self.loss_on == "all")
         answers = []
         free = np.ones((self.document_length - 2 * n) // 2, dtype=bool)
         low, high = self.distances
@@ -85,10 +84,11 @@ class MqarTask:
             slot = _nearest_free(free, (pair_end + gap - 2 * n) / 2)
             query = 2 * n + 2 * slot
             ids[query], ids[query + 1] = keys[pair], values[pair]
-            counted[query + 1] = True
             free[slot] = False
             answers.append(Answer(query + 1, query + 2, query - pair_end))
-        return TaskDocument(ids, counted, tuple(sorted(answers, key=lambda answer: answer.start)))
+        answers.sort(key=lambda answer: answer.start)
+        weights = loss_weights(self.document_length, answers, self.loss_on, 1.0)
+        return TaskDocument(ids, weights, tuple(answers))
 
 
 def _nearest_free(free: np.ndarray, wanted: float) -> int:

@@ -10,7 +10,13 @@ import numpy as np
 
 from nestor.data.tasks.facts import Fact, FactSpec
 from nestor.data.tasks.haystack import Haystack, as_lines, breaks, exact_tokens, whole_characters
-from nestor.data.tasks.stream import Answer, TaskDocument, check_loss_on
+from nestor.data.tasks.stream import (
+    Answer,
+    TaskDocument,
+    check_answer_weight,
+    check_loss_on,
+    loss_weights,
+)
 from nestor.data.tokenizers import encode_text, tokenizer_identity
 from nestor.errors import ConfigError
 
@@ -56,6 +62,8 @@ class RecallTask:
         document_length: tokens of a document, exactly.
         distances: least and greatest distance; the greatest defaults to what the document allows.
         loss_on: `"all"` counts every token, `"answers"` only those of the answers to questions.
+        answer_weight: how many times a token of an answer counts in the loss. A share of answers below about
+            a fifth of the loss can leave a small model at chance for long, however easy recall is for it.
 
     Raises:
         ConfigError: the document is too short for its facts and questions, or the range is impossible.
@@ -71,6 +79,7 @@ class RecallTask:
         distances: tuple[int, int | None] = (16, None),
         spec: FactSpec | None = None,
         loss_on: str = "all",
+        answer_weight: float = 1.0,
     ) -> None:
         if n_facts < 1 or n_questions < 1:
             raise ConfigError(
@@ -85,7 +94,7 @@ class RecallTask:
         self.n_facts, self.n_questions = n_facts, n_questions
         self.distances = (low, high)
         self.spec = spec or FactSpec()
-        self.loss_on = check_loss_on(loss_on)
+        self.loss_on, self.answer_weight = check_loss_on(loss_on), check_answer_weight(answer_weight)
         self._line_end = encode_text(self.tokenizer, "\n")
         self.document(np.random.default_rng(0))
 
@@ -101,6 +110,7 @@ class RecallTask:
             "distances": list(self.distances),
             "spec": spec,
             "loss_on": self.loss_on,
+            "answer_weight": self.answer_weight,
         }
 
     def document(self, rng: np.random.Generator) -> TaskDocument:
@@ -161,13 +171,8 @@ class RecallTask:
         whole = whole_characters(self.tokenizer, ids, self.document_length)
         # Clauses may take more tokens together than alone and so move the last answer off the end.
         inside = tuple(answer for answer in answers if answer.end <= self.document_length)
-        return TaskDocument(np.asarray(whole, dtype=np.int64), self._counted(inside), inside)
-
-    def _counted(self, answers: tuple[Answer, ...]) -> np.ndarray:
-        counted = np.full(self.document_length, self.loss_on == "all")
-        for answer in answers:
-            counted[answer.start : answer.end] = True
-        return counted
+        weights = loss_weights(self.document_length, inside, self.loss_on, self.answer_weight)
+        return TaskDocument(np.asarray(whole, dtype=np.int64), weights, inside)
 
     def probe(
         self,

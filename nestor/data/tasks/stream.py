@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nestor.data.streams import IGNORED, LaneStream
+from nestor.data.streams import IGNORED, LaneStream, Piece, empty_piece
 from nestor.errors import ConfigError, suggest
 
 LOSS_ON = ("all", "answers")
@@ -26,10 +26,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskDocument:
-    """`ids` [n] int64 tokens; `counted` [n] bool, whether predicting the token counts; the answers in it."""
+    """`ids` [n] int64 tokens; `weights` [n] float32, how much predicting the token counts in the loss (0: not
+    at all); the answers in it."""
 
     ids: np.ndarray
-    counted: np.ndarray
+    weights: np.ndarray
     answers: tuple[Answer, ...]
 
 
@@ -50,7 +51,7 @@ class TaskStream(LaneStream):
 
     Lane b holds documents b, b + B, b + 2B ... (B is `batch_size`) one after the other, each with a reset
     at its first token, so documents are longer or shorter than a segment as they like. The last token of a
-    document has the label `eos` if its other tokens are all counted, else -100."""
+    document has the label `eos` if its other tokens all count, else -100."""
 
     def __init__(
         self,
@@ -81,9 +82,8 @@ class TaskStream(LaneStream):
             "eos": self.eos,
         }
 
-    def _read(self, lane: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        ids, labels = np.empty(length, np.int64), np.empty(length, np.int64)
-        resets = np.zeros(length, bool)
+    def _read(self, lane: int, start: int, length: int) -> Piece:
+        ids, labels, resets, weights = empty_piece(length)
         done = 0
         while done < length:
             turn, inside = divmod(start + done, self.task.document_length)
@@ -92,9 +92,10 @@ class TaskStream(LaneStream):
             here = slice(done, done + count)
             ids[here] = document.ids[inside : inside + count]
             labels[here] = self._labels(document)[inside : inside + count]
+            weights[here] = np.append(document.weights[1:], np.float32(1.0))[inside : inside + count]
             resets[done] |= inside == 0
             done += count
-        return ids, labels, resets
+        return ids, labels, resets, weights
 
     def _document_of(self, lane: int, turn: int) -> TaskDocument:
         if self._current.get(lane, (-1, None))[0] != turn:
@@ -102,10 +103,11 @@ class TaskStream(LaneStream):
         return self._current[lane][1]
 
     def _labels(self, document: TaskDocument) -> np.ndarray:
-        everything = bool(document.counted[1:].all())
+        counted = document.weights[1:] > 0
+        everything = bool(counted.all())
         last = self.eos if everything and self.eos is not None else IGNORED
         labels = np.append(document.ids[1:], last)
-        labels[:-1][~document.counted[1:]] = IGNORED
+        labels[:-1][~counted] = IGNORED
         return labels
 
 
@@ -120,3 +122,22 @@ def check_loss_on(loss_on: str) -> str:
             f"loss_on is {loss_on!r}; it is one of {', '.join(LOSS_ON)}. {suggest(loss_on, LOSS_ON)}"
         )
     return loss_on
+
+
+def loss_weights(length: int, answers: Sequence[Answer], loss_on: str, answer_weight: float) -> np.ndarray:
+    """`TaskDocument.weights` [length]: `answer_weight` in answers; else 1, or 0 if only answers count."""
+    weights = np.full(length, float(loss_on == "all"), np.float32)
+    for answer in answers:
+        weights[answer.start : answer.end] = answer_weight
+    return weights
+
+
+def check_answer_weight(answer_weight: float) -> float:
+    """`answer_weight` if it is above 0.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not answer_weight > 0:
+        raise ConfigError(f"answer_weight is {answer_weight}; it must be above 0")
+    return float(answer_weight)
