@@ -33,15 +33,17 @@ def test_the_reach_of_stacked_windows_is_what_a_token_depends_on(make_tiny, laye
     ],
 )
 def test_the_reach_of_each_preset(preset, window, tokens):
-    reach = attention_reach(nestor.preset(preset, "quick"))
+    sizes = {"num_hidden_layers": 4}
+    if preset != "transformer":
+        sizes |= {"sliding_window": 64, "segment_size": 64, "memory": {"chunk_size": 16}}
+    reach = attention_reach(nestor.preset(preset, "quick", **sizes))
     assert (reach.window, reach.tokens) == (window, tokens)
 
 
 def test_windows_carry_across_the_edges_of_segments():
     kinds = ["memory_as_context", "memory_as_gate", "memory_as_context"]
-    config = nestor.preset(
-        "titans-mag", "quick", num_hidden_layers=3, layer_types=kinds, sliding_window=8, segment_size=16
-    )
+    sizes = {"num_hidden_layers": 3, "sliding_window": 8, "segment_size": 16, "memory": {"chunk_size": 16}}
+    config = nestor.preset("titans-mag", "quick", layer_types=kinds, **sizes)
     assert attention_reach(config).tokens == 15 + 7 + 15 + 1
     assert attention_reach(config).window == 16
 
