@@ -14,6 +14,9 @@ DEV_STAMP := $(VENV)/.installed-dev
 # Without --no-compile pip spends half a minute on bytecode of which most is never loaded.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
+# The quickstart and the tests start many processes; without cached bytecode each compiles all of torch again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test test-slow lint venv clean
 
 quickstart: $(USER_STAMP)
