@@ -51,7 +51,7 @@ class Args:
     """Measure up to this many tokens; by default 16 times the training length."""
     passages: int = 8
     """Texts that are read for bits per byte."""
-    questions: int = 32
+    questions: int = 64
     """Questions at each distance."""
     facts: int | None = None
     """Facts on the page of the memory demonstration; by default as many as the recipe plants, at least 4."""

@@ -3,7 +3,7 @@
 recipe     which two runs, from which models they start, and how many steps fit into the time
 display    the one live display
 training   both runs, one after the other
-measuring  bits per byte by position, recall by distance, and both pooled beyond the attention's reach
+measuring  bits per byte by position, recall by distance, and both beyond the attention's reach
 memory     a page is read, its State saved, and questions about it answered by a new process
 samples    text that the models write
 verdict    what the figures say, in sentences that depend on them

@@ -12,10 +12,18 @@ import torch
 
 from nestor.data import load_tokenizer
 from nestor.evaluation import Settings, Subject, evaluate
-from nestor.evaluation.statistics import paired_ratio_differences, ratio_intervals, wilson_interval
+from nestor.evaluation.statistics import (
+    paired_proportion_difference,
+    paired_ratio_differences,
+    ratio_intervals,
+    wilson_interval,
+)
 from nestor.evaluation.suites import Bar
 from nestor.quickstart.recipe import Entrant, recall_source, text_of
 from nestor.training.model import open_model
+
+# Multiple of the attention reach at which recall is summed up in one number.
+FAR = 4
 
 
 def open_subject(entrant: Entrant) -> Subject:
@@ -41,6 +49,8 @@ def settings_for(entrant: Entrant, max_length: int | None, seed: int) -> Setting
         digits=options.get("digits", Settings.digits),
         templates=(templates,) if isinstance(templates, str) else tuple(templates),
         train_length=config.data.sequence_length,
+        by_context=False,
+        piece=512,
     )
 
 
@@ -64,38 +74,37 @@ def measure(
 
 
 def beyond_reach(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Both measurements pooled over what no attention of either model reaches; None if nothing is.
+    """Both measurements where no attention of either model reaches; None if nothing was measured there.
 
-    A fact counts if the question comes at least the attention reach after it, a token if at least so many
-    come before it. Differences are the second model's minus the first's, on the same questions and texts.
+    Recall is that at one distance: questions at several distances about one text are not independent. It is
+    the first that is at least `FAR` times the attention reach, or the greatest. Bits per byte are those of
+    all tokens with at least the reach before them. Differences are the second model's minus the first's, on
+    the same questions and texts.
     """
     reaches = [model["attention_reach"] for model in result["models"]]
     if None in reaches:
         return None
     reach = max(reaches)
     recall, bits = result["results"]["recall"]["models"], result["results"]["perplexity"]["models"]
-    exact = {
-        name: np.array(
-            [one for distance, row in part["exact"].items() if int(distance) >= reach for one in row], float
-        )
-        for name, part in recall.items()
-    }
+    first, second = recall
+    distances = [int(distance) for distance in recall[first]["exact"] if int(distance) >= reach]
     edges = next(iter(bits.values()))["by_position"]["edges"]
     columns = [i for i, (low, _) in enumerate(itertools.pairwise(edges)) if low >= reach]
-    if not columns or not len(next(iter(exact.values()))):
+    if not columns or not distances:
         return None
+    distance = min((d for d in distances if d >= FAR * reach), default=max(distances))
+    exact = {name: part["exact"][str(distance)] for name, part in recall.items()}
     sums = {
         name: tuple(np.asarray(part["sums"][key])[:, columns].sum(axis=1) for key in ("bits", "bytes"))
         for name, part in bits.items()
     }
-    first, second = recall
-    ones = np.ones(len(exact[first]))
     seed = result["settings"]["seeds"][0]
-    difference = paired_ratio_differences((exact[second], ones), (exact[first], ones), seed=seed)[0]
+    difference = paired_proportion_difference(exact[second], exact[first])
     spared = paired_ratio_differences(sums[second], sums[first], seed=seed)[0]  # type: ignore[arg-type]
     return {
         "reach": reach,
-        "recall": {name: wilson_interval(int(row.sum()), len(row)).as_dict() for name, row in exact.items()},
+        "distance": distance,
+        "recall": {name: wilson_interval(sum(row), len(row)).as_dict() for name, row in exact.items()},
         "recall_difference": difference.as_dict(),
         "bits_per_byte": {
             name: ratio_intervals(*pair, seed=seed)[0].as_dict() for name, pair in sums.items()

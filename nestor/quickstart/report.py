@@ -111,7 +111,7 @@ def _headlines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         recall, bits = beyond["recall"], beyond["bits_per_byte"]
         facts += [
             (
-                f"Recall from {beyond['reach']:,} tokens back or more, {second}",
+                f"Recall from {beyond['distance']:,} tokens back, {second}",
                 f"{100 * recall[second]['estimate']:.0f} %",
                 f"{first}: {100 * recall[first]['estimate']:.0f} %",
             ),

@@ -23,10 +23,11 @@ def summary(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     beyond = evaluation["beyond_reach"]
     if beyond is not None:
-        far = f"from {beyond['reach']:,} on"
         bits, recall = beyond["bits_per_byte"], beyond["recall"]
-        rows.append([f"bits per byte {far}", *[with_interval(bits[name]) for name in names]])
-        rows.append([f"recall {far}", *[with_interval(recall[name], as_percent=True) for name in names]])
+        rows.append([f"bits per byte from {beyond['reach']:,} on", *[with_interval(bits[name]) for name in names]])
+        far = f"recall at {beyond['distance']:,}"
+        if all(row[0] != far for row in rows):
+            rows.append([far, *[with_interval(recall[name], as_percent=True) for name in names]])
     asked = memory["asked"]
     rows.append(["answers in a new process", *[_score(asked[name]) for name in names]])
     forgetful = {memory["remembering"]: _score(memory["after_forget"])}

@@ -30,7 +30,7 @@ def recall_sentence(beyond: Mapping[str, Any], first: str, second: str) -> str:
     """Who recalls facts from beyond the reach. Apart are intervals that do not overlap."""
     one, other = beyond["recall"][first], beyond["recall"][second]
     told = (
-        f"Asked for a fact that lies {beyond['reach']:,} tokens back or more, where no attention reaches, "
+        f"Asked for a fact that lies {beyond['distance']:,} tokens back, where no attention reaches, "
         f"{second} answers {with_interval(other, as_percent=True)} of {other['n']} questions exactly and "
         f"{first} {with_interval(one, as_percent=True)}"
     )

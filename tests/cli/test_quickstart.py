@@ -281,7 +281,7 @@ def interval(estimate, low, high, n=100):
 
 
 def recall(one, other):
-    return recall_sentence({"reach": 250, "recall": {"a": one, "b": other}}, "a", "b")
+    return recall_sentence({"distance": 250, "recall": {"a": one, "b": other}}, "a", "b")
 
 
 def test_the_sentence_on_recall_follows_the_intervals():
@@ -355,11 +355,12 @@ def crafted(reaches):
     }
 
 
-def test_only_what_lies_beyond_both_reaches_is_pooled():
+def test_only_what_lies_beyond_both_reaches_counts():
     found = beyond_reach(crafted([20, 32]))
-    assert found["reach"] == 32
-    assert {name: row["estimate"] for name, row in found["recall"].items()} == {"a": 1 / 6, "b": 5 / 6}
-    assert found["recall_difference"]["estimate"] == pytest.approx(4 / 6)
+    assert found["reach"] == 32 and found["distance"] == 64
+    assert beyond_reach(crafted([8, 8]))["distance"] == 32
+    assert {name: row["estimate"] for name, row in found["recall"].items()} == {"a": 1 / 3, "b": 2 / 3}
+    assert found["recall_difference"]["estimate"] == pytest.approx(1 / 3)
     assert {name: row["estimate"] for name, row in found["bits_per_byte"].items()} == {
         "a": 25 / 8,
         "b": 17 / 8,
