@@ -24,7 +24,8 @@ def summary(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     beyond = evaluation["beyond_reach"]
     if beyond is not None:
         bits, recall = beyond["bits_per_byte"], beyond["recall"]
-        rows.append([f"bits per byte from {beyond['reach']:,} on", *[with_interval(bits[name]) for name in names]])
+        late = f"bits per byte from {beyond['reach']:,} on"
+        rows.append([late, *[with_interval(bits[name]) for name in names]])
         far = f"recall at {beyond['distance']:,}"
         if all(row[0] != far for row in rows):
             rows.append([far, *[with_interval(recall[name], as_percent=True) for name in names]])
