@@ -113,7 +113,6 @@ class Writing:
     curvatures: Layers = field(default_factory=list)  # phi''(z_l), l < L
     pulled: Layers = field(default_factory=list)  # u_{l+1} W_{l+1}^T, l < L
     steps: Layers = field(default_factory=list)  # u_l
-    weighted: Layers = field(default_factory=list)  # x_{l-1} times the write coefficients
     prediction: Tensor | None = None  # f(k)
     error: Tensor | None = None  # e
     head: HeadCache = field(default_factory=HeadCache)
@@ -127,7 +126,6 @@ class Reading:
     steps: Layers  # u_l
     stacks: Layers  # D, S; of a chunk-start read the anchor
     inputs: Layers = field(default_factory=list)  # x~_{l-1}
-    mixed: Layers = field(default_factory=list)  # x~_{l-1} times the read coefficients
     scores: Layers = field(default_factory=list)  # x~_{l-1} x_{l-1}^T
     weighted: Layers = field(default_factory=list)  # scores times G
     slopes: Layers = field(default_factory=list)  # phi'(z~_l), l < L
@@ -174,11 +172,11 @@ def write_chunk(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState) -> 
     tape = write_gradients(spec, norm, rows, state)
     carry = rows.carry[..., None, None]
     stacks = []
-    for stack, weighted, step in zip(state.stacks, tape.weighted, tape.steps, strict=True):
+    for stack, x, step in zip(state.stacks, tape.inputs, tape.steps, strict=True):
         after = stack * carry
         if rows.cross is not None:
             after[:, 0].addcmul_(stack[:, 1], rows.cross.unsqueeze(-1))
-        after.flatten(1, 2).baddbmm_(_t(weighted), step)
+        after.flatten(1, 2).baddbmm_(_t(_spread(x, rows.write)), step)
         stacks.append(after)
     return stacks, tape
 
@@ -191,7 +189,6 @@ def write_gradients(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState)
     x = rows.k
     for layer in range(depth):
         tape.inputs.append(x)
-        tape.weighted.append(_spread(x, rows.write))
         z = _at_anchor(x, state.anchor[layer], state.target(layer), rows.keep)
         if layer < depth - 1:
             x, slope, curvature = activation.with_curvature(z)
@@ -225,10 +222,9 @@ def read_block(
         if queries.read is None or queries.G is None:
             z = torch.bmm(x, stack)
         else:
-            tape.mixed.append(_spread(x, queries.read))
             tape.scores.append(torch.bmm(x, _t(tape.keys[layer])))
             tape.weighted.append(tape.scores[layer] * queries.G)
-            z = torch.bmm(tape.mixed[layer], stack.flatten(1, 2))
+            z = torch.bmm(_spread(x, queries.read), stack.flatten(1, 2))
             z.baddbmm_(tape.weighted[layer], tape.steps[layer])
             if targets is not None:
                 _by_sequence(z, targets[layer]).baddbmm_(_by_sequence(x, targets[layer]), targets[layer])
@@ -313,7 +309,7 @@ def read_block_backward(
             along = torch.bmm(g_z, _t(stack.flatten(1, 2)))
             g_x, g_coefficients = _gather(along, x, queries.read)
             g_read = g_coefficients if g_read is None else g_read.add_(g_coefficients)
-            g_stacks.append(torch.bmm(_t(tape.mixed[layer]), g_z).view_as(stack))
+            g_stacks.append(torch.bmm(_t(_spread(x, queries.read)), g_z).view_as(stack))
             g_weighted = torch.bmm(g_z, _t(tape.steps[layer]))
             g_steps.append(torch.bmm(_t(tape.weighted[layer]), g_z))
             scores = tape.scores[layer]
@@ -371,6 +367,7 @@ class _WriteBackward:
 
     def _state_update(self, layer: int, g_after: Tensor) -> None:
         rows, tape, stack = self.rows, self.tape, self.state.stacks[layer]
+        x = tape.inputs[layer]
         g_before = g_after * rows.carry[..., None, None]
         gram = torch.bmm(g_after.flatten(2), _t(stack.flatten(2)))
         self._add_row("carry", gram.diagonal(dim1=-2, dim2=-1))
@@ -380,10 +377,10 @@ class _WriteBackward:
         self.g_stacks.append(g_before)
         flat = g_after.flatten(1, 2)
         along = torch.bmm(tape.steps[layer], _t(flat))
-        g_x, g_write = _gather(along, tape.inputs[layer], rows.write)
+        g_x, g_write = _gather(along, x, rows.write)
         self._add_row("write", g_write)
         self.g_inputs.append(g_x)
-        self.g_steps.append(torch.bmm(tape.weighted[layer], flat))
+        self.g_steps.append(torch.bmm(_spread(x, rows.write), flat))
 
     def _write_gradients(self) -> None:
         tape = self.tape
