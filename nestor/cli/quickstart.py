@@ -37,7 +37,7 @@ class Args:
 
     output: Path = Path("runs/quickstart")
     """Folder for everything that is written."""
-    minutes: float = 4.0
+    minutes: float = 5.0
     """Time for the training of both models; both get the same number of steps."""
     steps: int | None = None
     """Train each model for so many steps, however long it takes."""
