@@ -128,10 +128,10 @@ def build_memory(s: Settings, **settings: Any) -> NeuralMemory:
 
 
 def build_titans_pytorch(s: Settings) -> Layer:
-    """titans-pytorch 0.5.5, which updates its memory per chunk, in its fastest setting that trains stably.
+    """titans-pytorch 0.5.5, which updates its memory per chunk.
 
     Its gradients are all taken at the first weights (`batch_size=None`, its default), so that one scan covers
-    the whole sequence; the largest step is that of its own examples, since the default of 1 diverges.
+    the whole sequence. The largest step is 1e-2 in place of 1; it changes values, not the work that is done.
     One repair: heads are given as views of one parameter, which no optimizer can step; here each has its own.
     """
     sys.path.append(str(s.titans_pytorch))

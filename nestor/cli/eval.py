@@ -213,19 +213,11 @@ def _bars(quiet: bool) -> Iterator[Any]:
 
 def _print_summary(result: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
+    from nestor.cli.tables import print_table
     from nestor.evaluation.summary import summary_table
 
-    columns, rows = summary_table(result)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if number else "left")
-    for row in rows:
-        # Brackets of an interval are not markup.
-        table.add_row(*[Text(cell) for cell in row])
-    Console().print(table)
+    print_table(Console(), *summary_table(result))
 
 
 def _go_on(args: Args) -> list[tuple[str, str]]:

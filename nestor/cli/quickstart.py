@@ -257,19 +257,10 @@ def _show_memory(console: Console, memory: dict[str, Any]) -> None:
 
 
 def _show_summary(console: Console, result: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
+    from nestor.cli.tables import print_table
     from nestor.quickstart.tables import summary
 
-    columns, rows = summary(result)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if number else "left")
-    for row in rows:
-        # Brackets of an interval are not markup.
-        table.add_row(*[Text(cell) for cell in row])
-    console.print(table)
+    print_table(console, *summary(result))
     console.print()
     for sentence in result["verdict"]:
         console.print(sentence, markup=False)

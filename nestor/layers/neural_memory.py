@@ -141,9 +141,8 @@ class NeuralMemory(nn.Module):
 
         Queries and keys start equal, but a key looks one token further back: a query finds the values of
         the tokens that followed the same few tokens earlier. From independent projections a model has to
-        learn that before any recall can pay, and small ones mostly do not. Projections keep the variance of
-        normalised inputs, gates start mild, and the memory network starts with pre-activations of unit
-        variance for unit keys.
+        learn that before any recall can pay. Projections keep the variance of normalised inputs, gates start
+        mild, and the memory network starts with pre-activations of unit variance for unit keys.
         """
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(projection.weight, std=self.dim**-0.5)

@@ -62,8 +62,8 @@ class RecallTask:
         document_length: tokens of a document, exactly.
         distances: least and greatest distance; the greatest defaults to what the document allows.
         loss_on: `"all"` counts every token, `"answers"` only those of the answers to questions.
-        answer_weight: how many times a token of an answer counts in the loss. A share of answers below about
-            a fifth of the loss can leave a small model at chance for long, however easy recall is for it.
+        answer_weight: how many times a token of an answer counts in the loss. While answers are a small part
+            of the loss, a small model can stay at chance on them.
 
     Raises:
         ConfigError: the document is too short for its facts and questions, or the range is impossible.
