@@ -106,7 +106,7 @@ class MemoryAsContext(nn.Module):
         retrieval = {"tail.q": state["query_tail"]} if "query_tail" in state else None
         recalled, tails = self.memory.queries(x, retrieval, span)
         weights = [state[f"segment.{layer}"] for layer in range(self.memory.depth)]
-        h = self.retrieved_norm(self.memory.read(recalled, weights).flatten(-2))
+        h = self.retrieved_norm(self.memory.read(recalled, weights).to(x.dtype).flatten(-2))
 
         table = rotary_table(span.position, self.head_dim, self.rope_theta, x.dtype)
         query = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), table)

@@ -17,6 +17,7 @@ from nestor.layers.norm import RMSNorm
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.writes import recording, report_write, unrecorded
+from nestor.ops.heads import silu_heads
 from nestor.ops.neural_memory import MemorySpec, MemoryState, apply_network, neural_memory
 
 LayerState = dict[str, Tensor]
@@ -215,14 +216,14 @@ class NeuralMemory(nn.Module):
         for name, projection in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
             streams.append(self._stream(name, projection(x), state, span, start, tails))
         q, k, v = streams
-        return _unit(q), _unit(k), v, tails
+        return q, k, v, tails
 
     def queries(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None = None
     ) -> tuple[Tensor, LayerState]:
         """q alone `[B, T, H, p]`, for a read without a write, and its tail."""
         tails: LayerState = {}
-        return _unit(self._stream("q", self.q_proj(x), state, span, start, tails)), tails
+        return self._stream("q", self.q_proj(x), state, span, start, tails), tails
 
     def _stream(
         self,
@@ -237,7 +238,7 @@ class NeuralMemory(nn.Module):
             key = f"tail.{name}"
             tail = None if state is None else state[key]
             x, tails[key] = self.convolutions[name](x, tail, span, None if start is None else start[key][0])
-        return F.silu(x).unflatten(-1, (self.heads, self.head_dim))
+        return silu_heads(x, self.heads, unit=name != "v")
 
     def gates(self, x: Tensor) -> Gates:
         """The three gates from the layer's input `[B, T, d]`, in float32 (float64 stays)."""
@@ -278,7 +279,7 @@ class NeuralMemory(nn.Module):
         return state
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
-        y = self.out_norm(y).flatten(-2)
+        y = self.out_norm(y.contiguous()).flatten(-2)
         if self.output_gate is not None:
             y = y * torch.sigmoid(self.output_gate(x))
         return self.o_proj(y)
@@ -313,11 +314,6 @@ def _curvature(norm: str, depth: int, hidden: int) -> float:
     between = max(0, depth - 2) * OUTPUT_STD**2 * SLOPE_SQUARE * hidden
     scale = (OUTPUT_STD**2 * row) if norm == "residual_layernorm" else 1.0
     return row * (1.0 + between) / scale
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Scale the last axis to unit length; near zero it fades instead of exploding."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 @register_mixer("neural_memory")

@@ -3,7 +3,7 @@
 `neural_memory` is the public operation. `reference.py` defines it, `chunked.py` computes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from nestor.ops.neural_memory.chunked import ChunkState, Norm, make_rows
 from nestor.ops.neural_memory.coefficients import chunk_coefficients
 from nestor.ops.neural_memory.functions import ACTIVATIONS, make_head
 from nestor.ops.neural_memory.layout import chunk_grid
+from nestor.ops.neural_memory.native import native_scan, unsupported
 from nestor.ops.neural_memory.reference import neural_memory_reference
 from nestor.ops.neural_memory.scan import Plan, scan
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
@@ -29,12 +30,19 @@ __all__ = [
     "self_check",
 ]
 
-BACKENDS = ("chunked", "reference")
+BACKENDS = ("native", "chunked", "reference")
 
 
 def choose_backend(spec: MemorySpec, device: torch.device) -> tuple[str, str]:
     """The backend that `neural_memory` uses for these choices on this device, and why."""
-    return "chunked", f"the chunked PyTorch form covers every choice on {device.type}"
+    if device.type != "cpu":
+        return "chunked", f"the chunked PyTorch form covers every choice on {device.type}"
+    if torch.compiler.is_compiling():
+        return "chunked", "torch.compile can trace the chunked PyTorch form"
+    obstacle = unsupported(spec)
+    if obstacle is not None:
+        return "chunked", obstacle
+    return "native", "the C++ form keeps the weights of a head in the cache of a core"
 
 
 def neural_memory(
@@ -92,8 +100,9 @@ def neural_memory(
         eta, alpha, gamma, beta = (None if t is None else t.to(dtype) for t in (eta, alpha, gamma, beta))
         initial = tuple(w.to(dtype) for w in initial)
         chosen = backend or choose_backend(spec, q.device)[0]
-        if chosen == "chunked":
+        if chosen in ("native", "chunked"):
             y, after, surprise = _chunked(
+                native_scan if chosen == "native" else scan,
                 q,
                 k,
                 v,
@@ -164,6 +173,7 @@ def _expand(state: MemoryState, batch: int) -> MemoryState:
 
 
 def _chunked(
+    walk: Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]],
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
     initial: tuple[Tensor, ...], gamma: Tensor | None, beta: Tensor | None,
     state: MemoryState | None, start: MemoryState | None, spec: MemorySpec,
@@ -213,7 +223,7 @@ def _chunked(
         components = zip(deviations, memory.momentum, strict=True) if eta is not None else zip(deviations)
         return [torch.stack([merge(x) for x in part], 1) for part in components]
 
-    outputs, surprise, final_stacks, final_anchor = scan(
+    outputs, surprise, final_stacks, final_anchor = walk(
         plan,
         make_rows(to_rows(q), to_rows(k), to_rows(v), coefficients, keep, spec),
         Norm(

@@ -16,43 +16,68 @@ from torch import Tensor
 
 
 def _products(gate: Tensor) -> Tensor:
+    """[..., C] -> [..., C, C], ``P_tj = prod_{s=j+1..t} gate_s`` for t >= j, else 0."""
+    length = gate.shape[-1]
     # Transposed, so that the product runs along memory.
-    with torch.no_grad():
-        above = torch.ones(gate.shape[-1], gate.shape[-1], dtype=torch.bool, device=gate.device).triu(1)
-        steps = torch.where(above, gate.unsqueeze(-2), gate.new_ones(()))
-        return torch.cumprod(steps, dim=-1).triu_().transpose(-1, -2)
+    above = torch.ones(length, length, dtype=torch.bool, device=gate.device).triu(1)
+    steps = torch.where(above, gate.unsqueeze(-2), 1.0)
+    return torch.cumprod(steps, -1, out=steps).triu_().transpose(-1, -2)
+
+
+class _Products(torch.autograd.Function):
+    """The gate's products P ``[..., C, C]``; the gradient is exact at zero gates.
+
+    P and its column from the start are solutions of ``y_t = gate_t y_{t-1} + x_t``, see `_Recurrence`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor) -> Tensor:
+        products = _products(gate)
+        ctx.save_for_backward(products)
+        return products
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (products,) = ctx.saved_tensors
+        return _gate_gradient(torch.matmul(products.mT, grad), products)
 
 
 class _Recurrence(torch.autograd.Function):
     """``y_t = gate_t y_{t-1} + x_t`` from ``y_{-1} = 0``, with the gate's products P: ``y = P x``.
 
-    gate ``[..., C]``, x and y ``[..., C, K]``; x = None stands for the identity, of which y is P itself. The
-    gradient is exact at zero gates: ``g_x = P^T g_y`` is the recurrence backwards, and ``g_gate_t`` is the
-    product ``g_x_t . y_{t-1}``.
+    gate ``[..., C]``, x and y ``[..., C, K]``. The gradient is exact at zero gates: ``g_x = P^T g_y`` is the
+    recurrence backwards, and ``g_gate_t`` is the product ``g_x_t . y_{t-1}``.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, products: Tensor, x: Tensor | None) -> Tensor:
-        y = products.clone() if x is None else torch.matmul(products, x)
+    def forward(ctx: Any, gate: Tensor, products: Tensor, x: Tensor) -> Tensor:
+        y = torch.matmul(products, x)
         ctx.save_for_backward(products, y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
         products, y = ctx.saved_tensors
-        grad_x = torch.matmul(products.transpose(-1, -2), grad)
-        grad_gate = torch.zeros_like(grad_x[..., 0])
-        grad_gate[..., 1:] = torch.linalg.vecdot(grad_x[..., 1:, :], y[..., :-1, :])
-        return grad_gate, None, grad_x if ctx.needs_input_grad[2] else None
+        grad_x = torch.matmul(products.mT, grad)
+        return _gate_gradient(grad_x, y), None, grad_x
 
 
-def _recur(gate: Tensor, products: Tensor, x: Tensor | None) -> Tensor:
-    return _Recurrence.apply(gate, products, x)
+def _gate_gradient(grad_x: Tensor, y: Tensor) -> Tensor:
+    grad_gate = torch.zeros_like(grad_x[..., 0])
+    grad_gate[..., 1:] = torch.linalg.vecdot(grad_x[..., 1:, :], y[..., :-1, :])
+    return grad_gate
 
 
 def gate_products(gate: Tensor) -> Tensor:
     """[..., C] -> [..., C, C] lower triangular, ``P_tj = prod_{s=j+1..t} gate_s`` (an empty product is 1)."""
-    return _recur(gate, _products(gate), None)
+    return _Products.apply(gate)
+
+
+def _recur(gate: Tensor, products: Tensor, x: Tensor) -> Tensor:
+    """`_Recurrence` with the products of the gate already at hand."""
+    return _Recurrence.apply(gate, products.detach(), x)
 
 
 def _from_start(gate: Tensor, products: Tensor) -> Tensor:
@@ -102,18 +127,16 @@ def chunk_coefficients(
     if valid is not None:
         theta = torch.where(valid, theta, 0.0)
         keep = torch.where(valid, keep, 1.0)
-    decay = _products(keep)
+    decay = gate_products(keep)
     A = _from_start(keep, decay).squeeze(-1)
     if eta is None:
-        G = _recur(keep, decay, None) * theta.unsqueeze(-2)
+        G = decay * theta.unsqueeze(-2)
         return Coefficients(A, None, G, A[..., -1:], None, None, G[..., -1, :], None)
     if valid is not None:
         eta = torch.where(valid, eta, 1.0)
-    momentum = _products(eta)
-    E, m = _recur(eta, momentum, None), _from_start(eta, momentum)
+    momentum = gate_products(eta)
+    E, m = momentum * theta.unsqueeze(-2), _from_start(eta, momentum)
     into_weights = [E, m] if valid is None else [x * valid.unsqueeze(-1) for x in (E, m)]
     G, F = (_recur(keep, decay, x) for x in into_weights)
-    G, F = G * theta.unsqueeze(-2), F.squeeze(-1)
-    m = m.squeeze(-1)
-    E_end = E[..., -1, :] * theta
-    return Coefficients(A, F, G, A[..., -1:], F[..., -1:], m[..., -1:], G[..., -1, :], E_end)
+    F, m = F.squeeze(-1), m.squeeze(-1)
+    return Coefficients(A, F, G, A[..., -1:], F[..., -1:], m[..., -1:], G[..., -1, :], E[..., -1, :])

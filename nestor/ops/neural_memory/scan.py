@@ -1,5 +1,6 @@
 """The walk over the chunks of a call, forward and backward, as one autograd function."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +57,18 @@ def scan(
     outputs ``[m, N, C, p]``, the inner gradients' norms ``[m, N, C]`` (empty unless asked for) and the final
     components and anchors per layer.
     """
-    slow = [norm.gamma, norm.beta] if plan.has_norm else []
-    tensors = [*rows, *slow, *start, *state.stacks, *state.anchor, *(state.targets or [])]
-    keep_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep_tape, tensors = scan_inputs(plan, rows, norm, start, state)
     outputs, surprise, *final = _Scan.apply(plan, keep_tape, *tensors)
     return outputs, surprise, final[: plan.depth], final[plan.depth :]
+
+
+def scan_inputs(
+    plan: Plan, rows: Rows, norm: Norm, start: Layers, state: ChunkState
+) -> tuple[bool, list[Tensor | None]]:
+    """Whether a backward will follow, and all tensors of a scan in one list, which `unpack` takes apart."""
+    slow = [norm.gamma, norm.beta] if plan.has_norm else []
+    tensors = [*rows, *slow, *start, *state.stacks, *state.anchor, *(state.targets or [])]
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors), tensors
 
 
 @dataclass
@@ -78,7 +86,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, keep_tape: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        rows, norm, start, state = _unpack(plan, tensors)
+        rows, norm, start, state = unpack(plan, tensors)
         outputs = torch.empty_like(rows.q)
         surprise = rows.q.new_empty(rows.q.shape[:-1] if plan.surprise else (0,))
         blocks: list[_Block] = []
@@ -114,7 +122,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any, g_outputs: Tensor, g_surprise: Tensor, *g_final: Tensor
     ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        rows, norm, _, _ = _unpack(plan, ctx.saved_tensors)
+        rows, norm, _, _ = unpack(plan, ctx.saved_tensors)
         g_stacks = [g.clone() for g in g_final[: plan.depth]]
         g_anchor: list[Any] = [g.clone() for g in g_final[plan.depth :]]
         total = _Totals(plan, rows)
@@ -211,7 +219,8 @@ def _sum(parts: list[Tensor | None], like: Tensor) -> Tensor:
     return present[0]
 
 
-def _unpack(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[Rows, Norm, Layers, ChunkState]:
+def unpack(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Rows, Norm, Layers, ChunkState]:
+    """Reverse of the list of `scan_inputs`."""
     rest: list[Any] = list(tensors)
 
     def take(n: int) -> list[Any]:

@@ -1,0 +1,86 @@
+"""C++ kernels, compiled on first use and kept in the user's cache folder."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+
+
+class CompilationError(Exception):
+    """A kernel cannot be compiled here; the message says why."""
+
+
+@functools.cache
+def load_library(source: Path, *defines: str) -> ctypes.CDLL:
+    """The shared library of a C++ file, compiled with ``-D`` each of the defines.
+
+    A compiler is looked for as ``$CXX``, then c++, g++, clang++. Libraries lie in ``$XDG_CACHE_HOME/nestor``
+    (``~/.cache/nestor``), named by their source, the command, the compiler and the processor.
+
+    Raises:
+        CompilationError: there is no compiler, or it fails. Not tried again in this process for these arguments.
+    """
+    outcome = _load(source, defines)
+    if isinstance(outcome, str):
+        raise CompilationError(outcome)
+    return outcome
+
+
+@functools.cache
+def _load(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | str:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        return "there is no C++ compiler (install g++)"
+    command = [*compiler.split(), *FLAGS, *(f"-D{define}" for define in defines)]
+    try:
+        version = subprocess.run([*command[:1], "--version"], capture_output=True, check=True).stdout
+        key = b"\0".join([source.read_bytes(), " ".join(command).encode(), version, _processor()])
+        library = _cache_folder() / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
+        if not library.exists():
+            _compile(command, source, library)
+        return ctypes.CDLL(str(library))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} fails: {error.stderr.decode(errors='replace').strip()[:300] or error}"
+    except OSError as error:
+        return str(error)
+
+
+def _compile(command: list[str], source: Path, library: Path) -> None:
+    logger.info("compiling %s with %s", source.name, command[0])
+    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, check=True)
+        made.replace(library)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestor"
+
+
+def _processor() -> bytes:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()

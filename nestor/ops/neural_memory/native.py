@@ -1,0 +1,175 @@
+"""The walk over the chunks of a call as one C++ function for CPUs; `native.cpp` holds it.
+
+It takes and gives what `scan.scan` does, in the same equations. One thread walks one sequence and head with
+its weights in the core's cache, where the PyTorch form reads and writes them from memory at every product.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.ops.compilation import CompilationError, load_library
+from nestor.ops.neural_memory.chunked import ChunkState, Layers, Norm, Rows
+from nestor.ops.neural_memory.functions import NORMS
+from nestor.ops.neural_memory.scan import Plan, scan_inputs, unpack
+from nestor.ops.neural_memory.spec import MemorySpec
+
+SOURCE = Path(__file__).with_name("native.cpp")
+REALS = {torch.float32: "float", torch.float64: "double"}
+LOSSES = ("l2", "dot_product")
+MAX_DEPTH = 4
+
+
+def unsupported(spec: MemorySpec) -> str | None:
+    """Why these choices cannot run natively on this machine; None: they can."""
+    for name, value, known in (
+        ("activation", spec.activation, ("silu",)),
+        ("norm", spec.norm, NORMS),
+        ("inner_loss", spec.inner_loss, LOSSES),
+        ("read_mode", spec.read_mode, ("inclusive", "exclusive")),
+        ("grad_at", spec.grad_at, ("pre_decay",)),
+    ):
+        if value not in known:
+            return f"the C++ form does not cover {name}={value!r}"
+    try:
+        _library(torch.float32)
+    except CompilationError as error:
+        return f"the C++ form cannot be compiled: {error}"
+    return None
+
+
+def native_scan(
+    plan: Plan, rows: Rows, norm: Norm, start: Layers, state: ChunkState
+) -> tuple[Tensor, Tensor, Layers, Layers]:
+    """`scan.scan` for CPU tensors and choices that are not `unsupported`."""
+    keep_tape, tensors = scan_inputs(plan, rows, norm, start, state)
+    outputs, surprise, *final = _NativeScan.apply(plan, keep_tape, *tensors)
+    return outputs, surprise, final[: plan.depth], final[plan.depth :]
+
+
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    library = load_library(SOURCE, f"REAL={REALS[dtype]}")
+    for name in ("nestor_problem_size", "nestor_states_size", "nestor_tape_size"):
+        getattr(library, name).restype = ctypes.c_int64
+    assert library.nestor_problem_size() == ctypes.sizeof(_Problem)
+    return library
+
+
+_Layered = ctypes.c_void_p * MAX_DEPTH
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of native.cpp."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_int64)
+            for name in ("sequences", "chunks", "tokens", "depth", "components", "threads", "norm", "loss")
+        ]
+        + [("widths", ctypes.c_int64 * (MAX_DEPTH + 1))]
+        + [(name, ctypes.c_double) for name in ("norm_eps", "loss_scale")]
+        + [(name, ctypes.c_void_p) for name in ("resets", "closes", *"qkv", "carry", "cross", "write", "read", "G")]
+        + [(name, ctypes.c_void_p) for name in ("gamma", "beta")]
+        + [(name, _Layered) for name in ("start", "stacks", "anchor", "targets")]
+        + [(name, ctypes.c_void_p) for name in ("states", "tape", "y", "surprise")]
+        + [(name, _Layered) for name in ("final_stacks", "final_anchor")]
+        + [("g_y", ctypes.c_void_p), ("g_final_stacks", _Layered), ("g_final_anchor", _Layered)]
+        + [(f"g_{name}", ctypes.c_void_p) for name in (*"qkv", "carry", "cross", "write", "read", "G")]
+        + [(f"g_{name}", ctypes.c_void_p) for name in ("gamma", "beta")]
+        + [(f"g_{name}", _Layered) for name in ("start", "stacks", "anchor", "targets")]
+    )
+
+
+class _Call:
+    """A problem and the tensors that it points to."""
+
+    def __init__(self, plan: Plan, tensors: tuple[Tensor | None, ...]) -> None:
+        rows, norm, start, state = unpack(plan, tuple(None if t is None else t.contiguous() for t in tensors))
+        self.dtype, self.library = rows.q.dtype, _library(rows.q.dtype)
+        sequences, chunks, tokens, width = rows.q.shape
+        widths = [width, *(w.shape[-1] for w in state.anchor)]
+        self.problem = _Problem(
+            sequences, chunks, tokens, plan.depth, rows.carry.shape[-1], torch.get_num_threads(),
+            NORMS.index(plan.spec.norm), LOSSES.index(plan.spec.inner_loss), (ctypes.c_int64 * 5)(*widths),
+            plan.spec.norm_eps, plan.spec.loss_scale,
+        )  # fmt: skip
+        self._kept: list[Any] = []
+        self.point(resets=_flags(plan.resets, sequences), closes=_flags(plan.closes, sequences))
+        self.point(**{name: getattr(rows, name) for name in Rows._fields if name != "keep"})
+        self.point(gamma=norm.gamma, beta=norm.beta, start=start, stacks=state.stacks, anchor=state.anchor)
+        self.point(targets=state.targets)
+
+    def point(self, **tensors: Any) -> None:
+        """Set fields to tensors, or to lists of one for each layer."""
+        for name, value in tensors.items():
+            self._kept.append(value)
+            if isinstance(value, list):
+                setattr(self.problem, name, _Layered(*(t.data_ptr() for t in value)))
+            elif value is not None:
+                setattr(self.problem, name, value.data_ptr())
+
+    def empty(self, size: int) -> Tensor:
+        """Room for `size` numbers for each sequence and chunk."""
+        return torch.empty(self.problem.sequences, self.problem.chunks, size, dtype=self.dtype)
+
+    def run(self, backward: bool) -> None:
+        if self.library.nestor_scan(ctypes.byref(self.problem), int(backward)):
+            raise MemoryError("not enough memory for the working space of the neural memory.")
+
+
+class _NativeScan(torch.autograd.Function):
+    """Inputs as those of `scan._Scan`."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, keep_tape: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        call = _Call(plan, tensors)
+        rows, _, _, state = unpack(plan, tensors)
+        outputs = torch.empty(rows.q.shape, dtype=call.dtype)
+        surprise = rows.q.new_empty(rows.q.shape[:-1] if plan.surprise else (0,))
+        stacks, anchor = ([_like(t) for t in layers] for layers in (state.stacks, state.anchor))
+        states = tape = None
+        if keep_tape:
+            states = call.empty(call.library.nestor_states_size(ctypes.byref(call.problem)))
+            if not plan.spec.recompute:
+                tape = call.empty(call.library.nestor_tape_size(ctypes.byref(call.problem)))
+        call.point(y=outputs, final_stacks=stacks, final_anchor=anchor, states=states, tape=tape)
+        call.point(surprise=surprise if plan.surprise else None)
+        call.run(backward=False)
+        ctx.plan = plan
+        ctx.save_for_backward(states, tape, *tensors)
+        ctx.mark_non_differentiable(surprise)
+        return outputs, surprise, *stacks, *anchor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g_outputs: Tensor, g_surprise: Tensor, *g_final: Tensor) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        states, tape, *tensors = ctx.saved_tensors
+        call = _Call(plan, tuple(tensors))
+        g_final = tuple(g.contiguous() for g in g_final)
+        call.point(g_y=g_outputs.contiguous(), states=states, tape=tape)
+        call.point(g_final_stacks=list(g_final[: plan.depth]), g_final_anchor=list(g_final[plan.depth :]))
+        grads = tuple(None if t is None else _like(t) for t in tensors)
+        rows, norm, start, state = unpack(plan, grads)
+        call.point(**{f"g_{name}": getattr(rows, name) for name in Rows._fields if name != "keep"})
+        call.point(g_gamma=norm.gamma, g_beta=norm.beta, g_start=start, g_stacks=state.stacks)
+        call.point(g_anchor=state.anchor, g_targets=state.targets)
+        call.run(backward=True)
+        return (None, None, *grads)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _flags(masks: list[Any], sequences: int) -> Tensor:
+    """uint8 ``[N, m]`` from masks as in `Plan`."""
+    if not any(isinstance(mask, Tensor) for mask in masks):
+        return torch.tensor([bool(mask) for mask in masks], dtype=torch.uint8)[:, None].repeat(1, sequences)
+    flags = torch.zeros(len(masks), sequences, dtype=torch.uint8)
+    for row, mask in zip(flags, masks, strict=True):
+        row.copy_(mask.flatten() if isinstance(mask, Tensor) else torch.tensor(bool(mask)))
+    return flags
