@@ -1,5 +1,6 @@
 """C++ kernels, compiled on first use and kept in the user's cache folder."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -37,7 +38,7 @@ def load_library(source: Path, *defines: str) -> ctypes.CDLL:
     (``~/.cache/nestor``), named by their source, the command, the compiler and the processor.
 
     Raises:
-        CompilationError: there is no compiler, or it fails. Not tried again in this process for these arguments.
+        CompilationError: there is no compiler, or it fails; not tried again in this process.
     """
     outcome = _load(source, defines)
     if isinstance(outcome, str):
@@ -55,11 +56,14 @@ def _load(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | str:
         version = subprocess.run([*command[:1], "--version"], capture_output=True, check=True).stdout
         key = b"\0".join([source.read_bytes(), " ".join(command).encode(), version, _processor()])
         library = _cache_folder() / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
-        if not library.exists():
-            _compile(command, source, library)
+        if library.exists():
+            with contextlib.suppress(OSError):  # damaged: made again
+                return ctypes.CDLL(str(library))
+        _compile(command, source, library)
         return ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
-        return f"{compiler} fails: {error.stderr.decode(errors='replace').strip()[:300] or error}"
+        lines = error.stderr.decode(errors="replace").splitlines()
+        return f"{compiler} fails: {next((line for line in lines if 'error:' in line), error)}"
     except OSError as error:
         return str(error)
 
@@ -83,4 +87,6 @@ def _processor() -> bytes:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor().encode()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()
+    return "".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    ).encode()

@@ -1,6 +1,5 @@
 """Causal depthwise convolution over the last few tokens, and the tail that the next call needs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ class _DepthwiseConvolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
         taps = weight.t().contiguous()
         y = x * taps[-1]
-        for back, tap, inside, outside in _taps(taps, x.shape[1]):
-            y[:, back:].addcmul_(x[:, :inside], tap)
-            y[:, :back].addcmul_(tail[:, outside], tap)
+        for lag in range(1, len(taps)):
+            split, inside, outside = _reach(lag, len(taps), x.shape[1])
+            y[:, split:].addcmul_(x[:, inside], taps[-1 - lag])
+            y[:, :split].addcmul_(tail[:, outside], taps[-1 - lag])
         ctx.save_for_backward(x, tail, weight)
         return y
 
@@ -35,22 +35,21 @@ class _DepthwiseConvolution(torch.autograd.Function):
         grad_tail = torch.zeros_like(tail)
         product = torch.mul(grad, x)
         grad_taps[-1] = product.sum((0, 1))
-        for back, tap, inside, outside in _taps(taps, x.shape[1]):
-            grad_x[:, :inside].addcmul_(grad[:, back:], tap)
-            grad_tail[:, outside].addcmul_(grad[:, :back], tap)
-            torch.mul(grad[:, back:], x[:, :inside], out=product[:, back:])
-            torch.mul(grad[:, :back], tail[:, outside], out=product[:, :back])
-            grad_taps[-1 - back] = product.sum((0, 1))
+        for lag in range(1, len(taps)):
+            split, inside, outside = _reach(lag, len(taps), x.shape[1])
+            grad_x[:, inside].addcmul_(grad[:, split:], taps[-1 - lag])
+            grad_tail[:, outside].addcmul_(grad[:, :split], taps[-1 - lag])
+            torch.mul(grad[:, split:], x[:, inside], out=product[:, split:])
+            torch.mul(grad[:, :split], tail[:, outside], out=product[:, :split])
+            grad_taps[-1 - lag] = product.sum((0, 1))
         return grad_x, grad_tail, grad_taps.t()
 
 
-def _taps(taps: Tensor, length: int) -> Iterator[tuple[int, Tensor, int, slice]]:
-    """For each tap but the token's own: how far it looks back, its weights, the x that are seen, the tail."""
-    kernel = len(taps)
-    for back in range(1, kernel):
-        inside = max(0, length - back)
-        first = kernel - 1 - back
-        yield min(back, length), taps[-1 - back], inside, slice(first, first + length - inside)
+def _reach(lag: int, kernel: int, length: int) -> tuple[int, slice, slice]:
+    """What the tap of a lag sees: tokens before `split` see rows of the tail, those from it on rows of x."""
+    split = min(lag, length)
+    first = kernel - 1 - lag
+    return split, slice(0, length - split), slice(first, first + split)
 
 
 def short_convolution(

@@ -86,13 +86,14 @@ def test_pieces_of_ragged_packed_rows_equal_a_loop_over_documents(
         torch.testing.assert_close(tail[row], torch.cat([before, last])[-(kernel - 1) :], **EXACT)
 
 
+@pytest.mark.parametrize("length", [1, 2, 6])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_equal_finite_differences(packed):
-    layer = make(3)
-    x, tail, start = normal(2, 6, 3), normal(2, 2, 3, seed=1), normal(2, 3, seed=2)
+def test_gradients_equal_finite_differences(packed, length):
+    layer = make(4)
+    x, tail, start = normal(2, length, 3), normal(2, 3, 3, seed=1), normal(3, 3, seed=2)
     leaves = [t.requires_grad_() for t in (x, tail, start, layer.weight.data.clone())]
-    resets = torch.tensor([[False] * 6, [False, True] + [False] * 4]) if packed else None
-    span = Span.build(torch.tensor([2, 5]), 2, 6, "cpu", None, resets)
+    resets = torch.tensor([[False] * 6, [False, True] + [False] * 4])[:, :length] if packed else None
+    span = Span.build(torch.tensor([2, 5]), 2, length, "cpu", None, resets)
 
     def run(x, tail, start, weight):
         return torch.func.functional_call(layer, {"weight": weight}, (x, tail, span, start))

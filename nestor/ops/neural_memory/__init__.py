@@ -1,6 +1,7 @@
 """Neural memory: a small network per head that is trained, token by token, while the sequence is read.
 
-`neural_memory` is the public operation. `reference.py` defines it, `chunked.py` computes it.
+`neural_memory` is the public operation. `reference.py` defines it, `chunked.py` computes it with PyTorch
+anywhere, `native.cpp` in C++ on a CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from nestor.errors import ConfigError
 from nestor.ops.neural_memory.checks import self_check
-from nestor.ops.neural_memory.chunked import ChunkState, Norm, make_rows
-from nestor.ops.neural_memory.coefficients import chunk_coefficients
+from nestor.ops.neural_memory.chunked import ChunkState, Norm, Tokens
 from nestor.ops.neural_memory.functions import ACTIVATIONS, make_head
 from nestor.ops.neural_memory.layout import chunk_grid
-from nestor.ops.neural_memory.native import native_scan, unsupported
+from nestor.ops.neural_memory.native import native_walk, unsupported
 from nestor.ops.neural_memory.reference import neural_memory_reference
-from nestor.ops.neural_memory.scan import Plan, scan
+from nestor.ops.neural_memory.scan import Plan
+from nestor.ops.neural_memory.scan import walk as walk_chunks
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
 from nestor.ops.neural_memory.validation import check_call
 
@@ -35,14 +36,12 @@ BACKENDS = ("native", "chunked", "reference")
 
 def choose_backend(spec: MemorySpec, device: torch.device) -> tuple[str, str]:
     """The backend that `neural_memory` uses for these choices on this device, and why."""
-    if device.type != "cpu":
-        return "chunked", f"the chunked PyTorch form covers every choice on {device.type}"
     if torch.compiler.is_compiling():
         return "chunked", "torch.compile can trace the chunked PyTorch form"
-    obstacle = unsupported(spec)
+    obstacle = unsupported(spec, device)
     if obstacle is not None:
         return "chunked", obstacle
-    return "native", "the C++ form keeps the weights of a head in the cache of a core"
+    return "native", "the C++ form covers these choices on a cpu"
 
 
 def neural_memory(
@@ -100,9 +99,13 @@ def neural_memory(
         eta, alpha, gamma, beta = (None if t is None else t.to(dtype) for t in (eta, alpha, gamma, beta))
         initial = tuple(w.to(dtype) for w in initial)
         chosen = backend or choose_backend(spec, q.device)[0]
+        if chosen == "native":
+            obstacle = unsupported(spec, q.device)
+            if obstacle is not None:
+                raise ConfigError(f"backend is 'native'; {obstacle}. Use backend='chunked', or leave it out.")
         if chosen in ("native", "chunked"):
             y, after, surprise = _chunked(
-                native_scan if chosen == "native" else scan,
+                native_walk if chosen == "native" else walk_chunks,
                 q,
                 k,
                 v,
@@ -198,12 +201,6 @@ def _chunked(
     if grid.valid is not None:
         valid = grid.valid.repeat_interleave(heads, 0)
     gates = [None if g is None else to_rows(g) for g in (theta, eta, alpha)]
-    assert gates[0] is not None
-    coefficients = chunk_coefficients(gates[0], gates[1], gates[2], valid)
-    keep = None
-    if spec.grad_at == "post_decay" and gates[2] is not None:
-        keep = (1.0 - gates[2]).unsqueeze(-1)
-
     begin = start or MemoryState.fresh(initial, 1, eta is not None)
     opening = state or begin
     has_target = spec.decay == "initial" and alpha is not None
@@ -225,7 +222,7 @@ def _chunked(
 
     outputs, surprise, final_stacks, final_anchor = walk(
         plan,
-        make_rows(to_rows(q), to_rows(k), to_rows(v), coefficients, keep, spec),
+        Tokens(to_rows(q), to_rows(k), to_rows(v), *gates, valid),
         Norm(
             None if gamma is None else merge(gamma[None, :, None]),
             None if beta is None else merge(beta[None, :, None]),

@@ -22,11 +22,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nestor.ops.neural_memory.coefficients import Coefficients
+from nestor.ops.neural_memory.coefficients import chunk_coefficients
 from nestor.ops.neural_memory.functions import ACTIVATIONS, INNER_LOSSES, HeadCache, make_head
 from nestor.ops.neural_memory.spec import MemorySpec
 
 Layers = list[Tensor]  # one tensor per layer of the memory network
+
+
+class Tokens(NamedTuple):
+    """The tokens of all chunks and their gates: q, k, v ``[m, N, C, p]``; theta, eta, alpha, and valid (bool)
+    ``[m, N, C]``, None where there is none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    theta: Tensor
+    eta: Tensor | None
+    alpha: Tensor | None
+    valid: Tensor | None
 
 
 class Rows(NamedTuple):
@@ -66,10 +79,12 @@ class Queries(NamedTuple):
     G: Tensor | None
 
 
-def make_rows(
-    q: Tensor, k: Tensor, v: Tensor, c: Coefficients, keep: Tensor | None, spec: MemorySpec
-) -> Rows:
+def make_rows(tokens: Tokens, spec: MemorySpec) -> Rows:
     """Arrange the coefficients of all chunks for the components D and S."""
+    c = chunk_coefficients(tokens.theta, tokens.eta, tokens.alpha, tokens.valid)
+    keep = None
+    if spec.grad_at == "post_decay" and tokens.alpha is not None:
+        keep = (1.0 - tokens.alpha).unsqueeze(-1)
 
     def components(of_weights: Tensor, of_momentum: Tensor | None) -> Tensor:
         return torch.stack([of_weights] if of_momentum is None else [of_weights, of_momentum], -1)
@@ -79,7 +94,7 @@ def make_rows(
         r = c.exclusive() if spec.read_mode == "exclusive" else c
         read, G = components(r.A, r.F), r.G
     carry = components(c.A_end, c.m_end).squeeze(-2)
-    return Rows(k, v, carry, c.F_end, components(c.G_end, c.E_end), keep, q, read, G)
+    return Rows(tokens.k, tokens.v, carry, c.F_end, components(c.G_end, c.E_end), keep, tokens.q, read, G)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ constexpr int VECTOR_BYTES = 16;
 #endif
 constexpr int MAX_DEPTH = 4;
 constexpr int TILE_ROWS = 6;
+enum Activation { GELU, SILU };
 enum Norm { NONE, RESIDUAL, RESIDUAL_LAYERNORM };
 enum Loss { L2, DOT_PRODUCT };
 
@@ -32,19 +33,19 @@ enum Loss { L2, DOT_PRODUCT };
 
 // Mirrored field by field in native.py. Pointers are null where a choice has no such tensor.
 struct Problem {
-    int64_t sequences, chunks, tokens, depth, components, threads, norm, loss;
+    int64_t sequences, chunks, tokens, depth, threads, activation, norm, loss, exclusive;
     int64_t widths[MAX_DEPTH + 1];
     double norm_eps, loss_scale;
     const uint8_t *resets, *closes;  // [chunks, sequences]
-    // Of `Rows`: [sequences, chunks, ...]
-    const void *q, *k, *v, *carry, *cross, *write, *read, *G;
+    const uint8_t* valid;            // [sequences, chunks, C]
+    const void *q, *k, *v, *theta, *eta, *alpha;                                       // [sequences, chunks, C, ...]
     const void *gamma, *beta;                                                          // [sequences, p]
     const void *start[MAX_DEPTH], *stacks[MAX_DEPTH];                                  // [sequences, c, in, out]
     const void *anchor[MAX_DEPTH], *targets[MAX_DEPTH];                                // [sequences, in, out]
     void *states, *tape;                                                               // see `states_size`, `tape_size`
     void *y, *surprise, *final_stacks[MAX_DEPTH], *final_anchor[MAX_DEPTH];            // results of the forward
     const void *g_y, *g_final_stacks[MAX_DEPTH], *g_final_anchor[MAX_DEPTH];           // inputs of the backward
-    void *g_q, *g_k, *g_v, *g_carry, *g_cross, *g_write, *g_read, *g_G;                // results of the backward
+    void *g_q, *g_k, *g_v, *g_theta, *g_eta, *g_alpha;                                 // results of the backward
     void *g_gamma, *g_beta, *g_start[MAX_DEPTH], *g_stacks[MAX_DEPTH], *g_anchor[MAX_DEPTH], *g_targets[MAX_DEPTH];
 };
 
@@ -110,6 +111,9 @@ void tile(View<T> a, const T* b, int64_t depth, T* c, int64_t stride, int64_t co
     }
 }
 
+// What a product need not compute: entries of c above the diagonal, or summands where a is zero by its triangle.
+enum Triangle { FULL, RESULT_LOWER, LEFT_LOWER, LEFT_UPPER };
+
 template <class T>
 class Products {
    public:
@@ -119,23 +123,27 @@ class Products {
     // c = diag(row_factors) a diag(depth_factors) b, or c += that; c is row-major and N wide.
     void operator()(
         int64_t M, int64_t N, int64_t K, View<T> a, View<T> b, T* c, bool add, Factors<T> row_factors = {},
-        Factors<T> depth_factors = {}
+        Factors<T> depth_factors = {}, Triangle triangle = FULL
     ) {
         constexpr int64_t wide = 2 * Vector<T>::lanes;
         for (int64_t j = 0; j < N; j += wide) {
             const int64_t columns = std::min(wide, N - j);
             pack(b, K, j, columns, depth_factors);
             for (int64_t i = 0; i < M; i += TILE_ROWS) {
-                const View<T> left = {a.data + i * a.row, a.row, a.column};
+                if (triangle == RESULT_LOWER && i + TILE_ROWS <= j) continue;
+                const int64_t from = triangle == LEFT_UPPER ? std::min(i, K) : 0;
+                const int64_t depth = (triangle == LEFT_LOWER ? std::min(i + TILE_ROWS, K) : K) - from;
+                const View<T> left = {a.data + i * a.row + from * a.column, a.row, a.column};
+                const T* panel = panel_.data() + from * wide;
                 const Factors<T> factors = {row_factors.data ? row_factors.data + i * row_factors.stride : nullptr, row_factors.stride};
                 T* out = c + i * N + j;
                 switch (std::min<int64_t>(TILE_ROWS, M - i)) {
-                    case 6: tile<T, 6>(left, panel_.data(), K, out, N, columns, factors, add); break;
-                    case 5: tile<T, 5>(left, panel_.data(), K, out, N, columns, factors, add); break;
-                    case 4: tile<T, 4>(left, panel_.data(), K, out, N, columns, factors, add); break;
-                    case 3: tile<T, 3>(left, panel_.data(), K, out, N, columns, factors, add); break;
-                    case 2: tile<T, 2>(left, panel_.data(), K, out, N, columns, factors, add); break;
-                    default: tile<T, 1>(left, panel_.data(), K, out, N, columns, factors, add);
+                    case 6: tile<T, 6>(left, panel, depth, out, N, columns, factors, add); break;
+                    case 5: tile<T, 5>(left, panel, depth, out, N, columns, factors, add); break;
+                    case 4: tile<T, 4>(left, panel, depth, out, N, columns, factors, add); break;
+                    case 3: tile<T, 3>(left, panel, depth, out, N, columns, factors, add); break;
+                    case 2: tile<T, 2>(left, panel, depth, out, N, columns, factors, add); break;
+                    default: tile<T, 1>(left, panel, depth, out, N, columns, factors, add);
                 }
             }
         }
@@ -204,14 +212,24 @@ T dot(const T* a, const T* b, int64_t n) {
     return sum;
 }
 
-// SiLU, and where wanted its first and second derivative.
+// phi(z), phi'(z) and, where wanted, phi''(z).
 template <class T>
-void silu(const T* z, int64_t n, T* value, T* slope, T* curvature) {
+void activate(int64_t activation, const T* z, int64_t n, T* value, T* slope, T* curvature) {
+    if (activation == GELU) {
+        for (int64_t i = 0; i < n; i++) {
+            const T cdf = T(0.5) * (T(1) + std::erf(z[i] * T(0.70710678118654752)));
+            const T density = T(0.39894228040143268) * exponential(T(-0.5) * z[i] * z[i]);
+            value[i] = z[i] * cdf;
+            slope[i] = cdf + z[i] * density;
+            if (curvature) curvature[i] = density * (T(2) - z[i] * z[i]);
+        }
+        return;
+    }
     for (int64_t i = 0; i < n; i++) {
         const T s = T(1) / (T(1) + exponential(-z[i]));
         const T v = z[i] * s, d = s + v * (T(1) - s);
         value[i] = v;
-        if (slope) slope[i] = d;
+        slope[i] = d;
         if (curvature) curvature[i] = (T(1) - s) * (T(2) * d - v);
     }
 }
@@ -250,7 +268,7 @@ template <class T>
 class Walk {
    public:
     Walk(const Problem& problem, bool backward)
-        : P(problem), C(P.tokens), L(P.depth), c(P.components), p(P.widths[0]), momentum(c == 2),
+        : P(problem), C(P.tokens), L(P.depth), momentum(P.eta), c(momentum ? 2 : 1), p(P.widths[0]),
           widest(*std::max_element(P.widths, P.widths + L + 1)), product(std::max(C, widest)), normalised(p) {
         for (int64_t l = 0; l < L; l++) {
             in[l] = P.widths[l], out[l] = P.widths[l + 1], size[l] = in[l] * out[l];
@@ -262,17 +280,20 @@ class Walk {
         }
         state.resize(c * weights), anchor.resize(weights), tape_here.resize(P.tape ? 0 : tape_size(P));
         scores.resize(C * C), weighted.resize(C * C);
+        G.resize((C + 1) * C), E.resize((C + 1) * C), A.resize(C + 1), F.resize(C + 1), M.resize(C + 1);
+        keep.resize(C), hold.resize(C), write.resize(C * c), read_of.resize(C * c);
         for (auto* rows : {&rows_a, &rows_b, &rows_c}) rows->resize(C * widest);
         for (auto& v : vectors) v.resize(p);
         if (!backward) return;
         g_state.resize(c * weights), g_anchor.resize(weights), g_targets.resize(weights);
         g_scores.resize(C * C), g_gamma.resize(p), g_beta.resize(p);
+        g_G.resize(C * C), g_read.resize(C * c), g_write.resize(C * c), back_G.resize(C), back_E.resize(C);
     }
 
     // What the backward needs of one sequence and chunk: the state before it, and the rows of `Tape`.
     static int64_t states_size(const Problem& P) {
         int64_t sum = 0;
-        for (int64_t l = 0; l < P.depth; l++) sum += P.components * P.widths[l] * P.widths[l + 1];
+        for (int64_t l = 0; l < P.depth; l++) sum += (P.eta ? 2 : 1) * P.widths[l] * P.widths[l + 1];
         return sum;
     }
     static int64_t tape_size(const Problem& P) {
@@ -321,13 +342,16 @@ class Walk {
             const bool reset = flag(P.resets, n), opens = reset || (n > 0 && flag(P.closes, n - 1));
             load(n);
             const Tape tape = tape_of(n);
-            if (P.tape)
+            if (P.tape) {
+                coefficients(n);
                 recall(tape);
-            else
+            } else {
                 chunk_forward(n, tape);
+            }
             update_backward(n, tape);
             read_backward(n, tape);
             write_backward(n, tape);
+            coefficients_backward(n);
             if (opens) anchor_to_state();
             if (reset) {
                 for (int64_t l = 0; l < L; l++) {
@@ -356,9 +380,9 @@ class Walk {
     };
 
     const Problem& P;
-    const int64_t C, L, c, p;
+    const int64_t C, L;
     const bool momentum;
-    const int64_t widest;
+    const int64_t c, p, widest;
     int64_t in[MAX_DEPTH], out[MAX_DEPTH], size[MAX_DEPTH], place[MAX_DEPTH], weights = 0, sequence = 0;
     Products<T> product;
     Normalised<T> normalised;
@@ -367,6 +391,11 @@ class Walk {
     std::vector<T> g_steps[MAX_DEPTH], g_x[MAX_DEPTH], g_z[MAX_DEPTH];
     std::vector<T> state, anchor, tape_here, scores, weighted, g_scores, rows_a, rows_b, rows_c, vectors[6];
     std::vector<T> g_state, g_anchor, g_targets, g_gamma, g_beta;
+    // Row t + 1 of G, E, A, F, M (= m) belongs to token t, row 0 to the start of the chunk. keep = 1 - alpha and
+    // hold = eta, both 1 where there is no token. write, read_of [C, c]: of D, of S.
+    std::vector<T> G, E, A, F, M, keep, hold, write, read_of;
+    std::vector<T> g_G, g_read, g_write, back_G, back_E;
+    T g_carry[2], g_cross;
 
     // --- where things lie ---
 
@@ -386,7 +415,10 @@ class Walk {
     const T* target(int64_t l) const { return P.targets[0] ? of(P.targets[l], size[l]) : nullptr; }
     const T* keys(int64_t n, int64_t l) const { return l ? x[l].data() : chunk(P.k, n, C * p); }
     const T* queries(int64_t n, int64_t l) const { return l ? xq[l].data() : chunk(P.q, n, C * p); }
-    Factors<T> factors(const void* data, int64_t n, int64_t j) const { return {chunk(data, n, C * c) + j, c}; }
+    Factors<T> factors(const std::vector<T>& data, int64_t j) const { return {data.data() + j, c}; }
+    bool present(int64_t n, int64_t t) const { return !P.valid || P.valid[(sequence * P.chunks + n) * C + t]; }
+    // Row t of what a read by token t sees.
+    int64_t seen(int64_t t) const { return P.exclusive ? t : t + 1; }
 
     Tape tape_of(int64_t n) {
         T* next = P.tape ? of_chunk<T>(P.tape, n, tape_size(P)) : tape_here.data();
@@ -419,7 +451,34 @@ class Walk {
 
     // --- forward ---
 
+    // The recurrences of coefficients.py, row by row.
+    void coefficients(int64_t n) {
+        const T *theta = chunk(P.theta, n, C), *eta = momentum ? chunk(P.eta, n, C) : nullptr;
+        const T* alpha = P.alpha ? chunk(P.alpha, n, C) : nullptr;
+        std::fill_n(G.begin(), C, T(0)), std::fill_n(E.begin(), C, T(0));
+        A[0] = M[0] = 1, F[0] = 0;
+        for (int64_t t = 0; t < C; t++) {
+            const bool here = present(n, t);
+            keep[t] = here && alpha ? 1 - alpha[t] : T(1);
+            hold[t] = !here ? T(1) : momentum ? eta[t] : T(0);
+            const T *before_G = &G[t * C], *before_E = &E[t * C];
+            T *now_G = &G[(t + 1) * C], *now_E = &E[(t + 1) * C];
+            for (int64_t j = 0; j < C; j++) now_E[j] = hold[t] * before_E[j];
+            now_E[t] = here ? theta[t] : T(0);
+            M[t + 1] = hold[t] * M[t];
+            const T into = here ? T(1) : T(0);
+            for (int64_t j = 0; j < C; j++) now_G[j] = keep[t] * before_G[j] + into * now_E[j];
+            A[t + 1] = keep[t] * A[t];
+            F[t + 1] = keep[t] * F[t] + into * M[t + 1];
+        }
+        for (int64_t t = 0; t < C; t++) {
+            write[t * c] = G[C * C + t], read_of[t * c] = A[seen(t)];
+            if (momentum) write[t * c + 1] = E[C * C + t], read_of[t * c + 1] = F[seen(t)];
+        }
+    }
+
     void chunk_forward(int64_t n, const Tape& tape) {
+        coefficients(n);
         write_gradients(n, tape);
         read(n, tape);
     }
@@ -427,7 +486,7 @@ class Walk {
     void write_gradients(int64_t n, const Tape& tape) {
         for (int64_t l = 0; l < L; l++) {
             product(C, out[l], in[l], rows_of(keys(n, l), in[l]), rows_of(anchor.data() + place[l], out[l]), tape.z[l], false);
-            if (l + 1 < L) silu(tape.z[l], C * out[l], x[l + 1].data(), slope[l + 1].data(), curvature[l + 1].data());
+            if (l + 1 < L) activate(P.activation, tape.z[l], C * out[l], x[l + 1].data(), slope[l + 1].data(), curvature[l + 1].data());
         }
         for (int64_t t = 0; t < C; t++) {
             error(n, t, tape);
@@ -479,18 +538,19 @@ class Walk {
             T* z = tape.zq[l];
             if (target(l)) product(C, out[l], in[l], input, rows_of(target(l), out[l]), z, false);
             for (int64_t j = 0; j < c; j++)
-                product(C, out[l], in[l], input, rows_of(component(state, l, j), out[l]), z, j || target(l), factors(P.read, n, j));
+                product(C, out[l], in[l], input, rows_of(component(state, l, j), out[l]), z, j || target(l), factors(read_of, j));
             dual(n, l);
-            product(C, out[l], C, rows_of(weighted.data(), C), rows_of(tape.steps[l], out[l]), z, true);
-            if (l + 1 < L) silu<T>(z, C * out[l], xq[l + 1].data(), slope_q[l + 1].data(), nullptr);
+            product(C, out[l], C, rows_of(weighted.data(), C), rows_of(tape.steps[l], out[l]), z, true, {}, {}, LEFT_LOWER);
+            if (l + 1 < L) activate<T>(P.activation, z, C * out[l], xq[l + 1].data(), slope_q[l + 1].data(), nullptr);
         }
     }
 
-    // scores = x~ x^T and weighted = G * scores.
+    // scores = x~ x^T and weighted = G * scores, on and below the diagonal; weighted is zero above it.
     void dual(int64_t n, int64_t l) {
-        product(C, C, in[l], rows_of(queries(n, l), in[l]), transposed(keys(n, l), in[l]), scores.data(), false);
-        const T* G = chunk(P.G, n, C * C);
-        for (int64_t i = 0; i < C * C; i++) weighted[i] = scores[i] * G[i];
+        product(C, C, in[l], rows_of(queries(n, l), in[l]), transposed(keys(n, l), in[l]), scores.data(), false, {}, {}, RESULT_LOWER);
+        const T* g = &G[seen(0) * C];
+        for (int64_t t = 0; t < C; t++)
+            for (int64_t i = t * C; i <= t * C + t; i++) weighted[i] = scores[i] * g[i];
     }
 
     void surprise(int64_t n, const Tape& tape, T* norms) {
@@ -505,10 +565,9 @@ class Walk {
     }
 
     void update(int64_t n, const Tape& tape) {
-        const T* carry = chunk(P.carry, n, c);
+        const T carry[2] = {A[C], M[C]}, cross = F[C];
         for (int64_t l = 0; l < L; l++) {
             T* D = component(state, l, 0);
-            const T cross = momentum ? *chunk(P.cross, n, 1) : T(0);
             const T* S = momentum ? component(state, l, 1) : D;
             for (int64_t i = 0; i < size[l]; i++) D[i] = momentum ? carry[0] * D[i] + cross * S[i] : carry[0] * D[i];
             for (int64_t j = 1; j < c; j++) {
@@ -516,7 +575,7 @@ class Walk {
                 for (int64_t i = 0; i < size[l]; i++) stack[i] *= carry[j];
             }
             for (int64_t j = 0; j < c; j++)
-                product(in[l], out[l], C, transposed(keys(n, l), in[l]), rows_of(tape.steps[l], out[l]), component(state, l, j), true, {}, factors(P.write, n, j));
+                product(in[l], out[l], C, transposed(keys(n, l), in[l]), rows_of(tape.steps[l], out[l]), component(state, l, j), true, {}, factors(write, j));
         }
     }
 
@@ -525,8 +584,8 @@ class Walk {
     // What the tape does not hold: activations and their derivatives.
     void recall(const Tape& tape) {
         for (int64_t l = 0; l + 1 < L; l++) {
-            silu(tape.z[l], C * out[l], x[l + 1].data(), slope[l + 1].data(), curvature[l + 1].data());
-            silu<T>(tape.zq[l], C * out[l], xq[l + 1].data(), slope_q[l + 1].data(), nullptr);
+            activate(P.activation, tape.z[l], C * out[l], x[l + 1].data(), slope[l + 1].data(), curvature[l + 1].data());
+            activate<T>(P.activation, tape.zq[l], C * out[l], xq[l + 1].data(), slope_q[l + 1].data(), nullptr);
         }
     }
 
@@ -543,9 +602,9 @@ class Walk {
     }
 
     // along [C, in] is the gradient of the input scaled by factors: those of the input (added) and of the factors.
-    void scaled_backward(const T* along, const T* input, int64_t width, const void* data, void* g_data, int64_t n, int64_t j, T* g_input, bool first) {
-        const Factors<T> scale = factors(data, n, j);
-        T* g_factors = of_chunk<T>(g_data, n, C * c) + j;
+    void scaled_backward(const T* along, const T* input, int64_t width, const std::vector<T>& data, std::vector<T>& g_data, int64_t j, T* g_input, bool first) {
+        const Factors<T> scale = factors(data, j);
+        T* g_factors = g_data.data() + j;
         for (int64_t t = 0; t < C; t++) {
             const T g = dot(along + t * width, input + t * width, width), factor = scale[t];
             g_factors[t * c] = first ? g : g_factors[t * c] + g;
@@ -555,19 +614,16 @@ class Walk {
 
     // Reverse of `update`; g_state moves from after the chunk to before it. Starts g_x and g_steps.
     void update_backward(int64_t n, const Tape& tape) {
-        const T* carry = chunk(P.carry, n, c);
-        T* g_carry = of_chunk<T>(P.g_carry, n, c);
-        const T cross = momentum ? *chunk(P.cross, n, 1) : T(0);
-        T g_cross = 0;
-        std::fill(g_carry, g_carry + c, T(0));
+        const T carry[2] = {A[C], M[C]}, cross = F[C];
+        g_carry[0] = g_carry[1] = g_cross = 0;
         for (int64_t l = 0; l < L; l++) {
             std::fill(g_x[l].begin(), g_x[l].end(), T(0));
             for (int64_t j = 0; j < c; j++) {
                 const T* g = component(g_state, l, j);
                 g_carry[j] += dot(g, component(state, l, j), size[l]);
                 product(C, in[l], out[l], rows_of(tape.steps[l], out[l]), transposed(g, out[l]), rows_a.data(), false);
-                scaled_backward(rows_a.data(), keys(n, l), in[l], P.write, P.g_write, n, j, g_x[l].data(), l == 0);
-                product(C, out[l], in[l], rows_of(keys(n, l), in[l]), rows_of(g, out[l]), g_steps[l].data(), j > 0, factors(P.write, n, j));
+                scaled_backward(rows_a.data(), keys(n, l), in[l], write, g_write, j, g_x[l].data(), l == 0);
+                product(C, out[l], in[l], rows_of(keys(n, l), in[l]), rows_of(g, out[l]), g_steps[l].data(), j > 0, factors(write, j));
             }
             T* g_D = component(g_state, l, 0);
             if (momentum) {
@@ -577,13 +633,12 @@ class Walk {
             }
             for (int64_t i = 0; i < size[l]; i++) g_D[i] *= carry[0];
         }
-        if (momentum) *of_chunk<T>(P.g_cross, n, 1) = g_cross;
     }
 
     // Reverse of `read` and of the outputs; adds to g_state, g_x and g_steps.
     void read_backward(int64_t n, const Tape& tape) {
-        const T *g_y = chunk(P.g_y, n, C * p), *G = chunk(P.G, n, C * C);
-        T *g_G = of_chunk<T>(P.g_G, n, C * C), *g_out = rows_b.data(), *g_in = rows_c.data();
+        const T *g_y = chunk(P.g_y, n, C * p), *seen_G = &G[seen(0) * C];
+        T *g_out = rows_b.data(), *g_in = rows_c.data();
         for (int64_t t = 0; t < C; t++) head_backward(tape.zq[L - 1] + t * p, g_y + t * p, g_out + t * p);
         for (int64_t l = L - 1; l >= 0; l--) {
             const T* input = queries(n, l);
@@ -596,24 +651,57 @@ class Walk {
             }
             for (int64_t j = 0; j < c; j++) {
                 product(C, in[l], out[l], g_rows, transposed(component(state, l, j), out[l]), rows_a.data(), false);
-                scaled_backward(rows_a.data(), input, in[l], P.read, P.g_read, n, j, g_in, l == L - 1);
-                product(in[l], out[l], C, transposed(input, in[l]), g_rows, component(g_state, l, j), true, {}, factors(P.read, n, j));
+                scaled_backward(rows_a.data(), input, in[l], read_of, g_read, j, g_in, l == L - 1);
+                product(in[l], out[l], C, transposed(input, in[l]), g_rows, component(g_state, l, j), true, {}, factors(read_of, j));
             }
             dual(n, l);
-            product(C, out[l], C, transposed(weighted.data(), C), g_rows, g_steps[l].data(), true);
-            product(C, C, out[l], g_rows, transposed(tape.steps[l], out[l]), g_scores.data(), false);
-            for (int64_t i = 0; i < C * C; i++) {
-                const T g = scores[i] * g_scores[i];
-                g_G[i] = l == L - 1 ? g : g_G[i] + g;
-                g_scores[i] *= G[i];
+            product(C, out[l], C, transposed(weighted.data(), C), g_rows, g_steps[l].data(), true, {}, {}, LEFT_UPPER);
+            product(C, C, out[l], g_rows, transposed(tape.steps[l], out[l]), g_scores.data(), false, {}, {}, RESULT_LOWER);
+            for (int64_t t = 0; t < C; t++) {
+                for (int64_t i = t * C; i <= t * C + t; i++) {
+                    const T g = scores[i] * g_scores[i];
+                    g_G[i] = l == L - 1 ? g : g_G[i] + g;
+                    g_scores[i] *= seen_G[i];
+                }
+                std::fill_n(&g_scores[t * C] + t + 1, C - t - 1, T(0));
             }
-            product(C, in[l], C, transposed(g_scores.data(), C), rows_of(input, in[l]), g_x[l].data(), true);
-            product(C, in[l], C, rows_of(g_scores.data(), C), rows_of(keys(n, l), in[l]), g_in, true);
+            product(C, in[l], C, transposed(g_scores.data(), C), rows_of(input, in[l]), g_x[l].data(), true, {}, {}, LEFT_UPPER);
+            product(C, in[l], C, rows_of(g_scores.data(), C), rows_of(keys(n, l), in[l]), g_in, true, {}, {}, LEFT_LOWER);
             if (l)
                 for (int64_t i = 0; i < C * in[l]; i++) g_out[i] = g_in[i] * slope_q[l][i];
         }
         T* g_q = of_chunk<T>(P.g_q, n, C * p);
         for (int64_t i = 0; i < C * p; i++) g_q[i] = g_in[i] + (P.norm == NONE ? T(0) : g_y[i]);
+    }
+
+    // Reverse of `coefficients`.
+    void coefficients_backward(int64_t n) {
+        T *g_theta = of_chunk<T>(P.g_theta, n, C), *g_eta = momentum ? of_chunk<T>(P.g_eta, n, C) : nullptr;
+        T* g_alpha = P.alpha ? of_chunk<T>(P.g_alpha, n, C) : nullptr;
+        // Gradients of row t + 1, from the end of the chunk on.
+        T back_A = g_carry[0], back_M = g_carry[1], back_F = g_cross;
+        for (int64_t j = 0; j < C; j++) {
+            back_G[j] = g_write[j * c];
+            back_E[j] = momentum ? g_write[j * c + 1] : T(0);
+        }
+        for (int64_t t = C - 1; t >= 0; t--) {
+            const int64_t reader = P.exclusive ? t + 1 : t;  // the token that sees row t + 1
+            if (reader < C) {
+                for (int64_t j = 0; j <= t; j++) back_G[j] += g_G[reader * C + j];
+                back_A += g_read[reader * c];
+                if (momentum) back_F += g_read[reader * c + 1];
+            }
+            const bool here = present(n, t);
+            if (here) {
+                for (int64_t j = 0; j <= t; j++) back_E[j] += back_G[j];
+                back_M += back_F;
+            }
+            g_theta[t] = here ? back_E[t] : T(0);
+            if (momentum) g_eta[t] = here ? dot(back_E.data(), &E[t * C], t) + back_M * M[t] : T(0);
+            if (g_alpha) g_alpha[t] = here ? -(dot(back_G.data(), &G[t * C], t) + back_F * F[t] + back_A * A[t]) : T(0);
+            for (int64_t j = 0; j <= t; j++) back_E[j] *= hold[t], back_G[j] *= keep[t];
+            back_M *= hold[t], back_F *= keep[t], back_A *= keep[t];
+        }
     }
 
     // Gradient of z from that of f at one token; adds those of gamma and beta. Leaves the token in `normalised`.

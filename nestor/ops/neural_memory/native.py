@@ -12,21 +12,24 @@ import torch
 from torch import Tensor
 
 from nestor.ops.compilation import CompilationError, load_library
-from nestor.ops.neural_memory.chunked import ChunkState, Layers, Norm, Rows
+from nestor.ops.neural_memory.chunked import ChunkState, Layers, Norm, Tokens
 from nestor.ops.neural_memory.functions import NORMS
 from nestor.ops.neural_memory.scan import Plan, scan_inputs, unpack
 from nestor.ops.neural_memory.spec import MemorySpec
 
 SOURCE = Path(__file__).with_name("native.cpp")
 REALS = {torch.float32: "float", torch.float64: "double"}
+ACTIVATIONS = ("gelu", "silu")
 LOSSES = ("l2", "dot_product")
 MAX_DEPTH = 4
 
 
-def unsupported(spec: MemorySpec) -> str | None:
-    """Why these choices cannot run natively on this machine; None: they can."""
+def unsupported(spec: MemorySpec, device: torch.device) -> str | None:
+    """Why the C++ form cannot compute these choices on this device; None: it can."""
+    if device.type != "cpu":
+        return f"the C++ form runs on a cpu, not on {device.type}"
     for name, value, known in (
-        ("activation", spec.activation, ("silu",)),
+        ("activation", spec.activation, ACTIVATIONS),
         ("norm", spec.norm, NORMS),
         ("inner_loss", spec.inner_loss, LOSSES),
         ("read_mode", spec.read_mode, ("inclusive", "exclusive")),
@@ -41,12 +44,12 @@ def unsupported(spec: MemorySpec) -> str | None:
     return None
 
 
-def native_scan(
-    plan: Plan, rows: Rows, norm: Norm, start: Layers, state: ChunkState
+def native_walk(
+    plan: Plan, tokens: Tokens, norm: Norm, start: Layers, state: ChunkState
 ) -> tuple[Tensor, Tensor, Layers, Layers]:
-    """`scan.scan` for CPU tensors and choices that are not `unsupported`."""
-    keep_tape, tensors = scan_inputs(plan, rows, norm, start, state)
-    outputs, surprise, *final = _NativeScan.apply(plan, keep_tape, *tensors)
+    """`scan.walk` for CPU tensors and choices that are not `unsupported`."""
+    keep_tape, tensors = scan_inputs(plan, tokens, norm, start, state)
+    outputs, surprise, *final = _NativeWalk.apply(plan, keep_tape, *tensors)
     return outputs, surprise, final[: plan.depth], final[plan.depth :]
 
 
@@ -58,6 +61,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return library
 
 
+_TOKENS = (*"qkv", "theta", "eta", "alpha")
 _Layered = ctypes.c_void_p * MAX_DEPTH
 
 
@@ -67,17 +71,27 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         [
             (name, ctypes.c_int64)
-            for name in ("sequences", "chunks", "tokens", "depth", "components", "threads", "norm", "loss")
+            for name in (
+                "sequences",
+                "chunks",
+                "tokens",
+                "depth",
+                "threads",
+                "activation",
+                "norm",
+                "loss",
+                "exclusive",
+            )
         ]
         + [("widths", ctypes.c_int64 * (MAX_DEPTH + 1))]
         + [(name, ctypes.c_double) for name in ("norm_eps", "loss_scale")]
-        + [(name, ctypes.c_void_p) for name in ("resets", "closes", *"qkv", "carry", "cross", "write", "read", "G")]
+        + [(name, ctypes.c_void_p) for name in ("resets", "closes", "valid", *_TOKENS)]
         + [(name, ctypes.c_void_p) for name in ("gamma", "beta")]
         + [(name, _Layered) for name in ("start", "stacks", "anchor", "targets")]
         + [(name, ctypes.c_void_p) for name in ("states", "tape", "y", "surprise")]
         + [(name, _Layered) for name in ("final_stacks", "final_anchor")]
         + [("g_y", ctypes.c_void_p), ("g_final_stacks", _Layered), ("g_final_anchor", _Layered)]
-        + [(f"g_{name}", ctypes.c_void_p) for name in (*"qkv", "carry", "cross", "write", "read", "G")]
+        + [(f"g_{name}", ctypes.c_void_p) for name in _TOKENS]
         + [(f"g_{name}", ctypes.c_void_p) for name in ("gamma", "beta")]
         + [(f"g_{name}", _Layered) for name in ("start", "stacks", "anchor", "targets")]
     )
@@ -87,18 +101,20 @@ class _Call:
     """A problem and the tensors that it points to."""
 
     def __init__(self, plan: Plan, tensors: tuple[Tensor | None, ...]) -> None:
-        rows, norm, start, state = unpack(plan, tuple(None if t is None else t.contiguous() for t in tensors))
-        self.dtype, self.library = rows.q.dtype, _library(rows.q.dtype)
-        sequences, chunks, tokens, width = rows.q.shape
+        contiguous = [None if t is None else t.contiguous() for t in tensors]
+        tokens, norm, start, state = unpack(plan, Tokens, contiguous)
+        self.dtype, self.library = tokens.q.dtype, _library(tokens.q.dtype)
+        sequences, chunks, length, width = tokens.q.shape
         widths = [width, *(w.shape[-1] for w in state.anchor)]
         self.problem = _Problem(
-            sequences, chunks, tokens, plan.depth, rows.carry.shape[-1], torch.get_num_threads(),
-            NORMS.index(plan.spec.norm), LOSSES.index(plan.spec.inner_loss), (ctypes.c_int64 * 5)(*widths),
-            plan.spec.norm_eps, plan.spec.loss_scale,
+            sequences, chunks, length, plan.depth, torch.get_num_threads(),
+            ACTIVATIONS.index(plan.spec.activation), NORMS.index(plan.spec.norm),
+            LOSSES.index(plan.spec.inner_loss), plan.spec.read_mode == "exclusive",
+            (ctypes.c_int64 * (MAX_DEPTH + 1))(*widths), plan.spec.norm_eps, plan.spec.loss_scale,
         )  # fmt: skip
         self._kept: list[Any] = []
         self.point(resets=_flags(plan.resets, sequences), closes=_flags(plan.closes, sequences))
-        self.point(**{name: getattr(rows, name) for name in Rows._fields if name != "keep"})
+        self.point(valid=tokens.valid, **{name: getattr(tokens, name) for name in _TOKENS})
         self.point(gamma=norm.gamma, beta=norm.beta, start=start, stacks=state.stacks, anchor=state.anchor)
         self.point(targets=state.targets)
 
@@ -120,15 +136,15 @@ class _Call:
             raise MemoryError("not enough memory for the working space of the neural memory.")
 
 
-class _NativeScan(torch.autograd.Function):
-    """Inputs as those of `scan._Scan`."""
+class _NativeWalk(torch.autograd.Function):
+    """Inputs after the plan: those of `scan.scan_inputs`."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, keep_tape: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         call = _Call(plan, tensors)
-        rows, _, _, state = unpack(plan, tensors)
-        outputs = torch.empty(rows.q.shape, dtype=call.dtype)
-        surprise = rows.q.new_empty(rows.q.shape[:-1] if plan.surprise else (0,))
+        inputs, _, _, state = unpack(plan, Tokens, tensors)
+        outputs = torch.empty(inputs.q.shape, dtype=call.dtype)
+        surprise = inputs.q.new_empty(inputs.q.shape[:-1] if plan.surprise else (0,))
         stacks, anchor = ([_like(t) for t in layers] for layers in (state.stacks, state.anchor))
         states = tape = None
         if keep_tape:
@@ -145,16 +161,18 @@ class _NativeScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_outputs: Tensor, g_surprise: Tensor, *g_final: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, g_outputs: Tensor, g_surprise: Tensor, *g_final: Tensor
+    ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         states, tape, *tensors = ctx.saved_tensors
         call = _Call(plan, tuple(tensors))
         g_final = tuple(g.contiguous() for g in g_final)
         call.point(g_y=g_outputs.contiguous(), states=states, tape=tape)
         call.point(g_final_stacks=list(g_final[: plan.depth]), g_final_anchor=list(g_final[plan.depth :]))
-        grads = tuple(None if t is None else _like(t) for t in tensors)
-        rows, norm, start, state = unpack(plan, grads)
-        call.point(**{f"g_{name}": getattr(rows, name) for name in Rows._fields if name != "keep"})
+        grads = tuple(None if t is None or t.dtype == torch.bool else _like(t) for t in tensors)
+        inputs, norm, start, state = unpack(plan, Tokens, grads)
+        call.point(**{f"g_{name}": getattr(inputs, name) for name in _TOKENS})
         call.point(g_gamma=norm.gamma, g_beta=norm.beta, g_start=start, g_stacks=state.stacks)
         call.point(g_anchor=state.anchor, g_targets=state.targets)
         call.run(backward=True)

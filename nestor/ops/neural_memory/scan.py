@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from nestor.ops.neural_memory.chunked import (
     Reading,
     Rows,
     Sums,
+    Tokens,
     Writing,
     gradient_norm,
+    make_rows,
     read_block,
     read_block_backward,
     write_chunk,
@@ -30,6 +32,8 @@ from nestor.ops.neural_memory.spec import MemorySpec
 # and larger kernels are faster.
 CPU_READ_ELEMENTS = 1 << 16
 READ_ELEMENTS = 1 << 22
+
+PerToken = TypeVar("PerToken", Rows, Tokens)
 
 
 @dataclass(frozen=True)
@@ -48,27 +52,43 @@ class Plan:
     surprise: bool
 
 
-def scan(
-    plan: Plan, rows: Rows, norm: Norm, start: Layers, state: ChunkState
+def walk(
+    plan: Plan, tokens: Tokens, norm: Norm, start: Layers, state: ChunkState
 ) -> tuple[Tensor, Tensor, Layers, Layers]:
     """Walk the chunks.
 
-    rows: ``[m, N, ...]``. start: per layer the components ``[m, c, in, out]`` that a reset restores. Returns
-    outputs ``[m, N, C, p]``, the inner gradients' norms ``[m, N, C]`` (empty unless asked for) and the final
+    start: per layer the components ``[m, c, in, out]`` that a reset restores. Returns outputs
+    ``[m, N, C, p]``, the inner gradients' norms ``[m, N, C]`` (empty unless asked for) and the final
     components and anchors per layer.
     """
-    keep_tape, tensors = scan_inputs(plan, rows, norm, start, state)
+    keep_tape, tensors = scan_inputs(plan, make_rows(tokens, plan.spec), norm, start, state)
     outputs, surprise, *final = _Scan.apply(plan, keep_tape, *tensors)
     return outputs, surprise, final[: plan.depth], final[plan.depth :]
 
 
 def scan_inputs(
-    plan: Plan, rows: Rows, norm: Norm, start: Layers, state: ChunkState
+    plan: Plan, per_token: NamedTuple, norm: Norm, start: Layers, state: ChunkState
 ) -> tuple[bool, list[Tensor | None]]:
-    """Whether a backward will follow, and all tensors of a scan in one list, which `unpack` takes apart."""
+    """Whether a backward will follow, and all tensors of a walk in one list, which `unpack` takes apart."""
     slow = [norm.gamma, norm.beta] if plan.has_norm else []
-    tensors = [*rows, *slow, *start, *state.stacks, *state.anchor, *(state.targets or [])]
+    tensors = [*per_token, *slow, *start, *state.stacks, *state.anchor, *(state.targets or [])]
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors), tensors
+
+
+def unpack(
+    plan: Plan, per_token: type[PerToken], tensors: Sequence[Tensor | None]
+) -> tuple[PerToken, Norm, Layers, ChunkState]:
+    """Reverse of the list of `scan_inputs`, whose first entries are a tuple of the type `per_token`."""
+    rest: list[Any] = list(tensors)
+
+    def take(n: int) -> list[Any]:
+        head, rest[:] = rest[:n], rest[n:]
+        return head
+
+    first = per_token(*take(len(per_token._fields)))
+    gamma, beta = take(2) if plan.has_norm else (None, None)
+    start, stacks, anchor = take(plan.depth), take(plan.depth), take(plan.depth)
+    return first, Norm(gamma, beta), start, ChunkState(stacks, anchor, rest if plan.has_targets else None)
 
 
 @dataclass
@@ -86,7 +106,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, keep_tape: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        rows, norm, start, state = unpack(plan, tensors)
+        rows, norm, start, state = unpack(plan, Rows, tensors)
         outputs = torch.empty_like(rows.q)
         surprise = rows.q.new_empty(rows.q.shape[:-1] if plan.surprise else (0,))
         blocks: list[_Block] = []
@@ -122,7 +142,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any, g_outputs: Tensor, g_surprise: Tensor, *g_final: Tensor
     ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        rows, norm, _, _ = unpack(plan, ctx.saved_tensors)
+        rows, norm, _, _ = unpack(plan, Rows, ctx.saved_tensors)
         g_stacks = [g.clone() for g in g_final[: plan.depth]]
         g_anchor: list[Any] = [g.clone() for g in g_final[plan.depth :]]
         total = _Totals(plan, rows)
@@ -217,20 +237,6 @@ def _sum(parts: list[Tensor | None], like: Tensor) -> Tensor:
     for part in present[1:]:
         present[0].add_(part)
     return present[0]
-
-
-def unpack(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Rows, Norm, Layers, ChunkState]:
-    """Reverse of the list of `scan_inputs`."""
-    rest: list[Any] = list(tensors)
-
-    def take(n: int) -> list[Any]:
-        head, rest[:] = rest[:n], rest[n:]
-        return head
-
-    rows = Rows(*take(len(Rows._fields)))
-    gamma, beta = take(2) if plan.has_norm else (None, None)
-    start, stacks, anchor = take(plan.depth), take(plan.depth), take(plan.depth)
-    return rows, Norm(gamma, beta), start, ChunkState(stacks, anchor, rest if plan.has_targets else None)
 
 
 def _weights(stacks: Layers, targets: Layers | None) -> Layers:
