@@ -200,7 +200,15 @@ def _chunked(
     valid = None
     if grid.valid is not None:
         valid = grid.valid.repeat_interleave(heads, 0)
-    gates = [None if g is None else to_rows(g) for g in (theta, eta, alpha)]
+    tokens = Tokens(
+        q=to_rows(q),
+        k=to_rows(k),
+        v=to_rows(v),
+        theta=to_rows(theta),
+        eta=None if eta is None else to_rows(eta),
+        alpha=None if alpha is None else to_rows(alpha),
+        valid=valid,
+    )
     begin = start or MemoryState.fresh(initial, 1, eta is not None)
     opening = state or begin
     has_target = spec.decay == "initial" and alpha is not None
@@ -222,7 +230,7 @@ def _chunked(
 
     outputs, surprise, final_stacks, final_anchor = walk(
         plan,
-        Tokens(to_rows(q), to_rows(k), to_rows(v), *gates, valid),
+        tokens,
         Norm(
             None if gamma is None else merge(gamma[None, :, None]),
             None if beta is None else merge(beta[None, :, None]),
