@@ -228,6 +228,9 @@ def _chunked(
         components = zip(deviations, memory.momentum, strict=True) if eta is not None else zip(deviations)
         return [torch.stack([merge(x) for x in part], 1) for part in components]
 
+    opening_stacks = stacks(opening)
+    # Without a reset nothing reads what a document begins with.
+    begin_stacks = opening_stacks if all(r is None for r in grid.resets) else stacks(begin)
     outputs, surprise, final_stacks, final_anchor = walk(
         plan,
         tokens,
@@ -235,9 +238,9 @@ def _chunked(
             None if gamma is None else merge(gamma[None, :, None]),
             None if beta is None else merge(beta[None, :, None]),
         ),
-        stacks(begin),
+        begin_stacks,
         ChunkState(
-            stacks(opening),
+            opening_stacks,
             [merge(w) for w in opening.anchor],
             [merge(w[None]) for w in initial] if has_target else None,
         ),
