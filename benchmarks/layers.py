@@ -52,6 +52,7 @@ from nestor.layers.attention import Attention
 from nestor.layers.memory_as_gate import MemoryAsGate
 from nestor.layers.neural_memory import NeuralMemory
 from nestor.models.presets import count_parameters
+from nestor.ops.neural_memory import choose_backend
 
 SECTIONS = ("layers", "models", "length", "long")
 PEER = "titans-pytorch"
@@ -446,6 +447,7 @@ def describe(s: Settings) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device,
+        "memory_backend": choose_backend(build_memory(s).spec, torch.device(s.device))[0],
         "load_before": os.getloadavg()[0] if s.device == "cpu" else None,
         "versions": {
             "nestor": nestor.__version__,
@@ -510,7 +512,8 @@ def markdown(result: dict[str, Any]) -> str:
     head = (
         f"{about['device']}, {shape['threads']} threads, "
         f"PyTorch {about['versions']['torch']}, {about['date']}; "
-        f"B{shape['batch']} x T{shape['tokens']}, {shape['repeats']} rounds."
+        f"B{shape['batch']} x T{shape['tokens']}, layers of width {shape['dim']}, models of size "
+        f"{shape['size']}, {shape['dtype']}, memory backend {about['memory_backend']}, {shape['repeats']} rounds."
     )
     return "\n".join([head, "", *table, "", *(f"- {line}" for line in remarks_of(result)), ""])
 

@@ -1,4 +1,4 @@
-// The walk over the chunks of a neural memory on a CPU: what scan.py does, for the choices that native.py names.
+// The walk over the chunks of a neural memory on a CPU, for the choices that native.py names.
 //
 // The equations and their names are those of chunked.py. One thread takes one sequence and head through all
 // its chunks, so that the weights stay in the core's cache; products have tiles of 6 rows and two vectors.
@@ -36,17 +36,18 @@ struct Problem {
     int64_t sequences, chunks, tokens, depth, threads, activation, norm, loss, exclusive;
     int64_t widths[MAX_DEPTH + 1];
     double norm_eps, loss_scale;
-    const uint8_t *resets, *closes;  // [chunks, sequences]
-    const uint8_t* valid;            // [sequences, chunks, C]
-    const void *q, *k, *v, *theta, *eta, *alpha;                                       // [sequences, chunks, C, ...]
-    const void *gamma, *beta;                                                          // [sequences, p]
-    const void *start[MAX_DEPTH], *stacks[MAX_DEPTH];                                  // [sequences, c, in, out]
-    const void *anchor[MAX_DEPTH], *targets[MAX_DEPTH];                                // [sequences, in, out]
-    void *states, *tape;                                                               // see `states_size`, `tape_size`
-    void *y, *surprise, *final_stacks[MAX_DEPTH], *final_anchor[MAX_DEPTH];            // results of the forward
-    const void *g_y, *g_final_stacks[MAX_DEPTH], *g_final_anchor[MAX_DEPTH];           // inputs of the backward
-    void *g_q, *g_k, *g_v, *g_theta, *g_eta, *g_alpha;                                 // results of the backward
-    void *g_gamma, *g_beta, *g_start[MAX_DEPTH], *g_stacks[MAX_DEPTH], *g_anchor[MAX_DEPTH], *g_targets[MAX_DEPTH];
+    const uint8_t *resets, *closes;                                          // [chunks, sequences]
+    const uint8_t* valid;                                                    // [sequences, chunks, C]
+    const void *q, *k, *v, *theta, *eta, *alpha;                             // [sequences, chunks, C, ...]
+    const void *gamma, *beta;                                                // [sequences, p]
+    const void *start[MAX_DEPTH], *stacks[MAX_DEPTH];                        // [sequences, c, in, out]
+    const void *anchor[MAX_DEPTH], *targets[MAX_DEPTH];                      // [sequences, in, out]
+    void *states, *tape;                                                     // see `states_size`, `tape_size`
+    void *y, *surprise, *final_stacks[MAX_DEPTH], *final_anchor[MAX_DEPTH];  // results of the forward
+    const void *g_y, *g_final_stacks[MAX_DEPTH], *g_final_anchor[MAX_DEPTH];  // inputs of the backward
+    void *g_q, *g_k, *g_v, *g_theta, *g_eta, *g_alpha;                        // results of the backward
+    void *g_gamma, *g_beta, *g_start[MAX_DEPTH], *g_stacks[MAX_DEPTH], *g_anchor[MAX_DEPTH],
+        *g_targets[MAX_DEPTH];
 };
 
 namespace {
@@ -83,7 +84,8 @@ struct Factors {
 };
 
 template <class T, int R>
-void tile(View<T> a, const T* b, int64_t depth, T* c, int64_t stride, int64_t columns, Factors<T> row_factors, bool add) {
+void tile(View<T> a, const T* b, int64_t depth, T* c, int64_t stride, int64_t columns, Factors<T> row_factors,
+          bool add) {
     using V = typename Vector<T>::type;
     constexpr int64_t lanes = Vector<T>::lanes;
     V sum[R][2] = {};
@@ -111,7 +113,7 @@ void tile(View<T> a, const T* b, int64_t depth, T* c, int64_t stride, int64_t co
     }
 }
 
-// What a product need not compute: entries of c above the diagonal, or summands where a is zero by its triangle.
+// What a product need not compute: c above its diagonal, or summands in the triangle where a is zero.
 enum Triangle { FULL, RESULT_LOWER, LEFT_LOWER, LEFT_UPPER };
 
 template <class T>
@@ -121,10 +123,10 @@ class Products {
     explicit Products(int64_t depth) : panel_(depth * 2 * Vector<T>::lanes) {}
 
     // c = diag(row_factors) a diag(depth_factors) b, or c += that; c is row-major and N wide.
-    void operator()(
-        int64_t M, int64_t N, int64_t K, View<T> a, View<T> b, T* c, bool add, Factors<T> row_factors = {},
-        Factors<T> depth_factors = {}, Triangle triangle = FULL
-    ) {
+    void operator()(int64_t M, int64_t N, int64_t K, View<T> a, View<T> b, T* c, bool add,
+                    Factors<T> row_factors = {}, Factors<T> depth_factors = {}, Triangle triangle = FULL) {
+        static constexpr decltype(&tile<T, 1>) tiles[] = {tile<T, 1>, tile<T, 2>, tile<T, 3>,
+                                                          tile<T, 4>, tile<T, 5>, tile<T, TILE_ROWS>};
         constexpr int64_t wide = 2 * Vector<T>::lanes;
         for (int64_t j = 0; j < N; j += wide) {
             const int64_t columns = std::min(wide, N - j);
@@ -135,16 +137,12 @@ class Products {
                 const int64_t depth = (triangle == LEFT_LOWER ? std::min(i + TILE_ROWS, K) : K) - from;
                 const View<T> left = {a.data + i * a.row + from * a.column, a.row, a.column};
                 const T* panel = panel_.data() + from * wide;
-                const Factors<T> factors = {row_factors.data ? row_factors.data + i * row_factors.stride : nullptr, row_factors.stride};
+                const Factors<T> factors = {
+                    row_factors.data ? row_factors.data + i * row_factors.stride : nullptr,
+                    row_factors.stride};
                 T* out = c + i * N + j;
-                switch (std::min<int64_t>(TILE_ROWS, M - i)) {
-                    case 6: tile<T, 6>(left, panel, depth, out, N, columns, factors, add); break;
-                    case 5: tile<T, 5>(left, panel, depth, out, N, columns, factors, add); break;
-                    case 4: tile<T, 4>(left, panel, depth, out, N, columns, factors, add); break;
-                    case 3: tile<T, 3>(left, panel, depth, out, N, columns, factors, add); break;
-                    case 2: tile<T, 2>(left, panel, depth, out, N, columns, factors, add); break;
-                    default: tile<T, 1>(left, panel, depth, out, N, columns, factors, add);
-                }
+                tiles[std::min<int64_t>(TILE_ROWS, M - i) - 1](left, panel, depth, out, N, columns, factors,
+                                                               add);
             }
         }
     }
@@ -194,7 +192,8 @@ inline double exponential(double x) {
     const double n = shifted - 6755399441055744.0;
     const double r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
     double p = 1.0 / 6227020800.0;
-    for (double c : {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
+    for (double c : {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+                     1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
         p = p * r + c;
     int64_t bits;
     std::memcpy(&bits, &shifted, 8);
@@ -268,8 +267,15 @@ template <class T>
 class Walk {
    public:
     Walk(const Problem& problem, bool backward)
-        : P(problem), C(P.tokens), L(P.depth), momentum(P.eta), c(momentum ? 2 : 1), p(P.widths[0]),
-          widest(*std::max_element(P.widths, P.widths + L + 1)), product(std::max(C, widest)), normalised(p) {
+        : P(problem),
+          C(P.tokens),
+          L(P.depth),
+          momentum(P.eta),
+          c(momentum ? 2 : 1),
+          p(P.widths[0]),
+          widest(*std::max_element(P.widths, P.widths + L + 1)),
+          product(std::max(C, widest)),
+          normalised(p) {
         for (int64_t l = 0; l < L; l++) {
             in[l] = P.widths[l], out[l] = P.widths[l + 1], size[l] = in[l] * out[l];
             place[l] = weights;
@@ -318,7 +324,8 @@ class Walk {
             const Tape tape = tape_of(n);
             chunk_forward(n, tape);
             T* y = of_chunk<T>(P.y, n, C * p);
-            for (int64_t t = 0; t < C; t++) head(chunk(P.q, n, C * p) + t * p, tape.zq[L - 1] + t * p, y + t * p);
+            for (int64_t t = 0; t < C; t++)
+                head(chunk(P.q, n, C * p) + t * p, tape.zq[L - 1] + t * p, y + t * p);
             if (P.surprise) surprise(n, tape, of_chunk<T>(P.surprise, n, C));
             update(n, tape);
             if (flag(P.closes, n)) weights_of(state.data());
@@ -333,7 +340,8 @@ class Walk {
         sequence = m;
         for (auto* sums : {&g_targets, &g_gamma, &g_beta}) std::fill(sums->begin(), sums->end(), T(0));
         for (int64_t l = 0; l < L; l++) {
-            std::memcpy(component(g_state, l, 0), of(P.g_final_stacks[l], c * size[l]), sizeof(T) * c * size[l]);
+            std::memcpy(component(g_state, l, 0), of(P.g_final_stacks[l], c * size[l]),
+                        sizeof(T) * c * size[l]);
             std::memcpy(g_anchor.data() + place[l], of(P.g_final_anchor[l], size[l]), sizeof(T) * size[l]);
             std::memset(of(P.g_start[l], c * size[l]), 0, sizeof(T) * c * size[l]);
         }
@@ -365,7 +373,8 @@ class Walk {
         for (int64_t l = 0; l < L; l++) {
             std::memcpy(of(P.g_stacks[l], c * size[l]), component(g_state, l, 0), sizeof(T) * c * size[l]);
             std::memcpy(of(P.g_anchor[l], size[l]), g_anchor.data() + place[l], sizeof(T) * size[l]);
-            if (P.targets[0]) std::memcpy(of(P.g_targets[l], size[l]), g_targets.data() + place[l], sizeof(T) * size[l]);
+            if (P.targets[0])
+                std::memcpy(of(P.g_targets[l], size[l]), g_targets.data() + place[l], sizeof(T) * size[l]);
         }
         if (P.norm == RESIDUAL_LAYERNORM) {
             std::memcpy(of(P.g_gamma, p), g_gamma.data(), sizeof(T) * p);
@@ -391,8 +400,8 @@ class Walk {
     std::vector<T> g_steps[MAX_DEPTH], g_x[MAX_DEPTH], g_z[MAX_DEPTH];
     std::vector<T> state, anchor, tape_here, scores, weighted, g_scores, rows_a, rows_b, rows_c, vectors[6];
     std::vector<T> g_state, g_anchor, g_targets, g_gamma, g_beta;
-    // Row t + 1 of G, E, A, F, M (= m) belongs to token t, row 0 to the start of the chunk. keep = 1 - alpha and
-    // hold = eta, both 1 where there is no token. write, read_of [C, c]: of D, of S.
+    // Row t + 1 of G, E, A, F, M (= m) belongs to token t, row 0 to the start of the chunk. keep = 1 - alpha
+    // and hold = eta, both 1 where there is no token. write, read_of [C, c]: of D, of S.
     std::vector<T> G, E, A, F, M, keep, hold, write, read_of;
     std::vector<T> g_G, g_read, g_write, back_G, back_E;
     T g_carry[2], g_cross;
@@ -411,12 +420,16 @@ class Walk {
     bool flag(const uint8_t* flags, int64_t n) const { return flags[n * P.sequences + sequence]; }
     T* saved_state(int64_t n) const { return of_chunk<T>(P.states, n, c * weights); }
     // Component j of a layer; the components of a layer are neighbours.
-    T* component(std::vector<T>& stacks, int64_t l, int64_t j) const { return stacks.data() + c * place[l] + j * size[l]; }
+    T* component(std::vector<T>& stacks, int64_t l, int64_t j) const {
+        return stacks.data() + c * place[l] + j * size[l];
+    }
     const T* target(int64_t l) const { return P.targets[0] ? of(P.targets[l], size[l]) : nullptr; }
     const T* keys(int64_t n, int64_t l) const { return l ? x[l].data() : chunk(P.k, n, C * p); }
     const T* queries(int64_t n, int64_t l) const { return l ? xq[l].data() : chunk(P.q, n, C * p); }
     Factors<T> factors(const std::vector<T>& data, int64_t j) const { return {data.data() + j, c}; }
-    bool present(int64_t n, int64_t t) const { return !P.valid || P.valid[(sequence * P.chunks + n) * C + t]; }
+    bool present(int64_t n, int64_t t) const {
+        return !P.valid || P.valid[(sequence * P.chunks + n) * C + t];
+    }
     // Row t of what a read by token t sees.
     int64_t seen(int64_t t) const { return P.exclusive ? t : t + 1; }
 
@@ -444,9 +457,11 @@ class Walk {
     void load(int64_t n) {
         std::memcpy(state.data(), saved_state(n), sizeof(T) * c * weights);
         int64_t opened = n;
-        while (opened >= 0 && !flag(P.resets, opened) && !(opened > 0 && flag(P.closes, opened - 1))) opened--;
+        while (opened >= 0 && !flag(P.resets, opened) && !(opened > 0 && flag(P.closes, opened - 1)))
+            opened--;
         if (opened >= 0) return weights_of(saved_state(opened));
-        for (int64_t l = 0; l < L; l++) std::memcpy(anchor.data() + place[l], of(P.anchor[l], size[l]), sizeof(T) * size[l]);
+        for (int64_t l = 0; l < L; l++)
+            std::memcpy(anchor.data() + place[l], of(P.anchor[l], size[l]), sizeof(T) * size[l]);
     }
 
     // --- forward ---
@@ -485,8 +500,11 @@ class Walk {
 
     void write_gradients(int64_t n, const Tape& tape) {
         for (int64_t l = 0; l < L; l++) {
-            product(C, out[l], in[l], rows_of(keys(n, l), in[l]), rows_of(anchor.data() + place[l], out[l]), tape.z[l], false);
-            if (l + 1 < L) activate(P.activation, tape.z[l], C * out[l], x[l + 1].data(), slope[l + 1].data(), curvature[l + 1].data());
+            product(C, out[l], in[l], rows_of(keys(n, l), in[l]), rows_of(anchor.data() + place[l], out[l]),
+                    tape.z[l], false);
+            if (l + 1 < L)
+                activate(P.activation, tape.z[l], C * out[l], x[l + 1].data(), slope[l + 1].data(),
+                         curvature[l + 1].data());
         }
         for (int64_t t = 0; t < C; t++) {
             error(n, t, tape);
@@ -496,7 +514,8 @@ class Walk {
         }
         for (int64_t l = L - 1; l > 0; l--) {
             T *back = tape.pulled[l - 1], *step = tape.steps[l - 1];
-            product(C, in[l], out[l], rows_of(tape.steps[l], out[l]), transposed(anchor.data() + place[l], out[l]), back, false);
+            product(C, in[l], out[l], rows_of(tape.steps[l], out[l]),
+                    transposed(anchor.data() + place[l], out[l]), back, false);
             for (int64_t i = 0; i < C * in[l]; i++) step[i] = back[i] * slope[l][i];
         }
     }
@@ -538,16 +557,20 @@ class Walk {
             T* z = tape.zq[l];
             if (target(l)) product(C, out[l], in[l], input, rows_of(target(l), out[l]), z, false);
             for (int64_t j = 0; j < c; j++)
-                product(C, out[l], in[l], input, rows_of(component(state, l, j), out[l]), z, j || target(l), factors(read_of, j));
+                product(C, out[l], in[l], input, rows_of(component(state, l, j), out[l]), z, j || target(l),
+                        factors(read_of, j));
             dual(n, l);
-            product(C, out[l], C, rows_of(weighted.data(), C), rows_of(tape.steps[l], out[l]), z, true, {}, {}, LEFT_LOWER);
-            if (l + 1 < L) activate<T>(P.activation, z, C * out[l], xq[l + 1].data(), slope_q[l + 1].data(), nullptr);
+            product(C, out[l], C, rows_of(weighted.data(), C), rows_of(tape.steps[l], out[l]), z, true, {},
+                    {}, LEFT_LOWER);
+            if (l + 1 < L)
+                activate<T>(P.activation, z, C * out[l], xq[l + 1].data(), slope_q[l + 1].data(), nullptr);
         }
     }
 
     // scores = x~ x^T and weighted = G * scores, on and below the diagonal; weighted is zero above it.
     void dual(int64_t n, int64_t l) {
-        product(C, C, in[l], rows_of(queries(n, l), in[l]), transposed(keys(n, l), in[l]), scores.data(), false, {}, {}, RESULT_LOWER);
+        product(C, C, in[l], rows_of(queries(n, l), in[l]), transposed(keys(n, l), in[l]), scores.data(),
+                false, {}, {}, RESULT_LOWER);
         const T* g = &G[seen(0) * C];
         for (int64_t t = 0; t < C; t++)
             for (int64_t i = t * C; i <= t * C + t; i++) weighted[i] = scores[i] * g[i];
@@ -569,13 +592,15 @@ class Walk {
         for (int64_t l = 0; l < L; l++) {
             T* D = component(state, l, 0);
             const T* S = momentum ? component(state, l, 1) : D;
-            for (int64_t i = 0; i < size[l]; i++) D[i] = momentum ? carry[0] * D[i] + cross * S[i] : carry[0] * D[i];
+            for (int64_t i = 0; i < size[l]; i++)
+                D[i] = momentum ? carry[0] * D[i] + cross * S[i] : carry[0] * D[i];
             for (int64_t j = 1; j < c; j++) {
                 T* stack = component(state, l, j);
                 for (int64_t i = 0; i < size[l]; i++) stack[i] *= carry[j];
             }
             for (int64_t j = 0; j < c; j++)
-                product(in[l], out[l], C, transposed(keys(n, l), in[l]), rows_of(tape.steps[l], out[l]), component(state, l, j), true, {}, factors(write, j));
+                product(in[l], out[l], C, transposed(keys(n, l), in[l]), rows_of(tape.steps[l], out[l]),
+                        component(state, l, j), true, {}, factors(write, j));
         }
     }
 
@@ -584,8 +609,10 @@ class Walk {
     // What the tape does not hold: activations and their derivatives.
     void recall(const Tape& tape) {
         for (int64_t l = 0; l + 1 < L; l++) {
-            activate(P.activation, tape.z[l], C * out[l], x[l + 1].data(), slope[l + 1].data(), curvature[l + 1].data());
-            activate<T>(P.activation, tape.zq[l], C * out[l], xq[l + 1].data(), slope_q[l + 1].data(), nullptr);
+            activate(P.activation, tape.z[l], C * out[l], x[l + 1].data(), slope[l + 1].data(),
+                     curvature[l + 1].data());
+            activate<T>(P.activation, tape.zq[l], C * out[l], xq[l + 1].data(), slope_q[l + 1].data(),
+                        nullptr);
         }
     }
 
@@ -601,8 +628,10 @@ class Walk {
         std::fill(g_anchor.begin(), g_anchor.end(), T(0));
     }
 
-    // along [C, in] is the gradient of the input scaled by factors: those of the input (added) and of the factors.
-    void scaled_backward(const T* along, const T* input, int64_t width, const std::vector<T>& data, std::vector<T>& g_data, int64_t j, T* g_input, bool first) {
+    // along [C, in] is the gradient of the input scaled by factors: those of the input (added) and of the
+    // factors.
+    void scaled_backward(const T* along, const T* input, int64_t width, const std::vector<T>& data,
+                         std::vector<T>& g_data, int64_t j, T* g_input, bool first) {
         const Factors<T> scale = factors(data, j);
         T* g_factors = g_data.data() + j;
         for (int64_t t = 0; t < C; t++) {
@@ -621,9 +650,11 @@ class Walk {
             for (int64_t j = 0; j < c; j++) {
                 const T* g = component(g_state, l, j);
                 g_carry[j] += dot(g, component(state, l, j), size[l]);
-                product(C, in[l], out[l], rows_of(tape.steps[l], out[l]), transposed(g, out[l]), rows_a.data(), false);
+                product(C, in[l], out[l], rows_of(tape.steps[l], out[l]), transposed(g, out[l]),
+                        rows_a.data(), false);
                 scaled_backward(rows_a.data(), keys(n, l), in[l], write, g_write, j, g_x[l].data(), l == 0);
-                product(C, out[l], in[l], rows_of(keys(n, l), in[l]), rows_of(g, out[l]), g_steps[l].data(), j > 0, factors(write, j));
+                product(C, out[l], in[l], rows_of(keys(n, l), in[l]), rows_of(g, out[l]), g_steps[l].data(),
+                        j > 0, factors(write, j));
             }
             T* g_D = component(g_state, l, 0);
             if (momentum) {
@@ -645,18 +676,23 @@ class Walk {
             const View<T> g_rows = rows_of(g_out, out[l]);
             if (target(l)) {
                 product(C, in[l], out[l], g_rows, transposed(target(l), out[l]), g_in, false);
-                product(in[l], out[l], C, transposed(input, in[l]), g_rows, g_targets.data() + place[l], true);
+                product(in[l], out[l], C, transposed(input, in[l]), g_rows, g_targets.data() + place[l],
+                        true);
             } else {
                 std::fill(g_in, g_in + C * in[l], T(0));
             }
             for (int64_t j = 0; j < c; j++) {
-                product(C, in[l], out[l], g_rows, transposed(component(state, l, j), out[l]), rows_a.data(), false);
+                product(C, in[l], out[l], g_rows, transposed(component(state, l, j), out[l]), rows_a.data(),
+                        false);
                 scaled_backward(rows_a.data(), input, in[l], read_of, g_read, j, g_in, l == L - 1);
-                product(in[l], out[l], C, transposed(input, in[l]), g_rows, component(g_state, l, j), true, {}, factors(read_of, j));
+                product(in[l], out[l], C, transposed(input, in[l]), g_rows, component(g_state, l, j), true,
+                        {}, factors(read_of, j));
             }
             dual(n, l);
-            product(C, out[l], C, transposed(weighted.data(), C), g_rows, g_steps[l].data(), true, {}, {}, LEFT_UPPER);
-            product(C, C, out[l], g_rows, transposed(tape.steps[l], out[l]), g_scores.data(), false, {}, {}, RESULT_LOWER);
+            product(C, out[l], C, transposed(weighted.data(), C), g_rows, g_steps[l].data(), true, {}, {},
+                    LEFT_UPPER);
+            product(C, C, out[l], g_rows, transposed(tape.steps[l], out[l]), g_scores.data(), false, {}, {},
+                    RESULT_LOWER);
             for (int64_t t = 0; t < C; t++) {
                 for (int64_t i = t * C; i <= t * C + t; i++) {
                     const T g = scores[i] * g_scores[i];
@@ -665,8 +701,10 @@ class Walk {
                 }
                 std::fill_n(&g_scores[t * C] + t + 1, C - t - 1, T(0));
             }
-            product(C, in[l], C, transposed(g_scores.data(), C), rows_of(input, in[l]), g_x[l].data(), true, {}, {}, LEFT_UPPER);
-            product(C, in[l], C, rows_of(g_scores.data(), C), rows_of(keys(n, l), in[l]), g_in, true, {}, {}, LEFT_LOWER);
+            product(C, in[l], C, transposed(g_scores.data(), C), rows_of(input, in[l]), g_x[l].data(), true,
+                    {}, {}, LEFT_UPPER);
+            product(C, in[l], C, rows_of(g_scores.data(), C), rows_of(keys(n, l), in[l]), g_in, true, {}, {},
+                    LEFT_LOWER);
             if (l)
                 for (int64_t i = 0; i < C * in[l]; i++) g_out[i] = g_in[i] * slope_q[l][i];
         }
@@ -698,13 +736,16 @@ class Walk {
             }
             g_theta[t] = here ? back_E[t] : T(0);
             if (momentum) g_eta[t] = here ? dot(back_E.data(), &E[t * C], t) + back_M * M[t] : T(0);
-            if (g_alpha) g_alpha[t] = here ? -(dot(back_G.data(), &G[t * C], t) + back_F * F[t] + back_A * A[t]) : T(0);
+            if (g_alpha)
+                g_alpha[t] =
+                    here ? -(dot(back_G.data(), &G[t * C], t) + back_F * F[t] + back_A * A[t]) : T(0);
             for (int64_t j = 0; j <= t; j++) back_E[j] *= hold[t], back_G[j] *= keep[t];
             back_M *= hold[t], back_F *= keep[t], back_A *= keep[t];
         }
     }
 
-    // Gradient of z from that of f at one token; adds those of gamma and beta. Leaves the token in `normalised`.
+    // Gradient of z from that of f at one token; adds those of gamma and beta. Leaves the token in
+    // `normalised`.
     void head_backward(const T* z, const T* g_f, T* g_z_row) {
         if (P.norm != RESIDUAL_LAYERNORM) {
             std::memcpy(g_z_row, g_f, sizeof(T) * p);
@@ -731,15 +772,19 @@ class Walk {
                 back[i] = g_steps[l][i] * slope[l + 1][i];
             }
             const T* w = anchor.data() + place[l + 1];
-            product(in[l + 1], out[l + 1], C, transposed<T>(back, in[l + 1]), rows_of(tape.steps[l + 1], out[l + 1]), g_anchor.data() + place[l + 1], true);
-            product(C, out[l + 1], in[l + 1], rows_of<T>(back, in[l + 1]), rows_of(w, out[l + 1]), g_steps[l + 1].data(), true);
+            product(in[l + 1], out[l + 1], C, transposed<T>(back, in[l + 1]),
+                    rows_of(tape.steps[l + 1], out[l + 1]), g_anchor.data() + place[l + 1], true);
+            product(C, out[l + 1], in[l + 1], rows_of<T>(back, in[l + 1]), rows_of(w, out[l + 1]),
+                    g_steps[l + 1].data(), true);
         }
         T *g_v = of_chunk<T>(P.g_v, n, C * p), *g_f = rows_c.data();
         for (int64_t t = 0; t < C; t++) error_backward(n, t, tape, g_f + t * p, g_v + t * p);
         for (int64_t l = L - 1; l >= 0; l--) {
             const T* w = anchor.data() + place[l];
-            product(in[l], out[l], C, transposed(keys(n, l), in[l]), rows_of(g_z[l].data(), out[l]), g_anchor.data() + place[l], true);
-            product(C, in[l], out[l], rows_of(g_z[l].data(), out[l]), transposed(w, out[l]), g_x[l].data(), true);
+            product(in[l], out[l], C, transposed(keys(n, l), in[l]), rows_of(g_z[l].data(), out[l]),
+                    g_anchor.data() + place[l], true);
+            product(C, in[l], out[l], rows_of(g_z[l].data(), out[l]), transposed(w, out[l]), g_x[l].data(),
+                    true);
             if (l)
                 for (int64_t i = 0; i < C * in[l]; i++) g_z[l - 1][i] += g_x[l][i] * slope[l][i];
         }
@@ -757,9 +802,11 @@ class Walk {
             // delta = P u / s depends on z through 1/s (a part proportional to delta) and through zh; P is
             // linear, so that the projections of the latter part are delta and g_u again.
             const T* gamma = of(P.gamma, p);
-            T *g_u = vectors[2].data(), *g_delta = vectors[3].data(), *u = vectors[4].data(), *d = vectors[5].data();
+            T *g_u = vectors[2].data(), *g_delta = vectors[3].data(), *u = vectors[4].data(),
+              *d = vectors[5].data();
             error(n, t, tape);
-            for (int64_t i = 0; i < p; i++) g_delta[i] = -g_step[i], u[i] = gamma[i] * e[i], d[i] = -tape.steps[L - 1][t * p + i];
+            for (int64_t i = 0; i < p; i++)
+                g_delta[i] = -g_step[i], u[i] = gamma[i] * e[i], d[i] = -tape.steps[L - 1][t * p + i];
             normalised.through(g_delta, p, g_u);
             const T* zh = normalised.zh.data();
             const T on_delta = dot<T>(g_delta, d, p), on_u = dot<T>(u, zh, p), on_zh = dot<T>(g_delta, zh, p);
@@ -806,8 +853,16 @@ int run(const Problem& problem, bool backward) {
 
 // Compiled for one REAL, float or double; a library holds one.
 extern "C" {
-int64_t nestor_problem_size() { return sizeof(Problem); }
-int64_t nestor_states_size(const Problem* problem) { return Walk<REAL>::states_size(*problem); }
-int64_t nestor_tape_size(const Problem* problem) { return Walk<REAL>::tape_size(*problem); }
-int nestor_scan(const Problem* problem, int backward) { return run<REAL>(*problem, backward); }
+int64_t nestor_problem_size() {
+    return sizeof(Problem);
+}
+int64_t nestor_states_size(const Problem* problem) {
+    return Walk<REAL>::states_size(*problem);
+}
+int64_t nestor_tape_size(const Problem* problem) {
+    return Walk<REAL>::tape_size(*problem);
+}
+int nestor_scan(const Problem* problem, int backward) {
+    return run<REAL>(*problem, backward);
+}
 }
