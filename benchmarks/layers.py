@@ -513,7 +513,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{about['device']}, {shape['threads']} threads, "
         f"PyTorch {about['versions']['torch']}, {about['date']}; "
         f"B{shape['batch']} x T{shape['tokens']}, layers of width {shape['dim']}, models of size "
-        f"{shape['size']}, {shape['dtype']}, memory backend {about['memory_backend']}, {shape['repeats']} rounds."
+        f"{shape['size']}, {shape['dtype']}, {shape['repeats']} rounds."
     )
     return "\n".join([head, "", *table, "", *(f"- {line}" for line in remarks_of(result)), ""])
 

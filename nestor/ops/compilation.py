@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,13 +50,18 @@ def load_library(source: Path, *defines: str) -> ctypes.CDLL:
 @functools.cache
 def _load(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | str:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if os.name != "posix":
+        return f"kernels are not compiled on {platform.system()}"
     if compiler is None:
         return "there is no C++ compiler (install g++)"
-    command = [*compiler.split(), *FLAGS, *(f"-D{define}" for define in defines)]
+    command = [*shlex.split(compiler), *FLAGS, *(f"-D{define}" for define in defines)]
     try:
-        version = subprocess.run([*command[:1], "--version"], capture_output=True, check=True).stdout
+        version = subprocess.run(
+            [*shlex.split(compiler), "--version"], capture_output=True, check=True
+        ).stdout
         key = b"\0".join([source.read_bytes(), " ".join(command).encode(), version, _processor()])
         library = _cache_folder() / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
+        _own(library.parent)
         if library.exists():
             with contextlib.suppress(OSError):  # damaged: made again
                 return ctypes.CDLL(str(library))
@@ -64,17 +70,24 @@ def _load(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | str:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").splitlines()
         return f"{compiler} fails: {next((line for line in lines if 'error:' in line), error)}"
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return str(error)
 
 
 def _compile(command: list[str], source: Path, library: Path) -> None:
     logger.info("compiling %s with %s", source.name, command[0])
-    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, check=True)
         made.replace(library)
+
+
+def _own(folder: Path) -> None:
+    """Make the folder, or see that no other user can put a library there."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} belongs to, or can be written by, another user; chmod go-w it")
 
 
 def _cache_folder() -> Path:
@@ -88,5 +101,5 @@ def _processor() -> bytes:
     except OSError:
         return platform.processor().encode()
     return "".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))})
     ).encode()

@@ -17,8 +17,8 @@ class _SiluHeads(torch.autograd.Function):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         by_head = x.to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
         # Heads lie outside of tokens in memory, as the walk over a head's chunks reads them.
-        y = torch.empty(by_head.shape, dtype=dtype, device=x.device)
-        y = torch.ops.aten.silu(by_head, out=y).transpose(1, 2)
+        y = torch.nn.functional.silu(by_head.clone(memory_format=torch.contiguous_format), inplace=True)
+        y = y.transpose(1, 2)
         inverse = None
         if unit:
             length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)

@@ -33,15 +33,13 @@ class _DepthwiseConvolution(torch.autograd.Function):
         taps = weight.t().contiguous()
         grad_x, grad_taps = grad * taps[-1], torch.empty_like(taps)
         grad_tail = torch.zeros_like(tail)
-        product = torch.mul(grad, x)
-        grad_taps[-1] = product.sum((0, 1))
+        grad_taps[-1] = (grad * x).sum((0, 1))
         for lag in range(1, len(taps)):
             split, inside, outside = _reach(lag, len(taps), x.shape[1])
             grad_x[:, inside].addcmul_(grad[:, split:], taps[-1 - lag])
             grad_tail[:, outside].addcmul_(grad[:, :split], taps[-1 - lag])
-            torch.mul(grad[:, split:], x[:, inside], out=product[:, split:])
-            torch.mul(grad[:, :split], tail[:, outside], out=product[:, :split])
-            grad_taps[-1 - lag] = product.sum((0, 1))
+            within = (grad[:, split:] * x[:, inside]).sum((0, 1))
+            grad_taps[-1 - lag] = within + (grad[:, :split] * tail[:, outside]).sum((0, 1))
         return grad_x, grad_tail, grad_taps.t()
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from nestor.errors import ConfigError
 from nestor.layers.convolution import ShortConvolution
 from nestor.layers.span import Span
+from nestor.ops.short_convolution import short_convolution
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -99,6 +100,19 @@ def test_gradients_equal_finite_differences(packed, length):
         return torch.func.functional_call(layer, {"weight": weight}, (x, tail, span, start))
 
     assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_torch_compile_takes_it_whole_with_its_backward():
+    x, tail, weight = normal(2, 6, 3), normal(2, 3, 3, seed=1), normal(3, 4, seed=2)
+    compiled = torch.compile(short_convolution, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (short_convolution, compiled):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, tail)]
+        y = function(*leaves)
+        y.square().sum().backward()
+        results.append([y, *(t.grad for t in leaves)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
 
 
 def test_it_starts_near_the_identity():

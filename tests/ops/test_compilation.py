@@ -2,13 +2,16 @@
 
 import shutil
 import stat
+import sys
 
 import pytest
 
 from nestor.ops import compilation
 from nestor.ops.compilation import CompilationError, load_library
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
+)
 
 
 @pytest.fixture
@@ -41,6 +44,22 @@ def test_a_library_is_compiled_once_and_kept_by_source_and_defines(cache, source
     forget()
     monkeypatch.setattr(compilation, "_compile", lambda *_: pytest.fail("compiled again"))
     assert load_library(source, "ANSWER=42").answer() == 42
+
+
+def test_a_folder_that_others_can_write_is_not_trusted(cache, source):
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    with pytest.raises(CompilationError, match="chmod go-w"):
+        load_library(source, "ANSWER=1")
+
+
+def test_no_home_is_told(cache, source, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(
+        compilation.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory"))
+    )
+    with pytest.raises(CompilationError, match="no home directory"):
+        load_library(source, "ANSWER=1")
 
 
 def test_a_changed_source_is_compiled_again(cache, source):
@@ -86,5 +105,4 @@ def test_a_damaged_library_is_made_again(cache, source, monkeypatch):
 
 
 def damage(library):
-    library.parent.mkdir(parents=True)
     library.write_bytes(b"half")

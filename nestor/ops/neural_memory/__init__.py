@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nestor.errors import ConfigError
 from nestor.ops.neural_memory.checks import self_check
@@ -34,11 +35,13 @@ __all__ = [
 BACKENDS = ("native", "chunked", "reference")
 
 
-def choose_backend(spec: MemorySpec, device: torch.device) -> tuple[str, str]:
+def choose_backend(
+    spec: MemorySpec, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
     """The backend that `neural_memory` uses for these choices on this device, and why."""
     if torch.compiler.is_compiling():
         return "chunked", "torch.compile can trace the chunked PyTorch form"
-    obstacle = unsupported(spec, device)
+    obstacle = unsupported(spec, device, dtype)
     if obstacle is not None:
         return "chunked", obstacle
     return "native", "the C++ form covers these choices on a cpu"
@@ -79,7 +82,9 @@ def neural_memory(
     Dtypes: q, k, v and the gates are cast to float32 (float64 stays); fast weights are float32 or float64.
     Returns: y ``[B, T, H, p]`` in the dtype of q, and the state after the last token; with `return_surprise`
         also the norm of each token's inner gradient, float32 ``[B, T, H]``, without a gradient.
-    Raises: ShapeError for shapes that do not fit, ConfigError for an unknown backend.
+    backend: one of BACKENDS; None: what `choose_backend` says.
+    Raises: ShapeError for shapes that do not fit, ConfigError for an unknown backend, or one that does not
+        cover these choices.
     """
     check_call(
         q,
@@ -98,13 +103,15 @@ def neural_memory(
         q, k, v, theta = (t.to(dtype) for t in (q, k, v, theta))
         eta, alpha, gamma, beta = (None if t is None else t.to(dtype) for t in (eta, alpha, gamma, beta))
         initial = tuple(w.to(dtype) for w in initial)
-        chosen = backend or choose_backend(spec, q.device)[0]
+        chosen = backend or choose_backend(spec, q.device, dtype)[0]
+        if backend is None and chosen == "native" and isinstance(q, FakeTensor):
+            chosen = "chunked"  # shapes alone, with nothing to point to
         if chosen == "native":
-            obstacle = unsupported(spec, q.device)
+            obstacle = unsupported(spec, q.device, dtype)
             if obstacle is not None:
                 raise ConfigError(f"backend is 'native'; {obstacle}. Use backend='chunked', or leave it out.")
         if chosen in ("native", "chunked"):
-            y, after, surprise = _chunked(
+            y, after, surprise = _in_chunks(
                 native_walk if chosen == "native" else walk_chunks,
                 q,
                 k,
@@ -136,7 +143,9 @@ def neural_memory(
     if not return_surprise:
         return y.to(out_dtype), after
     if surprise is None:
-        raise ConfigError("the reference backend does not report surprise; use backend='chunked'.")
+        raise ConfigError(
+            "the reference backend does not report surprise; use backend='chunked', or leave it out."
+        )
     return y.to(out_dtype), after, surprise
 
 
@@ -175,7 +184,7 @@ def _expand(state: MemoryState, batch: int) -> MemoryState:
     )
 
 
-def _chunked(
+def _in_chunks(
     walk: Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]],
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
     initial: tuple[Tensor, ...], gamma: Tensor | None, beta: Tensor | None,

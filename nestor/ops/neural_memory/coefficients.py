@@ -21,7 +21,7 @@ def _products(gate: Tensor) -> Tensor:
     # Transposed, so that the product runs along memory.
     above = torch.ones(length, length, dtype=torch.bool, device=gate.device).triu(1)
     steps = torch.where(above, gate.unsqueeze(-2), 1.0)
-    return torch.cumprod(steps, -1, out=steps).triu_().transpose(-1, -2)
+    return steps.cumprod_(-1).triu_().transpose(-1, -2)
 
 
 class _Products(torch.autograd.Function):

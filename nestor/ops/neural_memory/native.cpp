@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -84,8 +85,8 @@ struct Factors {
 };
 
 template <class T, int R>
-void tile(View<T> a, const T* b, int64_t depth, T* c, int64_t stride, int64_t columns, Factors<T> row_factors,
-          bool add) {
+void tile(View<T> a, const T* b, int64_t depth, T* result, int64_t stride, int64_t columns,
+          Factors<T> row_factors, bool add) {
     using V = typename Vector<T>::type;
     constexpr int64_t lanes = Vector<T>::lanes;
     V sum[R][2] = {};
@@ -97,23 +98,23 @@ void tile(View<T> a, const T* b, int64_t depth, T* c, int64_t stride, int64_t co
             sum[r][1] += column[r * a.row] * high;
         }
     }
-    for (int r = 0; r < R; r++, c += stride) {
+    for (int r = 0; r < R; r++, result += stride) {
         if (row_factors.data)
             for (auto& s : sum[r]) s *= row_factors[r];
         if (columns == 2 * lanes) {
-            V* out = reinterpret_cast<V*>(c);
-            V* next = reinterpret_cast<V*>(c + lanes);
-            *out = add ? *out + sum[r][0] : sum[r][0];
-            *next = add ? *next + sum[r][1] : sum[r][1];
+            V* first = reinterpret_cast<V*>(result);
+            V* second = reinterpret_cast<V*>(result + lanes);
+            *first = add ? *first + sum[r][0] : sum[r][0];
+            *second = add ? *second + sum[r][1] : sum[r][1];
         } else {
             T values[2 * lanes];
             std::memcpy(values, sum[r], sizeof(values));
-            for (int64_t j = 0; j < columns; j++) c[j] = add ? c[j] + values[j] : values[j];
+            for (int64_t j = 0; j < columns; j++) result[j] = add ? result[j] + values[j] : values[j];
         }
     }
 }
 
-// What a product need not compute: c above its diagonal, or summands in the triangle where a is zero.
+// What a product need not compute: its own upper triangle, or summands in the triangle where a is zero.
 enum Triangle { FULL, RESULT_LOWER, LEFT_LOWER, LEFT_UPPER };
 
 template <class T>
@@ -122,8 +123,8 @@ class Products {
     // Room for products of at most `depth` summands.
     explicit Products(int64_t depth) : panel_(depth * 2 * Vector<T>::lanes) {}
 
-    // c = diag(row_factors) a diag(depth_factors) b, or c += that; c is row-major and N wide.
-    void operator()(int64_t M, int64_t N, int64_t K, View<T> a, View<T> b, T* c, bool add,
+    // result = diag(row_factors) a diag(depth_factors) b, or += that; it is row-major and N wide.
+    void operator()(int64_t M, int64_t N, int64_t K, View<T> a, View<T> b, T* result, bool add,
                     Factors<T> row_factors = {}, Factors<T> depth_factors = {}, Triangle triangle = FULL) {
         static constexpr decltype(&tile<T, 1>) tiles[] = {tile<T, 1>, tile<T, 2>, tile<T, 3>,
                                                           tile<T, 4>, tile<T, 5>, tile<T, TILE_ROWS>};
@@ -140,7 +141,7 @@ class Products {
                 const Factors<T> factors = {
                     row_factors.data ? row_factors.data + i * row_factors.stride : nullptr,
                     row_factors.stride};
-                T* out = c + i * N + j;
+                T* out = result + i * N + j;
                 tiles[std::min<int64_t>(TILE_ROWS, M - i) - 1](left, panel, depth, out, N, columns, factors,
                                                                add);
             }
@@ -178,9 +179,9 @@ inline float exponential(float x) {
     const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     float p = 1.0f / 5040;
     for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-    int32_t bits;
+    uint32_t bits;
     std::memcpy(&bits, &shifted, 4);
-    bits = (bits - 0x4B400000 + 127) << 23;
+    bits = (bits - 0x4B400000u + 127u) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
     return p * power;
@@ -195,9 +196,9 @@ inline double exponential(double x) {
     for (double c : {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
                      1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
         p = p * r + c;
-    int64_t bits;
+    uint64_t bits;
     std::memcpy(&bits, &shifted, 8);
-    bits = (bits - 0x4338000000000000 + 1023) << 52;
+    bits = (bits - 0x4338000000000000u + 1023u) << 52;
     double power;
     std::memcpy(&power, &bits, 8);
     return p * power;
@@ -841,11 +842,15 @@ int run(const Problem& problem, bool backward) {
     } catch (const std::bad_alloc&) {
         return 1;
     }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t m = 0; m < problem.sequences; m++) {
-        Walk<T>& walk = walks[omp_get_thread_num()];
-        backward ? walk.backward(m) : walk.forward(m);
-    }
+    // A team of as many threads as PyTorch's, though some may find nothing to do: OpenMP would end the
+    // surplus threads of a smaller team, and PyTorch's next operation start them again.
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(problem.threads) if (threads > 1)
+    if (omp_get_thread_num() < threads)
+        for (int64_t m; (m = next++) < problem.sequences;) {
+            Walk<T>& walk = walks[omp_get_thread_num()];
+            backward ? walk.backward(m) : walk.forward(m);
+        }
     return 0;
 }
 

@@ -1,16 +1,18 @@
 """The walk over the chunks of a call as one C++ function for CPUs; `native.cpp` holds it.
 
-It takes and gives what `scan.scan` does, in the same equations. One thread walks one sequence and head with
+It takes and gives what `scan.walk` does, in the same equations. One thread walks one sequence and head with
 its weights in the core's cache, where the PyTorch form reads and writes them from memory at every product.
 """
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestor.errors import ConfigError
 from nestor.ops.compilation import CompilationError, load_library
 from nestor.ops.neural_memory.chunked import ChunkState, Layers, Norm, Tokens
 from nestor.ops.neural_memory.functions import NORMS
@@ -22,10 +24,11 @@ REALS = {torch.float32: "float", torch.float64: "double"}
 ACTIVATIONS = ("gelu", "silu")
 LOSSES = ("l2", "dot_product")
 MAX_DEPTH = 4
+PROCESS = os.getpid()
 
 
-def unsupported(spec: MemorySpec, device: torch.device) -> str | None:
-    """Why the C++ form cannot compute these choices on this device; None: it can."""
+def unsupported(spec: MemorySpec, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the C++ form cannot compute these choices on this device in this dtype; None: it can."""
     if device.type != "cpu":
         return f"the C++ form runs on a cpu, not on {device.type}"
     for name, value, known in (
@@ -38,7 +41,7 @@ def unsupported(spec: MemorySpec, device: torch.device) -> str | None:
         if value not in known:
             return f"the C++ form does not cover {name}={value!r}"
     try:
-        _library(torch.float32)
+        _library(dtype)
     except CompilationError as error:
         return f"the C++ form cannot be compiled: {error}"
     return None
@@ -57,7 +60,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     library = load_library(SOURCE, f"REAL={REALS[dtype]}")
     for name in ("nestor_problem_size", "nestor_states_size", "nestor_tape_size"):
         getattr(library, name).restype = ctypes.c_int64
-    assert library.nestor_problem_size() == ctypes.sizeof(_Problem)
+    if library.nestor_problem_size() != ctypes.sizeof(_Problem):
+        raise CompilationError("native.cpp and native.py disagree about a structure; reinstall nestor")
     return library
 
 
@@ -107,12 +111,13 @@ class _Call:
         sequences, chunks, length, width = tokens.q.shape
         widths = [width, *(w.shape[-1] for w in state.anchor)]
         self.problem = _Problem(
-            sequences, chunks, length, plan.depth, torch.get_num_threads(),
+            sequences, chunks, length, plan.depth, _threads(),
             ACTIVATIONS.index(plan.spec.activation), NORMS.index(plan.spec.norm),
             LOSSES.index(plan.spec.inner_loss), plan.spec.read_mode == "exclusive",
             (ctypes.c_int64 * (MAX_DEPTH + 1))(*widths), plan.spec.norm_eps, plan.spec.loss_scale,
         )  # fmt: skip
         self._kept: list[Any] = []
+        self._dtypes = (self.dtype, torch.bool, torch.uint8)
         self.point(resets=_flags(plan.resets, sequences), closes=_flags(plan.closes, sequences))
         self.point(valid=tokens.valid, **{name: getattr(tokens, name) for name in _TOKENS})
         self.point(gamma=norm.gamma, beta=norm.beta, start=start, stacks=state.stacks, anchor=state.anchor)
@@ -122,6 +127,12 @@ class _Call:
         """Set fields to tensors, or to lists of one for each layer."""
         for name, value in tensors.items():
             self._kept.append(value)
+            for tensor in value if isinstance(value, list) else [value]:
+                if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in self._dtypes):
+                    raise ConfigError(
+                        f"{name} is {tensor.dtype} on {tensor.device}; like q, all tensors of a call must be "
+                        f"{self.dtype} on the cpu."
+                    )
             if isinstance(value, list):
                 setattr(self.problem, name, _Layered(*(t.data_ptr() for t in value)))
             elif value is not None:
@@ -129,7 +140,7 @@ class _Call:
 
     def empty(self, size: int) -> Tensor:
         """Room for `size` numbers for each sequence and chunk."""
-        return torch.empty(self.problem.sequences, self.problem.chunks, size, dtype=self.dtype)
+        return torch.empty(self.problem.sequences, self.problem.chunks, size, dtype=self.dtype, device="cpu")
 
     def run(self, backward: bool) -> None:
         if self.library.nestor_scan(ctypes.byref(self.problem), int(backward)):
@@ -143,7 +154,7 @@ class _NativeWalk(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, keep_tape: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         call = _Call(plan, tensors)
         inputs, _, _, state = unpack(plan, Tokens, tensors)
-        outputs = torch.empty(inputs.q.shape, dtype=call.dtype)
+        outputs = _like(inputs.q)
         surprise = inputs.q.new_empty(inputs.q.shape[:-1] if plan.surprise else (0,))
         stacks, anchor = ([_like(t) for t in layers] for layers in (state.stacks, state.anchor))
         states = tape = None
@@ -179,15 +190,22 @@ class _NativeWalk(torch.autograd.Function):
         return (None, None, *grads)
 
 
+def _threads() -> int:
+    """Threads of PyTorch; one in a forked process, which has none of its parent's."""
+    return torch.get_num_threads() if os.getpid() == PROCESS else 1
+
+
 def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _flags(masks: list[Any], sequences: int) -> Tensor:
     """uint8 ``[N, m]`` from masks as in `Plan`."""
     if not any(isinstance(mask, Tensor) for mask in masks):
-        return torch.tensor([bool(mask) for mask in masks], dtype=torch.uint8)[:, None].repeat(1, sequences)
-    flags = torch.zeros(len(masks), sequences, dtype=torch.uint8)
+        return torch.tensor([bool(mask) for mask in masks], dtype=torch.uint8, device="cpu")[:, None].repeat(
+            1, sequences
+        )
+    flags = torch.zeros(len(masks), sequences, dtype=torch.uint8, device="cpu")
     for row, mask in zip(flags, masks, strict=True):
-        row.copy_(mask.flatten() if isinstance(mask, Tensor) else torch.tensor(bool(mask)))
+        row.copy_(mask.flatten()) if isinstance(mask, Tensor) else row.fill_(bool(mask))
     return flags
