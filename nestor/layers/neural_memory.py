@@ -279,6 +279,7 @@ class NeuralMemory(nn.Module):
         return state
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
+        # The norm passes over y several times, which is slow where heads lie outside of tokens.
         y = self.out_norm(y.contiguous()).flatten(-2)
         if self.output_gate is not None:
             y = y * torch.sigmoid(self.output_gate(x))

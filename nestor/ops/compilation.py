@@ -10,8 +10,9 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
+
+from nestor.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,8 @@ def _load(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | str:
 
 def _compile(command: list[str], source: Path, library: Path) -> None:
     logger.info("compiling %s with %s", source.name, command[0])
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+    with atomic_write(library) as made:
         subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, check=True)
-        made.replace(library)
 
 
 def _own(folder: Path) -> None:

@@ -103,13 +103,13 @@ def neural_memory(
         q, k, v, theta = (t.to(dtype) for t in (q, k, v, theta))
         eta, alpha, gamma, beta = (None if t is None else t.to(dtype) for t in (eta, alpha, gamma, beta))
         initial = tuple(w.to(dtype) for w in initial)
-        chosen = backend or choose_backend(spec, q.device, dtype)[0]
-        if backend is None and chosen == "native" and isinstance(q, FakeTensor):
-            chosen = "chunked"  # shapes alone, with nothing to point to
-        if chosen == "native":
-            obstacle = unsupported(spec, q.device, dtype)
-            if obstacle is not None:
-                raise ConfigError(f"backend is 'native'; {obstacle}. Use backend='chunked', or leave it out.")
+        chosen = backend
+        if chosen is None:
+            # A fake tensor is a shape alone, with nothing to point to.
+            fake = isinstance(q, FakeTensor)
+            chosen = "chunked" if fake else choose_backend(spec, q.device, dtype)[0]
+        elif chosen == "native" and (obstacle := unsupported(spec, q.device, dtype)) is not None:
+            raise ConfigError(f"backend is 'native'; {obstacle}. Use backend='chunked', or leave it out.")
         if chosen in ("native", "chunked"):
             y, after, surprise = _in_chunks(
                 native_walk if chosen == "native" else walk_chunks,

@@ -234,6 +234,14 @@ void activate(int64_t activation, const T* z, int64_t n, T* value, T* slope, T* 
     }
 }
 
+template <class T>
+T mean_of(const T* a, int64_t n) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += a[i];
+    return sum / n;
+}
+
 // The output of a layer norm at one token, and its derivative w -> P w / s.
 template <class T>
 struct Normalised {
@@ -243,10 +251,8 @@ struct Normalised {
     explicit Normalised(int64_t p) : zh(p) {}
 
     void of(const T* z, int64_t p, double eps) {
-        T mean = 0, variance = 0;
-#pragma omp simd reduction(+ : mean)
-        for (int64_t i = 0; i < p; i++) mean += z[i];
-        mean /= p;
+        const T mean = mean_of(z, p);
+        T variance = 0;
 #pragma omp simd reduction(+ : variance)
         for (int64_t i = 0; i < p; i++) variance += (z[i] - mean) * (z[i] - mean);
         inverse_std = T(1) / std::sqrt(variance / p + T(eps));
@@ -254,11 +260,7 @@ struct Normalised {
     }
 
     void through(const T* w, int64_t p, T* out) const {
-        T mean = 0;
-#pragma omp simd reduction(+ : mean)
-        for (int64_t i = 0; i < p; i++) mean += w[i];
-        mean /= p;
-        const T along = dot(w, zh.data(), p) / p;
+        const T mean = mean_of(w, p), along = dot(w, zh.data(), p) / p;
         for (int64_t i = 0; i < p; i++) out[i] = inverse_std * (w[i] - mean - zh[i] * along);
     }
 };
@@ -324,10 +326,10 @@ class Walk {
             if (P.states) std::memcpy(saved_state(n), state.data(), sizeof(T) * c * weights);
             const Tape tape = tape_of(n);
             chunk_forward(n, tape);
-            T* y = of_chunk<T>(P.y, n, C * p);
+            T* y = chunk(P.y, n, C * p);
             for (int64_t t = 0; t < C; t++)
                 head(chunk(P.q, n, C * p) + t * p, tape.zq[L - 1] + t * p, y + t * p);
-            if (P.surprise) surprise(n, tape, of_chunk<T>(P.surprise, n, C));
+            if (P.surprise) surprise(n, tape, chunk(P.surprise, n, C));
             update(n, tape);
             if (flag(P.closes, n)) weights_of(state.data());
         }
@@ -411,15 +413,14 @@ class Walk {
 
     const T* of(const void* data, int64_t n) const { return static_cast<const T*>(data) + sequence * n; }
     T* of(void* data, int64_t n) const { return static_cast<T*>(data) + sequence * n; }
-    template <class U>
-    U* of_chunk(void* data, int64_t n, int64_t each) const {
-        return static_cast<U*>(data) + (sequence * P.chunks + n) * each;
+    T* chunk(void* data, int64_t n, int64_t each) const {
+        return static_cast<T*>(data) + (sequence * P.chunks + n) * each;
     }
     const T* chunk(const void* data, int64_t n, int64_t each) const {
         return static_cast<const T*>(data) + (sequence * P.chunks + n) * each;
     }
     bool flag(const uint8_t* flags, int64_t n) const { return flags[n * P.sequences + sequence]; }
-    T* saved_state(int64_t n) const { return of_chunk<T>(P.states, n, c * weights); }
+    T* saved_state(int64_t n) const { return chunk(P.states, n, c * weights); }
     // Component j of a layer; the components of a layer are neighbours.
     T* component(std::vector<T>& stacks, int64_t l, int64_t j) const {
         return stacks.data() + c * place[l] + j * size[l];
@@ -435,7 +436,7 @@ class Walk {
     int64_t seen(int64_t t) const { return P.exclusive ? t : t + 1; }
 
     Tape tape_of(int64_t n) {
-        T* next = P.tape ? of_chunk<T>(P.tape, n, tape_size(P)) : tape_here.data();
+        T* next = P.tape ? chunk(P.tape, n, tape_size(P)) : tape_here.data();
         Tape tape = {};
         auto take = [&](int64_t width) { return std::exchange(next, next + C * width); };
         for (int64_t l = 0; l < L; l++) {
@@ -709,14 +710,14 @@ class Walk {
             if (l)
                 for (int64_t i = 0; i < C * in[l]; i++) g_out[i] = g_in[i] * slope_q[l][i];
         }
-        T* g_q = of_chunk<T>(P.g_q, n, C * p);
+        T* g_q = chunk(P.g_q, n, C * p);
         for (int64_t i = 0; i < C * p; i++) g_q[i] = g_in[i] + (P.norm == NONE ? T(0) : g_y[i]);
     }
 
     // Reverse of `coefficients`.
     void coefficients_backward(int64_t n) {
-        T *g_theta = of_chunk<T>(P.g_theta, n, C), *g_eta = momentum ? of_chunk<T>(P.g_eta, n, C) : nullptr;
-        T* g_alpha = P.alpha ? of_chunk<T>(P.g_alpha, n, C) : nullptr;
+        T *g_theta = chunk(P.g_theta, n, C), *g_eta = momentum ? chunk(P.g_eta, n, C) : nullptr;
+        T* g_alpha = P.alpha ? chunk(P.g_alpha, n, C) : nullptr;
         // Gradients of row t + 1, from the end of the chunk on.
         T back_A = g_carry[0], back_M = g_carry[1], back_F = g_cross;
         for (int64_t j = 0; j < C; j++) {
@@ -778,7 +779,7 @@ class Walk {
             product(C, out[l + 1], in[l + 1], rows_of<T>(back, in[l + 1]), rows_of(w, out[l + 1]),
                     g_steps[l + 1].data(), true);
         }
-        T *g_v = of_chunk<T>(P.g_v, n, C * p), *g_f = rows_c.data();
+        T *g_v = chunk(P.g_v, n, C * p), *g_f = rows_c.data();
         for (int64_t t = 0; t < C; t++) error_backward(n, t, tape, g_f + t * p, g_v + t * p);
         for (int64_t l = L - 1; l >= 0; l--) {
             const T* w = anchor.data() + place[l];
@@ -789,7 +790,7 @@ class Walk {
             if (l)
                 for (int64_t i = 0; i < C * in[l]; i++) g_z[l - 1][i] += g_x[l][i] * slope[l][i];
         }
-        T* g_k = of_chunk<T>(P.g_k, n, C * p);
+        T* g_k = chunk(P.g_k, n, C * p);
         for (int64_t i = 0; i < C * p; i++) g_k[i] = g_x[0][i] + (P.norm == NONE ? T(0) : g_f[i]);
     }
 

@@ -5,6 +5,7 @@ its weights in the core's cache, where the PyTorch form reads and writes them fr
 """
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nestor.errors import ConfigError
 from nestor.ops.compilation import CompilationError, load_library
 from nestor.ops.neural_memory.chunked import ChunkState, Layers, Norm, Tokens
 from nestor.ops.neural_memory.functions import NORMS
-from nestor.ops.neural_memory.scan import Plan, scan_inputs, unpack
+from nestor.ops.neural_memory.scan import Plan, apply_walk, unpack
 from nestor.ops.neural_memory.spec import MemorySpec
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -51,11 +52,10 @@ def native_walk(
     plan: Plan, tokens: Tokens, norm: Norm, start: Layers, state: ChunkState
 ) -> tuple[Tensor, Tensor, Layers, Layers]:
     """`scan.walk` for CPU tensors and choices that are not `unsupported`."""
-    keep_tape, tensors = scan_inputs(plan, tokens, norm, start, state)
-    outputs, surprise, *final = _NativeWalk.apply(plan, keep_tape, *tensors)
-    return outputs, surprise, final[: plan.depth], final[plan.depth :]
+    return apply_walk(_NativeWalk, plan, tokens, norm, start, state)
 
 
+@functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     library = load_library(SOURCE, f"REAL={REALS[dtype]}")
     for name in ("nestor_problem_size", "nestor_states_size", "nestor_tape_size"):
@@ -107,6 +107,7 @@ class _Call:
     def __init__(self, plan: Plan, tensors: tuple[Tensor | None, ...]) -> None:
         contiguous = [None if t is None else t.contiguous() for t in tensors]
         tokens, norm, start, state = unpack(plan, Tokens, contiguous)
+        self.tokens, self.state = tokens, state
         self.dtype, self.library = tokens.q.dtype, _library(tokens.q.dtype)
         sequences, chunks, length, width = tokens.q.shape
         widths = [width, *(w.shape[-1] for w in state.anchor)]
@@ -148,14 +149,14 @@ class _Call:
 
 
 class _NativeWalk(torch.autograd.Function):
-    """Inputs after the plan: those of `scan.scan_inputs`."""
+    """Inputs after the plan: those of `scan.apply_walk`."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, keep_tape: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         call = _Call(plan, tensors)
-        inputs, _, _, state = unpack(plan, Tokens, tensors)
-        outputs = _like(inputs.q)
-        surprise = inputs.q.new_empty(inputs.q.shape[:-1] if plan.surprise else (0,))
+        q, state = call.tokens.q, call.state
+        outputs = _like(q)
+        surprise = q.new_empty(q.shape[:-1] if plan.surprise else (0,))
         stacks, anchor = ([_like(t) for t in layers] for layers in (state.stacks, state.anchor))
         states = tape = None
         if keep_tape:

@@ -61,24 +61,31 @@ def walk(
     ``[m, N, C, p]``, the inner gradients' norms ``[m, N, C]`` (empty unless asked for) and the final
     components and anchors per layer.
     """
-    keep_tape, tensors = scan_inputs(plan, make_rows(tokens, plan.spec), norm, start, state)
-    outputs, surprise, *final = _Scan.apply(plan, keep_tape, *tensors)
-    return outputs, surprise, final[: plan.depth], final[plan.depth :]
+    return apply_walk(_Scan, plan, make_rows(tokens, plan.spec), norm, start, state)
 
 
-def scan_inputs(
-    plan: Plan, per_token: NamedTuple, norm: Norm, start: Layers, state: ChunkState
-) -> tuple[bool, list[Tensor | None]]:
-    """Whether a backward will follow, and all tensors of a walk in one list, which `unpack` takes apart."""
+def apply_walk(
+    function: type[torch.autograd.Function],
+    plan: Plan,
+    per_token: NamedTuple,
+    norm: Norm,
+    start: Layers,
+    state: ChunkState,
+) -> tuple[Tensor, Tensor, Layers, Layers]:
+    """Call an autograd function with the plan, whether a backward will follow, and all tensors as one list,
+    which `unpack` takes apart. Returns what `walk` does.
+    """
     slow = [norm.gamma, norm.beta] if plan.has_norm else []
     tensors = [*per_token, *slow, *start, *state.stacks, *state.anchor, *(state.targets or [])]
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors), tensors
+    keep_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    outputs, surprise, *final = function.apply(plan, keep_tape, *tensors)
+    return outputs, surprise, final[: plan.depth], final[plan.depth :]
 
 
 def unpack(
     plan: Plan, per_token: type[PerToken], tensors: Sequence[Tensor | None]
 ) -> tuple[PerToken, Norm, Layers, ChunkState]:
-    """Reverse of the list of `scan_inputs`, whose first entries are a tuple of the type `per_token`."""
+    """Reverse of the list of `apply_walk`, whose first entries are a tuple of the type `per_token`."""
     rest: list[Any] = list(tensors)
 
     def take(n: int) -> list[Any]:
