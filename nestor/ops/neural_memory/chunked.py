@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nestor.ops.neural_memory.coefficients import chunk_coefficients
-from nestor.ops.neural_memory.functions import ACTIVATIONS, INNER_LOSSES, HeadCache, make_head
+from nestor.ops.neural_memory.functions import ACTIVATIONS, HeadCache, make_head
 from nestor.ops.neural_memory.spec import MemorySpec
 
 Layers = list[Tensor]  # one tensor per layer of the memory network
@@ -210,7 +210,7 @@ def write_gradients(spec: MemorySpec, norm: Norm, rows: Rows, state: ChunkState)
             tape.slopes.append(slope)
             tape.curvatures.append(curvature)
     tape.prediction, cache = head.value(rows.k, z, norm.gamma, norm.beta)
-    tape.error = INNER_LOSSES[spec.inner_loss](spec.loss_scale).error(tape.prediction, rows.v)
+    tape.error = spec.loss().error(tape.prediction, rows.v)
     delta, tape.head = head.pull_back(tape.error, cache)
 
     steps, pulled = [-delta], []
@@ -358,7 +358,7 @@ class _WriteBackward:
         self.rows, self.state, self.tape, self.sums = rows, state, tape, sums
         self.depth = len(state.anchor)
         self.head = make_head(spec.norm, spec.norm_eps)
-        self.loss = INNER_LOSSES[spec.inner_loss](spec.loss_scale)
+        self.loss = spec.loss()
         self.row_grads: dict[str, Tensor] = {}
         self.g_stacks: Layers = []
         self.g_anchor: list[Any] = [None] * self.depth

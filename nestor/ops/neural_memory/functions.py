@@ -1,8 +1,8 @@
 """The small functions that a memory network is made of, each with its hand-written derivatives.
 
-A fast network is ``f(x) = head(x, MLP(x))`` where the MLP has one to four weight matrices. This file holds
-the three parts that vary between memories: the activation, the head (residual and norm) and the inner
-loss. The chunk engine differentiates through the inner gradient, so each part states its first derivative,
+A fast network is ``f(x) = head(x, MLP(x))`` where the MLP has one to four weight matrices. Three parts vary
+between memories: the activation and the head (residual and norm), which are here, and the inner loss, in
+`losses.py`. The chunk engine differentiates through the inner gradient, so each states its first derivative,
 and the vector-Jacobian products of that derivative (spec/neural-memory.md sections 2.3 and 2.4).
 
 Rows are tokens: ``x, z, f, e`` are ``[..., C, width]``; ``gamma, beta`` are ``[..., 1, p]``.
@@ -14,6 +14,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from nestor.ops.neural_memory.losses import INNER_LOSSES as INNER_LOSSES
+from nestor.ops.neural_memory.losses import InnerLoss as InnerLoss
 
 # --- activations ------------------------------------------------------------------------------------------
 
@@ -209,56 +212,3 @@ def make_head(norm: str, eps: float) -> Head:
     if norm == "residual_layernorm":
         return NormHead(eps)
     return PlainHead(residual=norm == "residual")
-
-
-# --- inner losses (attentional bias) -----------------------------------------------------------------------
-
-
-class InnerLoss(Protocol):
-    def value(self, f: Tensor, v: Tensor) -> Tensor:
-        """The loss of each token, ``[..., C]``. Only the reference needs it."""
-        ...
-
-    def error(self, f: Tensor, v: Tensor) -> Tensor:
-        """e = d loss / d f."""
-        ...
-
-    def error_vjp(self, grad_e: Tensor, f: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(grad f, grad v) of `error`; None where e does not depend on f."""
-        ...
-
-
-class L2Loss:
-    """``c/2 ||f(k) - v||^2``: e = c (f - v). The paper's printed loss is c = 2, its gradient c = 1."""
-
-    def __init__(self, scale: float):
-        self.scale = scale
-
-    def value(self, f: Tensor, v: Tensor) -> Tensor:
-        return (f - v).square().sum(-1) * (0.5 * self.scale)
-
-    def error(self, f: Tensor, v: Tensor) -> Tensor:
-        return (f - v) * self.scale if self.scale != 1.0 else f - v
-
-    def error_vjp(self, grad_e: Tensor, f: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
-        grad_f = grad_e * self.scale if self.scale != 1.0 else grad_e
-        return grad_f, -grad_f
-
-
-class DotProductLoss:
-    """``-c <f(k), v>``: e = -c v. With a linear memory this is linear attention."""
-
-    def __init__(self, scale: float):
-        self.scale = scale
-
-    def value(self, f: Tensor, v: Tensor) -> Tensor:
-        return (f * v).sum(-1) * -self.scale
-
-    def error(self, f: Tensor, v: Tensor) -> Tensor:
-        return v * -self.scale
-
-    def error_vjp(self, grad_e: Tensor, f: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
-        return None, grad_e * -self.scale
-
-
-INNER_LOSSES: dict[str, type[L2Loss] | type[DotProductLoss]] = {"l2": L2Loss, "dot_product": DotProductLoss}

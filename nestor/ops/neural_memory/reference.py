@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nestor.ops.neural_memory.functions import ACTIVATIONS, INNER_LOSSES, make_head
+from nestor.ops.neural_memory.functions import ACTIVATIONS, make_head
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
 
 
@@ -52,7 +52,7 @@ def neural_memory_reference(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Token loop. Shapes as in `nestor.ops.neural_memory.neural_memory`, with state and start filled in."""
-    loss_function = INNER_LOSSES[spec.inner_loss](spec.loss_scale)
+    loss_function = spec.loss()
     weights, momentum, anchor, phase = (
         list(state.weights),
         list(state.momentum),

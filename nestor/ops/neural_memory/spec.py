@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nestor.errors import ConfigError, suggest
 from nestor.ops.neural_memory.functions import ACTIVATIONS, INNER_LOSSES, NORMS
+from nestor.ops.neural_memory.losses import InnerLoss, LossSettings, make_loss
 
 READ_MODES = ("inclusive", "exclusive", "chunk_start")
 DECAYS = ("initial", "zero")
@@ -22,12 +23,14 @@ class MemorySpec:
         with the chunk size that it was trained with.
     activation: between the layers of the memory network, "gelu" or "silu".
     norm: "none" f = MLP(x); "residual" f = x + MLP(x); "residual_layernorm" f = x + gamma LN(MLP(x)) + beta.
-    inner_loss, loss_scale: "l2" is c/2 ||f - v||^2, "dot_product" is -c <f, v>, with c = loss_scale.
+    inner_loss, loss_scale: "l2" is c/2 ||f - v||^2, "dot_product" is -c <f, v>, with c = loss_scale; "lp",
+        "l1", "huber", "huber_norm", "yaad" and "worst_case_shift" are in `losses.py`.
     read_mode: which weights query t sees: "inclusive" W_t, "exclusive" W_{t-1}, "chunk_start" the anchor.
     decay: what the forget gate pulls the weights to: their learned "initial" value, or "zero".
     grad_at: the inner gradient is taken at the anchor before ("pre_decay", Titans) or after the token's own
         decay ("post_decay", Gated DeltaNet).
     recompute: backward recomputes the inside of the chunks and keeps only their start states.
+    loss_exponent, loss_smooth, loss_sharpness, loss_eps, loss_threshold, loss_shift: see `LossSettings`.
     """
 
     chunk_size: int = 64
@@ -40,6 +43,12 @@ class MemorySpec:
     decay: str = "initial"
     grad_at: str = "pre_decay"
     recompute: bool = False
+    loss_exponent: float = 3.0
+    loss_smooth: bool = False
+    loss_sharpness: float = 10.0
+    loss_eps: float = 1e-6
+    loss_threshold: float = 1.0
+    loss_shift: float = 0.1
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -63,6 +72,15 @@ class MemorySpec:
                     f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}. "
                     f"{suggest(value, allowed)}"
                 )
+        self.loss()  # refuses impossible settings
+
+    def loss(self) -> InnerLoss:
+        """The inner loss with its settings."""
+        settings = LossSettings(
+            self.loss_exponent, self.loss_smooth, self.loss_sharpness,
+            self.loss_eps, self.loss_threshold, self.loss_shift,
+        )  # fmt: skip
+        return make_loss(self.inner_loss, self.loss_scale, settings)
 
 
 class MemoryState(NamedTuple):
