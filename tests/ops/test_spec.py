@@ -20,10 +20,11 @@ CHOICES = {
 
 
 def outputs_of_every_variant(draw_problem, depth: int) -> dict[tuple[str, ...], torch.Tensor]:
-    """Outputs of one stream (three chunks, gates inside (0, 1)) under every combination of the choices."""
+    """Outputs of one stream (three chunks, gates inside (0, 1)) under every combination of the choices, with
+    two of the losses."""
     p = draw_problem(depth=depth, length=11, norm="residual_layernorm")
     found = {}
-    for variant in itertools.product(*CHOICES.values()):
+    for variant in itertools.product(*{**CHOICES, "inner_loss": ("l2", "dot_product")}.values()):
         choices = dict(zip(CHOICES, variant, strict=True))
         slow = {} if choices["norm"] == "residual_layernorm" else {"gamma": None, "beta": None}
         with torch.no_grad():
