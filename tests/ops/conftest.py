@@ -15,6 +15,14 @@ from torch import Tensor
 
 from nestor.ops.neural_memory import MemorySpec, MemoryState, neural_memory
 
+PER_TOKEN = ("q", "k", "v", "theta", "eta", "alpha", "mask", "resets", "omega", "delta", "step")
+
+
+def map_state_(state: MemoryState, change: Callable[[Tensor], Tensor]) -> MemoryState:
+    """The state with every tensor changed."""
+    parts = [x if x is None else change(x) if isinstance(x, Tensor) else tuple(map(change, x)) for x in state]
+    return MemoryState(*parts)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -34,6 +42,9 @@ class Problem:
     start: MemoryState | None = None
     mask: Tensor | None = None
     resets: Tensor | None = None
+    omega: Tensor | None = None
+    delta: Tensor | None = None
+    step: Tensor | None = None
 
     def replace(self, **changes: Any) -> "Problem":
         """The problem with other fields, or with other choices of its spec."""
@@ -43,35 +54,35 @@ class Problem:
 
     def tokens(self, at: Any) -> "Problem":
         """The problem on the tokens `at` (a slice or an index) of every sequence."""
-        names = ("q", "k", "v", "theta", "eta", "alpha", "mask", "resets")
-        present = [n for n in names if getattr(self, n) is not None]
+        present = [n for n in PER_TOKEN if getattr(self, n) is not None]
         return replace(self, **{n: getattr(self, n)[:, at] for n in present})
 
     def row(self, b: int) -> "Problem":
         """Sequence b alone, as a batch of one."""
-        names = ("q", "k", "v", "theta", "eta", "alpha", "mask", "resets")
-        own = {n: getattr(self, n)[b : b + 1] for n in names if getattr(self, n) is not None}
+        own = {n: getattr(self, n)[b : b + 1] for n in PER_TOKEN if getattr(self, n) is not None}
         state = self.state
         if state is not None:
-            parts = (tuple(w[b : b + 1] for w in part) for part in state[:3])
-            state = MemoryState(*parts, state.phase[b : b + 1])
+            state = map_state_(state, lambda x: x[b : b + 1])
         return replace(self, state=state, **own)
 
     def run(self, backend: str = "chunked", **changes: Any) -> Any:
         p = self.replace(**changes) if changes else self
         return neural_memory(
             p.q, p.k, p.v, p.theta, p.eta, p.alpha, p.initial, spec=p.spec, gamma=p.gamma, beta=p.beta,
-            state=p.state, start=p.start, mask=p.mask, resets=p.resets, backend=backend,
+            omega=p.omega, delta=p.delta, step=p.step, state=p.state, start=p.start, mask=p.mask,
+            resets=p.resets, backend=backend,
         )  # fmt: skip
 
     def leaves(self) -> dict[str, Tensor]:
-        found = {n: getattr(self, n) for n in ("q", "k", "v", "theta", "eta", "alpha", "gamma", "beta")}
+        names = (*PER_TOKEN[:6], "gamma", "beta", "omega", "delta", "step")
+        found = {n: getattr(self, n) for n in names}
         found |= {f"initial {i}": w for i, w in enumerate(self.initial)}
         for name in ("state", "start"):
             state = getattr(self, name)
             if state is not None:
-                for part in ("weights", "momentum", "anchor"):
+                for part in ("weights", "momentum", "anchor", "pending", "halo"):
                     found |= {f"{name} {part} {i}": w for i, w in enumerate(getattr(state, part))}
+                found[f"{name} pooled"] = state.pooled
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -91,10 +102,16 @@ def draw_problem_(
     masked: float = 0.0,
     reset: float = 0.0,
     step: float = 0.3,
+    omega: str = "none",
+    delta: str = "none",
+    with_step: bool = False,
     dtype: torch.dtype = torch.float64,
     **choices: Any,
 ) -> Problem:
-    """A random problem: gates uniform in (0, 1), the write step in (0, step), hidden width unlike p."""
+    """A random problem: gates uniform in (0, 1), the write step in (0, step), hidden width unlike p.
+
+    omega: gates of the window by "token" or "offset". delta: loss thresholds by "token" or "channel".
+    """
     spec = MemorySpec(**{"chunk_size": 4, **choices})
     generator = torch.Generator().manual_seed(seed)
 
@@ -102,24 +119,43 @@ def draw_problem_(
         x = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
         return x.to(dtype).requires_grad_()
 
-    def gate(scale: float = 1.0) -> Tensor:
-        x = torch.rand(batch, length, heads, generator=generator, dtype=torch.float64) * scale
+    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        x = torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
         return x.to(dtype).requires_grad_()
 
+    place = (batch, length, heads)
     widths = [width] + [hidden] * (depth - 1) + [width]
     shapes = list(pairwise(widths))
+    if spec.network == "gated":
+        shapes = [(width, hidden), (hidden, width), (width, hidden)]
+    extra = {"head": (), "matrix": (len(shapes),), "channel": (width,)}
 
     def fast(rows: int) -> tuple[Tensor, ...]:
         return tuple(normal(rows, heads, a, b, scale=0.5) for a, b in shapes)
 
     q, k, v = (normal(batch, length, heads, width) for _ in range(3))
-    theta, eta, alpha = gate(step), gate(), gate()
-    initial = tuple(normal(heads, a, b, scale=0.5) for a, b in shapes)
+    theta, eta = uniform(*place, *extra[spec.step_sizes], high=step), uniform(*place)
+    alpha = uniform(*place, *extra[spec.forget_gates])
+    positive = spec.retention in ("softmax", "bregman_logit")
+    initial = tuple(
+        uniform(heads, a, b, low=0.1, high=0.9) if positive else normal(heads, a, b, scale=0.5)
+        for a, b in shapes
+    )
     norm = (normal(heads, width), normal(heads, width)) if spec.norm == "residual_layernorm" else (None, None)
     state = start = None
     if with_state:
         phase = torch.randint(0, spec.chunk_size, (batch,), generator=generator)
         state = MemoryState(fast(batch), fast(batch) if momentum else (), fast(batch), phase)
+        before = (batch, heads, spec.window - 1)
+        if spec.granularity == "chunk":
+            state = state._replace(pending=fast(batch))
+        if spec.pools:
+            state = state._replace(pooled=uniform(batch, heads, 4))
+        if spec.window > 1:
+            entries = {"none": 0, "token": 1, "channel": width}[delta]
+            limits = (uniform(*before, entries, low=0.3, high=2.0),) if entries else ()
+            halo = (normal(*before, width), normal(*before, width), uniform(*before), *limits)
+            state = state._replace(halo=halo)
     if with_start:
         weights = fast(1)
         start = MemoryState(weights, fast(1) if momentum else (), weights, torch.zeros(1, dtype=torch.int64))
@@ -128,6 +164,11 @@ def draw_problem_(
     return Problem(
         spec, q, k, v, theta, eta if momentum else None, alpha if forget else None, initial, *norm,
         state=state, start=start, mask=mask, resets=resets,
+        omega={"none": None, "token": uniform(*place), "offset": uniform(*place, spec.window)}[omega],
+        delta=None if delta == "none" else uniform(
+            *place, *((width,) if delta == "channel" else ()), low=0.3, high=2.0
+        ),
+        step=uniform(*place) if with_step else None,
     )  # fmt: skip
 
 
@@ -221,7 +262,8 @@ def assert_close_(actual: Any, expected: Any, tolerance: float = 1e-10, what: st
 
 def flat_(result: tuple[Tensor, MemoryState]) -> list[Tensor]:
     y, after = result
-    return [y, *after.weights, *after.momentum, *after.anchor]
+    pooled = () if after.pooled is None else (after.pooled,)
+    return [y, *after.weights, *after.momentum, *after.anchor, *after.pending, *pooled, *after.halo]
 
 
 def gradients_(p: Problem, run: Callable[[Problem], tuple[Tensor, MemoryState]]) -> dict[str, Tensor]:
@@ -267,6 +309,11 @@ def assert_close():
 @pytest.fixture(scope="session")
 def gradients():
     return gradients_
+
+
+@pytest.fixture(scope="session")
+def map_state():
+    return map_state_
 
 
 @pytest.fixture(scope="session")

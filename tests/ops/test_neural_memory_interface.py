@@ -90,13 +90,14 @@ def test_the_state_returned_does_not_change_when_the_stream_goes_on(draw_problem
     ]
 
 
+@pytest.mark.parametrize("backend", ["chunked", "general"])
 @pytest.mark.parametrize("length", [3, 4, 9])
 @pytest.mark.parametrize("with_state", [True, False])
-def test_the_state_returned_shares_no_memory_with_anything(draw_problem, length, with_state) -> None:
+def test_the_state_returned_shares_no_memory_with_anything(draw_problem, length, with_state, backend) -> None:
     """Editing it in place touches neither the learned weights, nor the state given, nor its other parts."""
     p = draw_problem(batch=1, length=length, with_state=with_state)
     with torch.no_grad():
-        _, after = p.run()
+        _, after = p.run(backend)
         tensors = [w for part in after[:3] for w in part]
         given = [*p.leaves().values()]
         before = [t.clone() for t in (*given, *tensors)]
@@ -142,7 +143,7 @@ def test_every_backend_by_name_and_the_chosen_one(draw_problem) -> None:
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(draw_problem) -> None:
     with pytest.raises(
-        ConfigError, match=r"backend is 'triton'; it must be one of native, chunked, reference"
+        ConfigError, match=r"backend is 'triton'; it must be one of native, chunked, general, reference"
     ):
         draw_problem().run("triton")
 

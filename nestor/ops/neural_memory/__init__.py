@@ -1,7 +1,8 @@
 """Neural memory: a small network per head that is trained, token by token, while the sequence is read.
 
-`neural_memory` is the public operation. `reference.py` defines it, `chunked.py` computes it with PyTorch
-anywhere, `native.cpp` in C++ on a CPU.
+`neural_memory` is the public operation. `reference.py` defines it for the whole family and `general.py`
+computes it with PyTorch anywhere; `chunked.py` (PyTorch) and `native.cpp` (C++ on a CPU) are faster for the
+MLPs that learn by gradient descent with momentum.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +12,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nestor.errors import ConfigError
+from nestor.ops.neural_memory.arrangement import beyond_fast_forms, general_memory, threshold_entries
 from nestor.ops.neural_memory.checks import self_check
 from nestor.ops.neural_memory.chunked import ChunkState, Norm, Tokens
-from nestor.ops.neural_memory.functions import ACTIVATIONS, make_head
+from nestor.ops.neural_memory.functions import make_head
 from nestor.ops.neural_memory.layout import chunk_grid
 from nestor.ops.neural_memory.native import native_walk, unsupported
+from nestor.ops.neural_memory.networks import make_network
 from nestor.ops.neural_memory.reference import neural_memory_reference
+from nestor.ops.neural_memory.retention import make_retention
 from nestor.ops.neural_memory.scan import Plan
 from nestor.ops.neural_memory.scan import walk as walk_chunks
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
@@ -28,17 +32,21 @@ __all__ = [
     "MemoryState",
     "apply_network",
     "choose_backend",
+    "fast_weights",
     "neural_memory",
     "self_check",
 ]
 
-BACKENDS = ("native", "chunked", "reference")
+BACKENDS = ("native", "chunked", "general", "reference")
 
 
 def choose_backend(
     spec: MemorySpec, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[str, str]:
     """The backend that `neural_memory` uses for these choices on this device, and why."""
+    beyond = beyond_fast_forms(spec)
+    if beyond is not None:
+        return "general", beyond
     if torch.compiler.is_compiling():
         return "chunked", "torch.compile can trace the chunked PyTorch form"
     obstacle = unsupported(spec, device, dtype)
@@ -59,6 +67,9 @@ def neural_memory(
     spec: MemorySpec,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
+    omega: Tensor | None = None,
+    delta: Tensor | None = None,
+    step: Tensor | None = None,
     state: MemoryState | None = None,
     start: MemoryState | None = None,
     mask: Tensor | None = None,
@@ -72,11 +83,20 @@ def neural_memory(
 
     Shapes (B sequences, T tokens, H heads, p head width):
         q, k, v: ``[B, T, H, p]``. theta (write step), eta (momentum keep), alpha (forget fraction):
-        ``[B, T, H]``; eta = None is a memory without momentum, alpha = None one that never forgets.
-        initial: learned initial weights, one ``[H, in, out]`` per layer of the memory network (1 to 4).
+        ``[B, T, H]``; eta = None is a memory without momentum, alpha = None one that never forgets. theta is
+        ``[B, T, H, L]`` or ``[B, T, H, p]``, alpha ``[B, T, H, p]``, where the spec's step_sizes and
+        forget_gates say so.
+        initial: learned initial weights, one ``[H, in, out]`` per layer of the memory network (1 to 4), or
+        W0, W1, W2 of a gated network.
         gamma, beta: ``[H, p]``, slow parameters of the norm "residual_layernorm".
+        omega: gates in [0, 1] of a window of c tokens, ``[B, T, H]``, of the token learned, or
+        ``[B, T, H, c]``, of the token that learns it and how many tokens ago it was; None: 1.
+        delta: thresholds of the losses that have one, ``[B, T, H]`` or ``[B, T, H, p]``; None: the spec's.
+        step: sizes of orthogonalised steps (optimizer "muon"), ``[B, T, H]``; a chunk's step takes their
+        mean. None: 1.
         state: what an earlier call returned; None starts every sequence afresh.
-        start: state (batch of 1) that fresh sequences and resets begin with; None is (initial, S = 0).
+        start: state (batch of 1) that fresh sequences and resets begin with; None is (initial, S = 0). A
+        reset takes its weights and momentum, and begins a chunk and a window.
         mask: bool ``[B, T]``; a False token is skipped as if it were not there, and its output is 0.
         resets: bool ``[B, T]``, True at the first token of a document: the memory forgets all before it.
     Dtypes: q, k, v and the gates are cast to float32 (float64 stays); fast weights are float32 or float64.
@@ -96,15 +116,27 @@ def neural_memory(
         state,
         start,
         spec,
+        {"omega": omega, "delta": delta, "step": step},
     )
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, theta = (t.to(dtype) for t in (q, k, v, theta))
-        eta, alpha, gamma, beta = (None if t is None else t.to(dtype) for t in (eta, alpha, gamma, beta))
+        eta, alpha, gamma, beta, omega, delta, step = (
+            None if t is None else t.to(dtype) for t in (eta, alpha, gamma, beta, omega, delta, step)
+        )
+        if omega is not None and spec.window == 1:
+            # Gamma is diagonal: a factor of the token's own step.
+            own = omega if omega.dim() == 3 else omega.squeeze(-1)
+            theta, omega = theta * (own if theta.dim() == 3 else own.unsqueeze(-1)), None
         initial = tuple(w.to(dtype) for w in initial)
         chosen = backend
-        if chosen is None:
+        beyond = beyond_fast_forms(spec) or ("delta is a tensor" if delta is not None else None)
+        if chosen is None and beyond is not None:
+            chosen = "general"
+        elif chosen in ("native", "chunked") and beyond is not None:
+            raise ConfigError(f"backend is {chosen!r}; {beyond}. Use backend='general', or leave it out.")
+        elif chosen is None:
             # A fake tensor is a shape alone, with nothing to point to.
             fake = isinstance(q, FakeTensor)
             chosen = "chunked" if fake else choose_backend(spec, q.device, dtype)[0]
@@ -129,14 +161,22 @@ def neural_memory(
                 resets,
                 return_surprise,
             )
+        elif chosen == "general":
+            y, after, surprise = general_memory(
+                q, k, v, theta, eta, alpha, initial, gamma, beta, state, start, spec, mask, resets,
+                omega, delta, step,
+            )  # fmt: skip
         elif chosen == "reference":
-            first = start or MemoryState.fresh(initial, 1, eta is not None)
-            state = state or _expand(first, q.shape[0])
+            fresh = MemoryState.fresh(initial, 1, eta is not None, spec, threshold_entries(delta))
+            if start is not None:
+                fresh = fresh._replace(weights=start.weights, momentum=start.momentum, anchor=start.anchor)
+            state = state or _expand(fresh, q.shape[0])
             state = state._replace(phase=state.phase.clone())
             gamma4, beta4 = (None if t is None else t[None] for t in (gamma, beta))
             y, after = neural_memory_reference(
-                q, k, v, theta, eta, alpha, initial, gamma4, beta4, state, first, spec, mask, resets
-            )
+                q, k, v, theta, eta, alpha, initial, gamma4, beta4, state, fresh, spec, mask, resets,
+                omega, delta, step,
+            )  # fmt: skip
             surprise = None
         else:
             raise ConfigError(f"backend is {chosen!r}; it must be one of {', '.join(BACKENDS)}.")
@@ -158,18 +198,25 @@ def apply_network(
 ) -> Tensor:
     """f(x; W), a read without a write.
 
-    Shapes: x ``[B, T, H, p]``, weights ``[B, H, in, out]``, gamma, beta ``[H, p]``; returns ``[B, T, H, p]``.
+    Shapes: x ``[B, T, H, p]``, weights ``[B, H, in, out]``, as a `MemoryState` holds them, gamma, beta
+    ``[H, p]``; returns ``[B, T, H, p]``.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        inputs = z = x.to(dtype).transpose(1, 2)
-        for layer, weight in enumerate(weights):
-            z = torch.matmul(z, weight.to(dtype))
-            if layer < len(weights) - 1:
-                z = ACTIVATIONS[spec.activation].value(z)
+        inputs = x.to(dtype).transpose(1, 2)
+        matrices = fast_weights(spec, [w.to(dtype) for w in weights])
+        network = make_network(spec.network, spec.activation, len(matrices))
+        z = network.value(inputs, lambda layer, z: torch.matmul(z, matrices[layer]))
         norm = [None if t is None else t.to(dtype).unsqueeze(1) for t in (gamma, beta)]
         y, _ = make_head(spec.norm, spec.norm_eps).value(inputs, z, *norm)
     return y.transpose(1, 2).to(x.dtype)
+
+
+def fast_weights(spec: MemorySpec, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The network's weights from the `weights` (or the `anchor`) of a state, which hold what the retention
+    accumulates."""
+    retention = make_retention(spec)
+    return [retention.weights(w) for w in weights]
 
 
 def _expand(state: MemoryState, batch: int) -> MemoryState:
@@ -181,6 +228,9 @@ def _expand(state: MemoryState, batch: int) -> MemoryState:
         tuple(map(grow, state.momentum)),
         tuple(map(grow, state.anchor)),
         grow(state.phase),
+        tuple(map(grow, state.pending)),
+        None if state.pooled is None else grow(state.pooled),
+        tuple(map(grow, state.halo)),
     )
 
 
@@ -196,12 +246,6 @@ def _in_chunks(
         batch, length, spec.chunk_size, q.device, None if state is None else state.phase, mask, resets
     )
 
-    def to_rows(x: Tensor) -> Tensor:
-        """[B, T, H, ...] -> [B H, N, C, ...]"""
-        x = grid.gather(x)
-        axes = (0, 3, 1, 2, *range(4, x.dim()))
-        return x.permute(axes).reshape(batch * heads, grid.rows, grid.width, *x.shape[4:])
-
     def merge(x: Tensor) -> Tensor:
         """[B or 1, H, ...] -> [B H, ...]"""
         return x.to(q.dtype).expand(batch, *x.shape[1:]).reshape(batch * heads, *x.shape[2:])
@@ -210,12 +254,12 @@ def _in_chunks(
     if grid.valid is not None:
         valid = grid.valid.repeat_interleave(heads, 0)
     tokens = Tokens(
-        q=to_rows(q),
-        k=to_rows(k),
-        v=to_rows(v),
-        theta=to_rows(theta),
-        eta=None if eta is None else to_rows(eta),
-        alpha=None if alpha is None else to_rows(alpha),
+        q=grid.to_rows(q),
+        k=grid.to_rows(k),
+        v=grid.to_rows(v),
+        theta=grid.to_rows(theta),
+        eta=None if eta is None else grid.to_rows(eta),
+        alpha=None if alpha is None else grid.to_rows(alpha),
         valid=valid,
     )
     begin = start or MemoryState.fresh(initial, 1, eta is not None)
@@ -255,11 +299,6 @@ def _in_chunks(
         ),
     )
 
-    def from_rows(x: Tensor) -> Tensor:
-        """[B H, N, C, ...] -> [B, T, H, ...]"""
-        x = x.unflatten(0, (batch, heads))
-        return grid.scatter(x.permute(0, 2, 3, 1, *range(4, x.dim())), length)
-
     def split(parts: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(w.reshape(batch, heads, *w.shape[1:]) for w in parts)
 
@@ -272,4 +311,5 @@ def _in_chunks(
             weights = tuple(torch.where(read, w, b) for w, b in zip(weights, state.weights, strict=True))
     momentum = () if eta is None else split([s[:, 1] for s in final_stacks])
     final = MemoryState(weights, momentum, split(final_anchor), grid.phase)
-    return from_rows(outputs), final, from_rows(surprise) if surprise_wanted else None
+    norms = grid.from_rows(surprise, batch, length) if surprise_wanted else None
+    return grid.from_rows(outputs, batch, length), final, norms

@@ -60,6 +60,17 @@ class ChunkGrid:
         out = flat.new_zeros(batch, length + 1, *flat.shape[2:])
         return out.scatter(1, place, flat)[:, :length]
 
+    def to_rows(self, x: Tensor) -> Tensor:
+        """[B, T, H, ...] -> [B H, N, C, ...]"""
+        x = self.gather(x)
+        axes = (0, 3, 1, 2, *range(4, x.dim()))
+        return x.permute(axes).reshape(-1, self.rows, self.width, *x.shape[4:])
+
+    def from_rows(self, x: Tensor, batch: int, length: int) -> Tensor:
+        """[B H, N, C, ...] -> [B, T, H, ...]"""
+        x = x.unflatten(0, (batch, -1))
+        return self.scatter(x.permute(0, 2, 3, 1, *range(4, x.dim())), length)
+
 
 def chunk_grid(
     batch: int,

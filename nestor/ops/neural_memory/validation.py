@@ -22,12 +22,13 @@ def check_call(
     state: MemoryState | None,
     start: MemoryState | None,
     spec: MemorySpec,
+    extras: dict[str, Tensor | None] | None = None,
 ) -> None:
     """Raise ShapeError, with what was seen and what is wanted, unless everything fits q ``[B, T, H, p]``.
 
-    tokens: k, v as q. gates: theta, eta, alpha ``[B, T, H]``, the last two may be None. flags: mask, resets,
-    bool ``[B, T]`` or None. norm: gamma, beta ``[H, p]``, or None as the norm wants. initial, state, start:
-    as `neural_memory` documents.
+    tokens: k, v as q. gates: theta, eta, alpha, shaped as the spec says, the last two may be None. flags:
+    mask, resets, bool ``[B, T]`` or None. norm: gamma, beta ``[H, p]``, or None as the norm wants. extras:
+    omega, delta, step. initial, state, start: as `neural_memory` documents.
     """
     if q.dim() != 4:
         raise ShapeError(f"q has shape {tuple(q.shape)}; it must be [batch, tokens, heads, head width].")
@@ -36,8 +37,11 @@ def check_call(
     batch, length, heads, width = q.shape
     if length == 0:
         raise ShapeError("q has no tokens; neural_memory needs at least one.")
+    place = (batch, length, heads)
+    kinds = {"head": place, "matrix": (*place, len(initial)), "channel": (*place, width)}
+    of_theta, of_alpha = kinds[spec.step_sizes], kinds[spec.forget_gates]
     if gates["theta"] is None:
-        raise ShapeError(f"theta is None; it must have shape {(batch, length, heads)}.")
+        raise ShapeError(f"theta is None; it must have shape {of_theta}.")
     if spec.norm != "residual_layernorm":
         if any(x is not None for x in norm.values()):
             raise ShapeError(f"norm {spec.norm!r} takes no gamma and beta; pass None.")
@@ -47,7 +51,9 @@ def check_call(
         )
     groups: tuple[tuple[dict[str, Tensor | None], tuple[int, ...]], ...] = (
         (tokens, (batch, length, heads, width)),
-        (gates, (batch, length, heads)),
+        ({"theta": gates["theta"]}, of_theta),
+        ({"eta": gates["eta"]}, place),
+        ({"alpha": gates["alpha"]}, of_alpha),
         (flags, (batch, length)),
         (norm, (heads, width)),
     )
@@ -60,17 +66,53 @@ def check_call(
     for name, x in flags.items():
         if x is not None and x.dtype != torch.bool:
             raise ShapeError(f"{name} has dtype {x.dtype}; it must be torch.bool.")
-    _check_initial(initial, heads, width)
+    extras = extras or {}
+    _check_extras(extras, spec, place, width, gates["eta"] is not None)
+    _check_initial(initial, heads, width, spec.network)
     momentum = gates["eta"] is not None
     if state is not None:
         _check_state("state", state, batch, initial, momentum, spec.chunk_size)
+        _check_additions(state, batch, initial, spec, extras.get("delta"))
     if start is not None:
         # A document begins at the start of a chunk.
         _check_state("start", start, 1, initial, momentum, 1)
 
 
-def _check_initial(initial: Sequence[Tensor], heads: int, width: int) -> None:
+def _check_extras(
+    extras: dict[str, Tensor | None], spec: MemorySpec, place: tuple[int, ...], width: int, momentum: bool
+) -> None:
+    omega, delta, step = (extras.get(name) for name in ("omega", "delta", "step"))
+    shapes: tuple[tuple[str, Tensor | None, tuple[tuple[int, ...], ...]], ...] = (
+        ("omega", omega, (place, (*place, spec.window))),
+        ("delta", delta, (place, (*place, width))),
+        ("step", step, (place,)),
+    )
+    for name, x, wanted in shapes:
+        if x is not None and tuple(x.shape) not in wanted:
+            either = " or ".join(map(str, wanted))
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; it must be {either}.")
+    if delta is not None and not spec.loss().thresholded:
+        raise ShapeError(f"inner_loss {spec.inner_loss!r} has no threshold; pass delta=None.")
+    if step is not None and spec.optimizer != "muon":
+        raise ShapeError("step is the size of orthogonalised steps; with optimizer='gd' pass None.")
+    if spec.optimizer == "muon" and spec.granularity == "token" and not spec.muon_per_token and not momentum:
+        raise ShapeError(
+            "eta is None; optimizer='muon' with granularity='token' orthogonalises the momentum at the end "
+            "of a chunk, which without eta is the last token's step. Pass eta, or use granularity='chunk'."
+        )
+
+
+def _check_initial(initial: Sequence[Tensor], heads: int, width: int, network: str) -> None:
     shapes = [tuple(w.shape) for w in initial]
+    if network == "gated":
+        hidden = shapes[0][-1] if shapes and shapes[0] else 0
+        wanted = [(heads, width, hidden), (heads, hidden, width), (heads, width, hidden)]
+        if shapes != wanted:
+            raise ShapeError(
+                f"initial weights have shapes {shapes}; a gated network has W0 ({heads}, {width}, h), "
+                f"W1 ({heads}, h, {width}) and W2 ({heads}, {width}, h)."
+            )
+        return
     if len(shapes) > MAX_DEPTH:
         raise ShapeError(f"initial has {len(shapes)} layers; a memory has 1 to {MAX_DEPTH}.")
     fits = bool(shapes) and all(len(s) == 3 and s[0] == heads for s in shapes)
@@ -106,3 +148,29 @@ def _check_state(
         if bool(outside.any()):
             limit = f"0 to {chunk_size - 1}, as chunks have {chunk_size} tokens" if name == "state" else "0"
             raise ShapeError(f"the {name} has phase {state.phase.tolist()}; it must be {limit}.")
+
+
+def _check_additions(
+    state: MemoryState, rows: int, initial: Sequence[Tensor], spec: MemorySpec, delta: Tensor | None
+) -> None:
+    """The parts of a state that only some specs have."""
+    entries = 0 if delta is None else delta.shape[3] if delta.dim() == 4 else 1  # as `threshold_entries`
+    heads, width = initial[0].shape[:2]
+    place = (rows, heads, spec.window - 1)
+    halo = [(*place, width), (*place, width), place, *([(*place, entries)] if entries else [])]
+    wanted = {
+        "pending": [(rows, *w.shape) for w in initial] if spec.granularity == "chunk" else [],
+        "pooled": [(rows, heads, 4)] if spec.pools else [],
+        "halo": halo if spec.window > 1 else [],
+    }
+    seen = {
+        "pending": [tuple(x.shape) for x in state.pending],
+        "pooled": [] if state.pooled is None else [tuple(state.pooled.shape)],
+        "halo": [tuple(x.shape) for x in state.halo],
+    }
+    for name, shapes in wanted.items():
+        if seen[name] != shapes:
+            raise ShapeError(
+                f"the state's {name} has shapes {seen[name]}; with these choices they must be {shapes}. "
+                f"Start from MemoryState.fresh with the spec, or from a state that the same choices returned."
+            )
