@@ -44,6 +44,7 @@ _EXPORTS = {
     "MemoryAsContext": "nestor.layers.memory_as_context",
     "MemoryAsGate": "nestor.layers.memory_as_gate",
     "MemoryAsLayer": "nestor.layers.memory_as_layer",
+    "TNT": "nestor.layers.tnt",
 }
 
 __all__ = sorted(_EXPORTS)

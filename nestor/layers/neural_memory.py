@@ -154,11 +154,7 @@ class NeuralMemory(nn.Module):
         with torch.no_grad():
             for index, bias in enumerate(biases):
                 nn.init.constant_(self.gate_proj.bias[index * self.heads : (index + 1) * self.heads], bias)
-        for layer, weight in enumerate(self.initial):
-            # A key has length 1, a hidden row about sqrt(HIDDEN_SQUARE * width).
-            length = 1.0 if layer == 0 else (HIDDEN_SQUARE * weight.shape[-2]) ** 0.5
-            last = layer == self.depth - 1
-            nn.init.normal_(weight, std=(OUTPUT_STD if last else 1.0 / length))
+        draw_network(self.initial)
         if self.memory_gamma is not None and self.memory_beta is not None:
             nn.init.ones_(self.memory_gamma)
             nn.init.zeros_(self.memory_beta)
@@ -300,6 +296,15 @@ class NeuralMemory(nn.Module):
             tensors = getattr(memory, name)
             state |= {f"{name}.{layer}": tensor for layer, tensor in enumerate(tensors)}
         return state
+
+
+def draw_network(initial: nn.ParameterList) -> None:
+    """Draw initial weights with which a key of unit length gives pre-activations of unit variance."""
+    for layer, weight in enumerate(initial):
+        # A key has length 1, a hidden row about sqrt(HIDDEN_SQUARE * width).
+        length = 1.0 if layer == 0 else (HIDDEN_SQUARE * weight.shape[-2]) ** 0.5
+        last = layer == len(initial) - 1
+        nn.init.normal_(weight, std=(OUTPUT_STD if last else 1.0 / length))
 
 
 def _curvature(norm: str, depth: int, hidden: int) -> float:

@@ -24,6 +24,7 @@ MIXER_MODULES = {
     "memory_as_context": "nestor.layers.memory_as_context",
     "memory_as_gate": "nestor.layers.memory_as_gate",
     "memory_as_layer": "nestor.layers.memory_as_layer",
+    "tnt": "nestor.layers.tnt",
 }
 FEED_FORWARD_MODULES = {"swiglu": "nestor.layers.feed_forward"}
 

@@ -1,4 +1,4 @@
-"""The four layers with a memory, tiny and in float64, and readers that cut, pad and pack what they read."""
+"""The layers with a memory, tiny and in float64, and readers that cut, pad and pack what they read."""
 
 from itertools import pairwise
 
@@ -12,21 +12,34 @@ from nestor.layers.memory_as_gate import MemoryAsGate
 from nestor.layers.memory_as_layer import MemoryAsLayer
 from nestor.layers.neural_memory import NeuralMemory
 from nestor.layers.span import Span
+from nestor.layers.tnt import FIXED, TNT
 
 DIM, HEADS, WINDOW, SEGMENT, CHUNK = 8, 2, 5, 8, 4
-KINDS = ("neural_memory", "memory_as_context", "memory_as_gate", "memory_as_gate_product", "memory_as_layer")
+KINDS = (
+    "neural_memory",
+    "memory_as_context",
+    "memory_as_gate",
+    "memory_as_gate_product",
+    "memory_as_layer",
+    "tnt",
+)
 
 
 def build(kind, *, persistent=3, segment=SEGMENT, window=WINDOW, **memory):
     """A layer with weights so large, and gates so open, that a wrong token or a lost write shows."""
     torch.manual_seed(2)
     arguments = {"chunk_size": CHUNK, "expansion": 1.5, "max_step": 0.6, "step_bias": 1.0, **memory}
-    arguments["output_gate"] = arguments.get("output_gate", kind in ("neural_memory", "memory_as_layer"))
+    alone = kind in ("neural_memory", "memory_as_layer", "tnt")
+    arguments["output_gate"] = arguments.get("output_gate", alone)
+    if kind == "tnt":
+        arguments |= FIXED
     inner = NeuralMemory(DIM, HEADS, **arguments)
     if kind == "neural_memory":
         layer = inner
     elif kind == "memory_as_context":
         layer = MemoryAsContext(inner, segment, HEADS, 1, persistent)
+    elif kind == "tnt":
+        layer = TNT(inner, (1, 3), shard_size=segment)
     elif kind == "memory_as_layer":
         layer = MemoryAsLayer(Attention(DIM, HEADS, 1, window=window), inner, persistent)
     else:
