@@ -91,12 +91,19 @@ def _titans_mal(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"mixer": "memory_as_layer", "memory": _memory(size), **context}
 
 
+def _tnt(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+    """A global memory that reads in chunks of a window, and two local ones that start anew every window."""
+    chunks = {"chunk_size": size.window, "shard_size": size.window, "local_chunk_sizes": [8, 32]}
+    return {"mixer": "tnt", "memory": _memory(size) | chunks}
+
+
 PRESETS: dict[str, Recipe] = {
     "transformer": _transformer,
     "titans-lmm": _titans_lmm,
     "titans-mac": _titans_mac,
     "titans-mag": _titans_mag,
     "titans-mal": _titans_mal,
+    "tnt": _tnt,
 }
 
 

@@ -21,10 +21,12 @@ def test_presets_of_a_size_have_the_same_budget_and_shape(size):
         counts = count_parameters(model)
         assert counts["total"] == counts["embedding"] + counts["non_embedding"]
         assert counts["embedding"] == config.vocab_size * config.hidden_size
-        assert (counts["memory_initial"] > 0) == name.startswith("titans")
+        assert (counts["memory_initial"] > 0) == bool(config.memory)
         totals[name] = counts["non_embedding"]
         assert abs(counts["total"] / NOMINAL[size] - 1) < 0.02
-    assert max(totals.values()) < 1.01 * min(totals.values())
+    # The feed-forward's inner width comes in steps of 8.
+    step = 8 * 3 * config.hidden_size * config.num_hidden_layers
+    assert max(totals.values()) <= min(totals.values()) + max(step, 0.01 * min(totals.values()))
 
 
 def test_memory_initial_weights_are_counted_once_and_by_their_shapes():
