@@ -82,8 +82,8 @@ def neural_memory(
     Titans, arXiv 2501.00663, equations 8-15; the general recurrence is spec/neural-memory.md section 1.1.
 
     Shapes (B sequences, T tokens, H heads, p head width):
-        q, k, v: ``[B, T, H, p]``. theta (write step), eta (momentum keep), alpha (forget fraction):
-        ``[B, T, H]``; eta = None is a memory without momentum, alpha = None one that never forgets. theta is
+        q, k, v: ``[B, T, H, p]``; with norm "none" v, and with it y, may have another width.
+        theta (write step), eta (momentum keep), alpha (forget fraction): ``[B, T, H]``; eta = None is a memory without momentum, alpha = None one that never forgets. theta is
         ``[B, T, H, L]`` or ``[B, T, H, p]``, alpha ``[B, T, H, p]``, where the spec's step_sizes and
         forget_gates say so.
         initial: learned initial weights, one ``[H, in, out]`` per layer of the memory network (1 to 4), or
@@ -131,7 +131,11 @@ def neural_memory(
             theta, omega = theta * (own if theta.dim() == 3 else own.unsqueeze(-1)), None
         initial = tuple(w.to(dtype) for w in initial)
         chosen = backend
-        beyond = beyond_fast_forms(spec) or ("delta is a tensor" if delta is not None else None)
+        beyond = beyond_fast_forms(spec)
+        if beyond is None and delta is not None:
+            beyond = "only the general form covers a tensor delta"
+        if beyond is None and v.shape[-1] != q.shape[-1]:
+            beyond = "only the general form covers values of another width than the keys"
         if chosen is None and beyond is not None:
             chosen = "general"
         elif chosen in ("native", "chunked") and beyond is not None:

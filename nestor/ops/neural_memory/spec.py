@@ -10,7 +10,7 @@ from nestor.errors import ConfigError, suggest
 from nestor.ops.neural_memory.functions import ACTIVATIONS, INNER_LOSSES, NORMS
 from nestor.ops.neural_memory.losses import InnerLoss, LossSettings, make_loss
 from nestor.ops.neural_memory.muon import NEWTON_SCHULZ
-from nestor.ops.neural_memory.networks import NETWORKS
+from nestor.ops.neural_memory.networks import NETWORKS, make_network
 from nestor.ops.neural_memory.retention import DUALS, RETENTIONS, make_retention
 
 READ_MODES = ("inclusive", "exclusive", "chunk_start")
@@ -239,6 +239,7 @@ class MemoryState(NamedTuple):
         if spec is None:
             return state
         heads, width = initial[0].shape[:2]
+        values = initial[make_network(spec.network, spec.activation, len(initial)).output].shape[-1]
         like = weights[0]
         if spec.granularity == "chunk":
             state = state._replace(pending=tuple(torch.zeros_like(w) for w in weights))
@@ -246,6 +247,6 @@ class MemoryState(NamedTuple):
             state = state._replace(pooled=like.new_tensor([1.0, 0.0, 0.0, 0.0]).expand(batch, heads, 4))
         if spec.window > 1:
             place = (batch, heads, spec.window - 1)
-            halo = (like.new_zeros(*place, width), like.new_zeros(*place, width), like.new_zeros(place))
+            halo = (like.new_zeros(*place, width), like.new_zeros(*place, values), like.new_zeros(place))
             state = state._replace(halo=(*halo, like.new_ones(*place, threshold)) if threshold else halo)
         return state

@@ -38,7 +38,10 @@ def check_call(
     if length == 0:
         raise ShapeError("q has no tokens; neural_memory needs at least one.")
     place = (batch, length, heads)
-    kinds = {"head": place, "matrix": (*place, len(initial)), "channel": (*place, width)}
+    v = tokens["v"]
+    # Without a residual the network may map keys to values of another width.
+    values = width if spec.norm != "none" or v is None else v.shape[-1]
+    kinds = {"head": place, "matrix": (*place, len(initial)), "channel": (*place, values)}
     of_theta, of_alpha = kinds[spec.step_sizes], kinds[spec.forget_gates]
     if gates["theta"] is None:
         raise ShapeError(f"theta is None; it must have shape {of_theta}.")
@@ -50,7 +53,8 @@ def check_call(
             f"norm {spec.norm!r} needs gamma and beta of shape {(heads, width)}; one of them is None."
         )
     groups: tuple[tuple[dict[str, Tensor | None], tuple[int, ...]], ...] = (
-        (tokens, (batch, length, heads, width)),
+        ({"k": tokens["k"]}, (*place, width)),
+        ({"v": v}, (*place, values)),
         ({"theta": gates["theta"]}, of_theta),
         ({"eta": gates["eta"]}, place),
         ({"alpha": gates["alpha"]}, of_alpha),
@@ -67,12 +71,12 @@ def check_call(
         if x is not None and x.dtype != torch.bool:
             raise ShapeError(f"{name} has dtype {x.dtype}; it must be torch.bool.")
     extras = extras or {}
-    _check_extras(extras, spec, place, width, gates["eta"] is not None)
-    _check_initial(initial, heads, width, spec.network)
+    _check_extras(extras, spec, place, values, gates["eta"] is not None)
+    _check_initial(initial, heads, width, values, spec.network)
     momentum = gates["eta"] is not None
     if state is not None:
         _check_state("state", state, batch, initial, momentum, spec.chunk_size)
-        _check_additions(state, batch, initial, spec, extras.get("delta"))
+        _check_additions(state, batch, initial, values, spec, extras.get("delta"))
     if start is not None:
         # A document begins at the start of a chunk.
         _check_state("start", start, 1, initial, momentum, 1)
@@ -102,26 +106,27 @@ def _check_extras(
         )
 
 
-def _check_initial(initial: Sequence[Tensor], heads: int, width: int, network: str) -> None:
+def _check_initial(initial: Sequence[Tensor], heads: int, width: int, values: int, network: str) -> None:
     shapes = [tuple(w.shape) for w in initial]
     if network == "gated":
         hidden = shapes[0][-1] if shapes and shapes[0] else 0
-        wanted = [(heads, width, hidden), (heads, hidden, width), (heads, width, hidden)]
+        wanted = [(heads, width, hidden), (heads, hidden, values), (heads, width, hidden)]
         if shapes != wanted:
             raise ShapeError(
                 f"initial weights have shapes {shapes}; a gated network has W0 ({heads}, {width}, h), "
-                f"W1 ({heads}, h, {width}) and W2 ({heads}, {width}, h)."
+                f"W1 ({heads}, h, {values}) and W2 ({heads}, {width}, h)."
             )
         return
     if len(shapes) > MAX_DEPTH:
         raise ShapeError(f"initial has {len(shapes)} layers; a memory has 1 to {MAX_DEPTH}.")
     fits = bool(shapes) and all(len(s) == 3 and s[0] == heads for s in shapes)
     if fits:
-        fits = shapes[0][1] == width == shapes[-1][2] and all(a[2] == b[1] for a, b in pairwise(shapes))
+        ends = shapes[0][1] == width and shapes[-1][2] == values
+        fits = ends and all(a[2] == b[1] for a, b in pairwise(shapes))
     if not fits:
         raise ShapeError(
             f"initial weights have shapes {shapes}; "
-            f"they must chain from ({heads}, {width}, ..) to ({heads}, .., {width})."
+            f"they must chain from ({heads}, {width}, ..) to ({heads}, .., {values})."
         )
 
 
@@ -151,13 +156,18 @@ def _check_state(
 
 
 def _check_additions(
-    state: MemoryState, rows: int, initial: Sequence[Tensor], spec: MemorySpec, delta: Tensor | None
+    state: MemoryState,
+    rows: int,
+    initial: Sequence[Tensor],
+    values: int,
+    spec: MemorySpec,
+    delta: Tensor | None,
 ) -> None:
     """The parts of a state that only some specs have."""
     entries = 0 if delta is None else delta.shape[3] if delta.dim() == 4 else 1  # as `threshold_entries`
     heads, width = initial[0].shape[:2]
     place = (rows, heads, spec.window - 1)
-    halo = [(*place, width), (*place, width), place, *([(*place, entries)] if entries else [])]
+    halo = [(*place, width), (*place, values), place, *([(*place, entries)] if entries else [])]
     wanted = {
         "pending": [(rows, *w.shape) for w in initial] if spec.granularity == "chunk" else [],
         "pooled": [(rows, heads, 4)] if spec.pools else [],
