@@ -39,7 +39,8 @@ class ModelConfig:
     preset: str = "transformer"
     size: str = "quick"
     overrides: dict[str, Any] = field(default_factory=dict)
-    #: Folder of a saved model to start from; preset, size and overrides are then not used.
+    #: Folder of a saved model to start from. Preset and size are then not used; overrides replace settings of
+    #: the saved model that its weights do not depend on.
     path: str = ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nestor.data import ByteTokenizer
-from nestor.errors import ConfigError, FileFormatError
+from nestor.errors import ConfigError, FileFormatError, suggest
 from nestor.training.config import TrainConfig
 
 
@@ -17,7 +18,8 @@ def build_model(config: TrainConfig, tokenizer: Any, checkpoint: Path | None) ->
     """The model on the CPU: the one of a checkpoint, else the saved one to start from, else a new preset.
 
     Raises:
-        ConfigError: unknown preset, size or setting, or no model in the folder.
+        ConfigError: unknown preset, size or setting, no model in the folder, or settings that its weights do
+            not fit.
         FileFormatError: a model folder cannot be read.
     """
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
@@ -29,7 +31,7 @@ def build_model(config: TrainConfig, tokenizer: Any, checkpoint: Path | None) ->
             raise ConfigError(
                 f"model.path is {config.model.path!r}; it must be a folder with config.json and weights"
             )
-        return open_model(folder, dtype)
+        return open_model(folder, dtype, config.model.overrides)
 
     from nestor.models import NestorForCausalLM, preset
 
@@ -45,11 +47,14 @@ def build_model(config: TrainConfig, tokenizer: Any, checkpoint: Path | None) ->
     return model.to(dtype)
 
 
-def open_model(folder: Path, dtype: torch.dtype) -> Any:
+def open_model(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> Any:
     """A saved model. Only safetensors are read.
+
+    overrides: settings of `NestorConfig` that replace the saved ones; `memory` is merged into the saved one.
 
     Raises:
         FileFormatError: it cannot be read.
+        ConfigError: an unknown setting, or one that the saved weights do not fit.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -59,16 +64,52 @@ def open_model(folder: Path, dtype: torch.dtype) -> Any:
 
     logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
+    changed: dict[str, Any] = {}
+    if overrides:
+        changed = {"config": _changed_config(folder, overrides), "ignore_mismatched_sizes": True}
     try:
-        model = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model, loading = loader.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **changed
+        )
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileFormatError(f"{folder} does not hold a model that can be read: {reason}") from error
+    if overrides:
+        _check_weights_fit(folder, overrides, loading)
     for parameter in model.parameters():
         # In a mapped file tensors lie at any address, and on a CPU the rounding of a matrix product depends
         # on how its operands are aligned; fresh memory is always aligned alike.
         parameter.data = parameter.data.clone()
     return model
+
+
+def _changed_config(folder: Path, overrides: Mapping[str, Any]) -> Any:
+    """The saved configuration with settings replaced."""
+    from transformers import AutoConfig
+
+    from nestor.models.configuration import OPTIONS, NestorConfig
+
+    saved = AutoConfig.from_pretrained(folder)
+    if not isinstance(saved, NestorConfig):
+        raise ConfigError(f"{folder} holds a {type(saved).__name__}; model.overrides are of Nestor models")
+    for name in overrides:
+        if name not in OPTIONS:
+            raise ConfigError(
+                f"unknown setting {name!r} in model.overrides. {suggest(name, OPTIONS)}".rstrip()
+            )
+    settings = {name: getattr(saved, name) for name in OPTIONS} | dict(overrides)
+    settings["memory"] = {**(saved.memory or {}), **(overrides.get("memory") or {})}
+    return NestorConfig(**settings)
+
+
+def _check_weights_fit(folder: Path, overrides: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
+    for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"):
+        for key in loading[kind]:
+            name = key[0] if isinstance(key, tuple) else key
+            raise ConfigError(
+                f"the weights in {folder} do not fit model.overrides {dict(overrides)!r}: {name} would be "
+                f"another. Change only what has no weights, such as a memory's chunk sizes"
+            )
 
 
 def save_model(model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
