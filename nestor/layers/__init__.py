@@ -45,6 +45,7 @@ _EXPORTS = {
     "MemoryAsGate": "nestor.layers.memory_as_gate",
     "MemoryAsLayer": "nestor.layers.memory_as_layer",
     "TNT": "nestor.layers.tnt",
+    "TTT": "nestor.layers.ttt",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -25,6 +25,8 @@ MIXER_MODULES = {
     "memory_as_gate": "nestor.layers.memory_as_gate",
     "memory_as_layer": "nestor.layers.memory_as_layer",
     "tnt": "nestor.layers.tnt",
+    "ttt_linear": "nestor.layers.ttt",
+    "ttt_mlp": "nestor.layers.ttt",
 }
 FEED_FORWARD_MODULES = {"swiglu": "nestor.layers.feed_forward"}
 

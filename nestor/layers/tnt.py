@@ -13,8 +13,9 @@ from nestor.layers.neural_memory import LayerState, NeuralMemory, draw_network, 
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.substate import part_of
-from nestor.layers.writes import recording, report_write
-from nestor.ops.neural_memory import MemorySpec, MemoryState, neural_memory
+from nestor.layers.walking import pack, read_and_write
+from nestor.layers.writes import report_write
+from nestor.ops.neural_memory import MemoryState
 from nestor.ops.query_projection import MODES, query_projection
 
 PROJECTIONS = (*MODES, "none")
@@ -113,11 +114,10 @@ class TNT(nn.Module):
         own = part_of(state, "memory")
         q, k, v, after = self.memory.project(x, own, span, None)
         theta = self.memory.gates(x).theta * self.global_share
-        opening = None if own is None else _unpack(own)
-        y, memory, writes = _read_and_write(
-            self.memory, self.memory.spec, (q, k, v, theta), opening, span.valid, span.resets
+        y, memory, writes = read_and_write(
+            self.memory, self.memory.spec, (q, k, v, theta), own, span.valid, span.resets
         )
-        after |= _pack(memory)
+        after |= memory
         state_after = {f"memory.{name}": tensor for name, tensor in after.items()}
         if len(self.locals):
             thetas = [local.theta(x) for local in self.locals]  # type: ignore[operator]
@@ -187,12 +187,10 @@ class TNT(nn.Module):
         total, strengths = torch.zeros_like(q), []
         for index, (local, theta) in enumerate(zip(self.locals, thetas, strict=True)):
             own = part_of(state, f"local.{index}")
-            opening = None if own is None else _unpack(own)
-            walked = (queries, k, v, theta)
-            y, memory, written = _read_and_write(local, local.spec, walked, opening, mask, begins)  # type: ignore[arg-type]
+            y, memory, written = read_and_write(local, local.spec, (queries, k, v, theta), own, mask, begins)  # type: ignore[arg-type]
             total = total + y
             strengths += written
-            after |= {f"local.{index}.{name}": tensor for name, tensor in _pack(memory).items()}
+            after |= {f"local.{index}.{name}": tensor for name, tensor in memory.items()}
         return (total, *strengths), after
 
     def _fresh(self, batch: int) -> LayerState:
@@ -201,45 +199,11 @@ class TNT(nn.Module):
         for index, local in enumerate(self.locals):
             wide = [w if w.dtype == torch.float64 else w.float() for w in local.initial]  # type: ignore[union-attr]
             fresh = MemoryState.fresh(tuple(wide), batch, False)
-            state |= {f"local.{index}.{name}": tensor for name, tensor in _pack(fresh).items()}
+            state |= {f"local.{index}.{name}": tensor for name, tensor in pack(fresh).items()}
         if self.projection != "none":
             heads, width = self.memory.heads, self.memory.head_dim
             state["projection"] = wide[0].new_zeros(batch, heads, width, width)
         return state
-
-
-def _read_and_write(
-    owner: Any,
-    spec: MemorySpec,
-    tokens: Tokens,
-    state: MemoryState | None,
-    mask: Tensor | None,
-    resets: Tensor | None,
-) -> tuple[Tensor, MemoryState, list[Tensor]]:
-    """The operation on one memory; `owner` has its initial weights and norm. Tokens: q, k, v, theta.
-    The last is how hard each token wrote `[B, T, H]`, in a list, if recorded."""
-    q, k, v, theta = tokens
-    result = neural_memory(
-        q, k, v, theta, None, None, list(owner.initial), spec=spec, gamma=owner.memory_gamma,
-        beta=owner.memory_beta, state=state, mask=mask, resets=resets, return_surprise=recording(),
-    )  # fmt: skip
-    writes = [theta.detach() * result[2]] if len(result) == 3 else []
-    return result[0], result[1], writes
-
-
-def _pack(memory: MemoryState) -> LayerState:
-    state: LayerState = {"phase": memory.phase}
-    for name in ("weights", "anchor"):
-        state |= {f"{name}.{layer}": tensor for layer, tensor in enumerate(getattr(memory, name))}
-    return state
-
-
-def _unpack(state: LayerState) -> MemoryState:
-    def layers(name: str) -> tuple[Tensor, ...]:
-        count = sum(key.startswith(f"{name}.") for key in state)
-        return tuple(state[f"{name}.{layer}"] for layer in range(count))
-
-    return MemoryState(layers("weights"), (), layers("anchor"), state["phase"])
 
 
 @register_mixer("tnt")

@@ -97,6 +97,16 @@ def _tnt(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"mixer": "tnt", "memory": _memory(size) | chunks}
 
 
+def _ttt_linear(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+    """A linear memory that learns in mini-batches of 16."""
+    return {"mixer": "ttt_linear", "memory": {"chunk_size": 16}}
+
+
+def _ttt_mlp(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+    """A memory of two layers that learns in mini-batches of 16."""
+    return {"mixer": "ttt_mlp", "memory": {"expansion": size.expansion, "chunk_size": 16}}
+
+
 PRESETS: dict[str, Recipe] = {
     "transformer": _transformer,
     "titans-lmm": _titans_lmm,
@@ -104,6 +114,8 @@ PRESETS: dict[str, Recipe] = {
     "titans-mag": _titans_mag,
     "titans-mal": _titans_mal,
     "tnt": _tnt,
+    "ttt-linear": _ttt_linear,
+    "ttt-mlp": _ttt_mlp,
 }
 
 

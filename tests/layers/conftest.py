@@ -13,6 +13,7 @@ from nestor.layers.memory_as_layer import MemoryAsLayer
 from nestor.layers.neural_memory import NeuralMemory
 from nestor.layers.span import Span
 from nestor.layers.tnt import FIXED, TNT
+from nestor.layers.ttt import TTT
 
 DIM, HEADS, WINDOW, SEGMENT, CHUNK = 8, 2, 5, 8, 4
 KINDS = (
@@ -22,6 +23,7 @@ KINDS = (
     "memory_as_gate_product",
     "memory_as_layer",
     "tnt",
+    "ttt",
 )
 
 
@@ -38,6 +40,8 @@ def build(kind, *, persistent=3, segment=SEGMENT, window=WINDOW, **memory):
         layer = inner
     elif kind == "memory_as_context":
         layer = MemoryAsContext(inner, segment, HEADS, 1, persistent)
+    elif kind == "ttt":
+        layer = TTT(DIM, HEADS, depth=2, expansion=1.5, chunk_size=arguments["chunk_size"], base_step=8.0)
     elif kind == "tnt":
         layer = TNT(inner, (1, 3), shard_size=segment)
     elif kind == "memory_as_layer":
