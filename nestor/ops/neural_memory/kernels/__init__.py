@@ -1,0 +1,128 @@
+"""The neural memory on a GPU, in Triton. Imported only where Triton is installed.
+
+`neural_memory_kernels` is the whole operation; `unsupported` says what it does not cover.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nestor.ops.neural_memory.kernels.primitives import ACTIVATIONS, LOSSES, NORMS
+from nestor.ops.neural_memory.kernels.walk import memory_walk
+from nestor.ops.neural_memory.layout import chunk_grid
+from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
+
+__all__ = ["neural_memory_kernels", "obstacle"]
+
+CHUNKS = (16, 32, 64, 128)
+WIDTHS = (16, 32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def obstacle(spec: MemorySpec, initial: Sequence[Tensor], dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute this memory; None: they can."""
+    for name, value, known in (
+        ("dtype", dtype, DTYPES),
+        ("activation", spec.activation, ACTIVATIONS),
+        ("norm", spec.norm, NORMS),
+        ("inner_loss", spec.inner_loss, LOSSES),
+        ("read_mode", spec.read_mode, ("inclusive", "chunk_start")),
+        ("grad_at", spec.grad_at, ("pre_decay",)),
+        ("chunk_size", spec.chunk_size, CHUNKS),
+        ("depth", len(initial), (2,)),
+        ("head width", initial[0].shape[-2], WIDTHS),
+    ):
+        if value not in known:
+            return f"the kernels do not cover {name} = {value}"
+    hidden = initial[0].shape[-1]
+    if hidden % 32 and hidden != 16:
+        return f"the kernels do not cover a hidden width of {hidden}; it must be a multiple of 32"
+    return None
+
+
+def neural_memory_kernels(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
+    initial: Sequence[Tensor], gamma: Tensor | None, beta: Tensor | None,
+    state: MemoryState | None, start: MemoryState | None, spec: MemorySpec,
+    mask: Tensor | None, resets: Tensor | None,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
+    """`neural_memory` for sequences that stand at a chunk's start: q, k, v bfloat16 or float32."""
+    batch, length, heads, width = q.shape
+    hidden, chunk = initial[0].shape[-1], spec.chunk_size
+    begin = start or MemoryState.fresh(tuple(initial), 1, eta is not None)
+    opening = state or begin
+    ragged = mask is not None or resets is not None
+    valid = row_resets = opened = grid = None
+    tokens = [q, k, v, theta, eta, alpha]
+    left = length % chunk
+    phase = torch.full((batch,), left, dtype=torch.int64, device=q.device)
+    if ragged:
+        grid = chunk_grid(batch, length, chunk, q.device, None, mask, resets)
+        short = chunk - grid.width
+
+        def to_rows(x: Tensor) -> Tensor:
+            x = grid.gather(x)
+            x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 3) + (0, short))
+            return x.flatten(1, 2)
+
+        tokens = [None if x is None else to_rows(x) for x in tokens]
+        cells = torch.ones(batch, grid.rows, grid.width, dtype=torch.bool, device=q.device)
+        cells = cells if grid.valid is None else grid.valid
+        valid = torch.nn.functional.pad(cells, (0, short)).flatten(1).to(torch.uint8)
+        flags = [
+            torch.zeros(batch, dtype=torch.bool, device=q.device) if r is None else r for r in grid.resets
+        ]
+        row_resets = torch.stack(flags, 1).to(torch.uint8) if resets is not None else None
+        phase = grid.phase
+        used = cells.any(2)
+        final_row = torch.where(used, torch.arange(grid.rows, device=q.device), -1).amax(1)
+        opened = torch.where(phase == 0, -1, final_row).to(torch.int32)
+    elif left:
+        opened = torch.full((batch,), -(-length // chunk) - 1, dtype=torch.int32, device=q.device)
+    tokens = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tokens[:3]] + [
+        None if g is None else g.float().contiguous() for g in tokens[3:]
+    ]
+
+    def pack(memory: MemoryState, rows: int) -> Tensor:
+        layers = (*memory.weights, *(memory.momentum if eta is not None else ()))
+        packed = torch.stack([w.float().flatten(-2) for w in layers], 2)
+        return packed.expand(rows, *packed.shape[1:]).flatten(0, 1)
+
+    has_target = spec.decay == "initial" and alpha is not None
+    targets = torch.stack([w.float().flatten(-2) for w in initial], 1) if has_target else None
+    gamma, beta = (None if g is None else g.float().contiguous() for g in (gamma, beta))
+    packed = pack(opening, batch).contiguous()
+    first = pack(begin, 1).contiguous() if row_resets is not None else None
+    inputs = (*tokens, packed, targets, first, gamma, beta)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, final, anchor, *_ = memory_walk(
+        *inputs, valid, row_resets, opened, chunk, hidden, ACTIVATIONS.index(spec.activation),
+        NORMS.index(spec.norm), LOSSES.index(spec.inner_loss), spec.read_mode == "inclusive",
+        spec.norm_eps, spec.loss_scale, float(getattr(spec, "loss_threshold", 1.0)), keep,
+    )  # fmt: skip
+    if grid is not None:
+        y = grid.scatter(y.unflatten(1, (grid.rows, chunk))[:, :, : grid.width], length)
+
+    def unpack(part: Tensor) -> tuple[Tensor, Tensor]:
+        parts = part.view(batch, heads, 2, -1)
+        return (
+            parts[:, :, 0].unflatten(-1, (width, hidden)),
+            parts[:, :, 1].unflatten(-1, (hidden, width)),
+        )
+
+    weights = unpack(final[:, :2])
+    momentum = unpack(final[:, 2:]) if eta is not None else ()
+    anchors = weights
+    if opened is not None:
+        # Where the call ends inside a chunk, its anchor is what the chunk began with.
+        inside = (opened >= 0)[:, None, None, None]
+        held = unpack(anchor)
+        before = opening.anchor
+        silent = None if mask is None else (~mask.any(1))[:, None, None, None]
+        anchors = tuple(
+            torch.where(inside, a, w) if silent is None else
+            torch.where(silent, b.float(), torch.where(inside, a, w))
+            for a, w, b in zip(held, weights, before, strict=True)
+        )  # fmt: skip
+    return y, MemoryState(weights, momentum, anchors, phase)

@@ -1,0 +1,308 @@
+"""The kernels in order, as two PyTorch operators: the memory of a whole call, and its gradient.
+
+Forward: coefficients of all chunks; then, a span of chunks at a time, the writes (one walk after the other)
+and the reads (all chunks at once). Kept for the backward are the inputs, the reads' standardised outputs, and
+a checkpoint of the state every INTERVAL chunks, from which the backward writes each span's states again: all
+of a span's intervals at once. What is as large as chunks x weights exists for one span only.
+
+Fast weights are packed: ``[M, Q, P HIDDEN]`` for M = sequences x heads and the Q parts W1, W2, S1, S2 (without
+momentum W1, W2). ``[H, ...]`` is shared by the sequences.
+"""
+
+from typing import Any
+
+import torch
+
+from torch import Tensor
+
+from nestor.ops.neural_memory.kernels.coefficients import coefficients_backward_kernel, coefficients_kernel
+from nestor.ops.neural_memory.kernels.read import read_backward_kernel, read_kernel
+from nestor.ops.neural_memory.kernels.write import write_backward_kernel, write_kernel
+
+INTERVAL = 16
+# Warps of each kernel's programs.
+WARPS = {"write": 8, "read": 4, "read_backward": 8, "write_backward": 8}
+# Chunks of one head that a span holds, over all sequences and heads.
+FORWARD_SPAN = 4096
+BACKWARD_SPAN = 2048
+
+
+def _span(budget: int, walks: int, chunks: int) -> int:
+    whole = -(-chunks // INTERVAL) * INTERVAL
+    return min(whole, max(INTERVAL, budget // walks // INTERVAL * INTERVAL))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+class _Walk:
+    """Sizes, choices and launches of one call."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
+        targets: Tensor | None, start: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+        valid: Tensor | None, resets: Tensor | None, opened: Tensor | None,
+        chunk: int, hidden: int, activation: int, norm: int, loss: int, dual: bool,
+        eps: float, scale: float, threshold: float,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v, self.theta, self.eta, self.alpha = q, k, v, theta, eta, alpha
+        self.targets, self.start, self.gamma, self.beta = targets, start, gamma, beta
+        self.valid, self.resets, self.opened = valid, resets, opened
+        self.batch, self.tokens, self.heads, self.width = q.shape
+        self.chunk, self.hidden, self.dual = chunk, hidden, dual
+        self.walks, self.chunks = self.batch * self.heads, -(-self.tokens // chunk)
+        self.momentum, self.parts = eta is not None, 4 if eta is not None else 2
+        self.size = self.width * hidden
+        self.numbers = (eps, scale, threshold)
+        precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+        self.shape = {"C": chunk, "P": self.width, "HIDDEN": hidden, "PRECISION": precision}
+        self.network = {"ACTIVATION": activation, "NORM": norm, "MOMENTUM": self.momentum}
+        self.network["TARGET"] = targets is not None
+        self.loss = {"LOSS": loss, "HAS_RESETS": resets is not None, "HAS_OPEN": opened is not None}
+        self.gates = {"C": chunk, "MOMENTUM": self.momentum, "FORGET": alpha is not None}
+        self.gates["MASKED"] = valid is not None
+        self.slice = 64 if self.width <= 64 and self.walks * hidden >= 64 * 96 else 32
+        self.slice = min(self.slice, hidden)
+        self.split = hidden // self.slice
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.q.new_empty(shape, dtype=dtype or self.q.dtype)
+
+    def floats(self, *shape: int) -> Tensor:
+        return self.new(*shape, dtype=torch.float32)
+
+    def meeting(self, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the programs of a walk meet: exchange, arrivals, ticket."""
+        size = groups * 2 * self.split * self.chunk * self.width if self.split > 1 else 1
+        counters = torch.zeros(groups + 1, dtype=torch.int32, device=self.q.device)
+        return self.floats(size), counters, counters[groups:]
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        m, n, c = self.walks, self.chunks, self.chunk
+        rows, ends = self.floats(m, n, 2, c), self.floats(m, n, 2, c)
+        last, G = self.floats(m, n, 4), self.floats(m, n, c, c)
+        coefficients_kernel[(n, m)](
+            self.theta, self.eta, self.alpha, self.valid, rows, ends, last, G, *_strides(self.theta),
+            self.heads, n, self.tokens, **self.gates, num_warps=4,
+        )  # fmt: skip
+        return rows, ends, last, G
+
+    def write(
+        self, checkpoints: Tensor, ends: Tensor, last: Tensor, anchor: Tensor | None,
+        first: int, span: int, rows: int, save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """States and steps of a span, and z2 unless `save`."""
+        m, c, p = self.walks, self.chunk, self.width
+        states = self.new(m, span, self.parts, self.size)
+        steps = self.new(m, span, c, p)
+        z2 = steps if save else self.floats(m, span, c, p)
+        pieces = -(-min(span, self.chunks - first) // rows)
+        exchange, arrivals, ticket = self.meeting(m * pieces)
+        write_kernel[(m * pieces * self.split,)](
+            self.k, self.v, ends, last, checkpoints, states, steps, z2, self.targets, self.gamma, self.beta,
+            self.start, self.resets, self.opened, anchor, exchange, arrivals, ticket,
+            *_strides(self.k), *_strides(self.v), m, self.heads, self.chunks, self.tokens,
+            first, span, INTERVAL, rows, int(save), *self.numbers,
+            **self.shape, HS=self.slice, **self.network,
+            **{**self.loss, "HAS_OPEN": self.opened is not None and save}, KEEP=not save,
+            num_warps=WARPS["write"], num_stages=1,
+        )  # fmt: skip
+        return states, steps, z2
+
+    def forward(self, state: Tensor, keep: bool) -> tuple[Tensor, ...]:
+        """y, checkpoints, the anchor of open chunks, z and r (see read.py)."""
+        m, n, c, p = self.walks, self.chunks, self.chunk, self.width
+        rows, ends, last, G = self.coefficients()
+        y = self.q.new_empty(self.q.shape)
+        checkpoints = self.floats(-(-n // INTERVAL) + 1, m, self.parts, self.size)
+        checkpoints[0] = state
+        anchor = self.floats(m, 2, self.size) if self.opened is not None else self.floats(0)
+        z, r = (self.new(m, n, c, p), self.floats(m, n, c)) if keep else (self.new(0), self.floats(0))
+        span = _span(FORWARD_SPAN, m, n)
+        for first in range(0, n, span):
+            states, steps, _ = self.write(checkpoints, ends, last, anchor, first, span, span, True)
+            read_kernel[(min(span, n - first), m)](
+                self.q, self.k, rows, G, states, steps, self.targets, self.gamma, self.beta, y, z, r,
+                *_strides(self.q), *_strides(self.k), *_strides(y), m, self.heads, n, self.tokens,
+                first, span, self.numbers[0], **self.shape, HS=min(64, self.hidden),
+                **self.network, DUAL=self.dual, KEEP=keep, num_warps=WARPS["read"], num_stages=1,
+            )  # fmt: skip
+        return y, checkpoints, anchor, z, r
+
+    def backward(
+        self, checkpoints: Tensor, z: Tensor, r: Tensor, g_y: Tensor, g_final: Tensor, g_anchor: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Gradients of q, k, v, theta, eta, alpha, state, targets, start, gamma, beta (empty: none)."""
+        m, n, c, p = self.walks, self.chunks, self.chunk, self.width
+        heads, parts, size, split = self.heads, self.parts, self.size, self.split
+        rows, ends, last, G = self.coefficients()
+        nothing = self.floats(0)
+        g_q, g_k, g_v = (self.q.new_empty(self.q.shape) for _ in range(3))
+        g_gates = [nothing if g is None else g.new_empty(g.shape) for g in (self.theta, self.eta, self.alpha)]
+        carried = self.floats(m, parts + 2, size)
+        carried[:, :parts] = g_final
+        carried[:, parts:] = 0
+        g_start = torch.zeros_like(g_final) if self.resets is not None else nothing
+        g_norm = torch.zeros(m, 2, p, dtype=torch.float32, device=g_y.device)
+        span = _span(BACKWARD_SPAN, m, n)
+        for first in reversed(range(0, n, span)):
+            here = min(span, n - first)
+            states, steps, z2 = self.write(checkpoints, ends, last, None, first, span, INTERVAL, False)
+            g_states = self.new(m, span, parts, size)
+            g_targets = self.new(m, span, 2, size) if self.targets is not None else nothing
+            g_parts = self.new(split + 1, m, span, c, p)
+            g_u1, g_x2, g_u2, g_G = nothing, nothing, nothing, nothing
+            if self.dual:
+                g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
+                g_u2, g_G = self.new(m, span, c, p), self.floats(m, span, c, c)
+            g_rows = self.floats(m, span, 2, c)
+            g_norms = self.floats(m, span, 2, p)
+            read_backward_kernel[(here, m)](
+                self.q, self.k, rows, G, states, steps, self.targets, self.gamma, z, r, g_y,
+                g_q, g_parts[split], g_rows, g_G, g_states, g_targets, g_u1, g_x2, g_u2, g_norms,
+                *_strides(self.q), *_strides(self.k), *_strides(g_y), *_strides(g_q), m, heads, n,
+                self.tokens, first, span, **self.shape, HS=min(64, self.hidden), **self.network,
+                DUAL=self.dual, num_warps=WARPS["read_backward"], num_stages=1,
+            )  # fmt: skip
+            if self.gamma is not None:
+                g_norm += g_norms[:, :here].sum(1)
+            g_ends, g_last = self.floats(split, m, span, 2, c), self.floats(split, m, span, 4)
+            write_backward_kernel[(m * split,)](
+                self.k, self.v, ends, last, states, steps, z2, self.targets, self.gamma, self.beta,
+                self.resets, self.opened, g_states, g_u1, g_x2, g_u2, g_targets, carried, g_anchor, g_start,
+                g_parts, g_v, g_ends, g_last, g_norm, *self.meeting(m),
+                *_strides(self.k), *_strides(self.v), *_strides(g_v), m, heads, n, self.tokens, first, span,
+                *self.numbers, **self.shape, HS=self.slice, **self.network, **self.loss, READS=self.dual,
+                num_warps=WARPS["write_backward"], num_stages=1,
+            )  # fmt: skip
+            summed = (g_parts if self.dual else g_parts[:split])[:, :, :here].sum(0, dtype=torch.float32)
+            place = slice(first * c, min((first + here) * c, self.tokens))
+            by_head = summed.view(self.batch, heads, here * c, p)[:, :, : place.stop - place.start]
+            g_k[:, place] = by_head.transpose(1, 2)
+            coefficients_backward_kernel[(here, m)](
+                self.theta, self.eta, self.alpha, self.valid, g_rows, g_ends, g_last, g_G,
+                *g_gates, *_strides(self.theta), *_strides(g_gates[0]), heads, first, span, self.tokens,
+                m * span, SPLIT=split, READ=self.dual, **self.gates, num_warps=4,
+            )  # fmt: skip
+        g_shared = [nothing, nothing]
+        if self.gamma is not None:
+            total = g_norm.view(self.batch, heads, 2, p).sum(0)
+            g_shared = [total[:, 0].clone(), total[:, 1].clone()]
+        g_targets = nothing
+        if self.targets is not None:
+            g_targets = carried[:, parts:].view(self.batch, heads, 2, size).sum(0)
+        if self.resets is not None:
+            g_start = g_start.view(self.batch, heads, parts, size).sum(0)
+        return (g_q, g_k, g_v, *g_gates, carried[:, :parts].clone(), g_targets, g_start, *g_shared)
+
+
+@torch.library.custom_op("nestor::memory_walk", mutates_args=())
+def memory_walk(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, state: Tensor,
+    targets: Tensor | None, start: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    valid: Tensor | None, resets: Tensor | None, opened: Tensor | None,
+    chunk: int, hidden: int, activation: int, norm: int, loss: int, dual: bool,
+    eps: float, scale: float, threshold: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs ``[B, T, H, p]``, the final state, the anchor of open chunks, and what the backward needs:
+    checkpoints, z, r (the last two empty unless `keep`). Arguments as in write.py and read.py."""
+    walk = _Walk(
+        q, k, v, theta, eta, alpha, targets, start, gamma, beta, valid, resets, opened,
+        chunk, hidden, activation, norm, loss, dual, eps, scale, threshold,
+    )  # fmt: skip
+    y, checkpoints, anchor, z, r = walk.forward(state, keep)
+    return y, checkpoints[-1].clone(), anchor, checkpoints, z, r
+
+
+@torch.library.custom_op("nestor::memory_walk_backward", mutates_args=())
+def memory_walk_backward(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
+    targets: Tensor | None, start: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    valid: Tensor | None, resets: Tensor | None, opened: Tensor | None,
+    checkpoints: Tensor, z: Tensor, r: Tensor, g_y: Tensor, g_final: Tensor, g_anchor: Tensor,
+    chunk: int, hidden: int, activation: int, norm: int, loss: int, dual: bool,
+    eps: float, scale: float, threshold: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, k, v, theta, eta, alpha, state, targets, start, gamma, beta; empty where there is none."""
+    walk = _Walk(
+        q, k, v, theta, eta, alpha, targets, start, gamma, beta, valid, resets, opened,
+        chunk, hidden, activation, norm, loss, dual, eps, scale, threshold,
+    )  # fmt: skip
+    found = walk.backward(checkpoints, z, r, g_y, g_final, g_anchor)
+    # What an operator returns must not share memory, not even none.
+    return [g if g.numel() else g.clone() for g in found]
+
+
+@memory_walk.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, state: Tensor,
+    targets: Tensor | None, start: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    valid: Tensor | None, resets: Tensor | None, opened: Tensor | None,
+    chunk: int, hidden: int, activation: int, norm: int, loss: int, dual: bool,
+    eps: float, scale: float, threshold: float, keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, tokens, heads, width = q.shape
+    walks, chunks = batch * heads, -(-tokens // chunk)
+    floats = {"dtype": torch.float32}
+    anchor = (walks, 2, width * hidden) if opened is not None else (0,)
+    kept = ((walks, chunks, chunk, width), (walks, chunks, chunk)) if keep else ((0,), (0,))
+    return (
+        q.new_empty(q.shape),
+        torch.empty_like(state),
+        q.new_empty(anchor, **floats),
+        q.new_empty((-(-chunks // INTERVAL) + 1, *state.shape), **floats),
+        q.new_empty(kept[0]),
+        q.new_empty(kept[1], **floats),
+    )
+
+
+@memory_walk_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
+    targets: Tensor | None, start: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    valid: Tensor | None, resets: Tensor | None, opened: Tensor | None,
+    checkpoints: Tensor, z: Tensor, r: Tensor, g_y: Tensor, g_final: Tensor, g_anchor: Tensor,
+    chunk: int, hidden: int, activation: int, norm: int, loss: int, dual: bool,
+    eps: float, scale: float, threshold: float,
+) -> list[Tensor]:  # fmt: skip
+    nothing = q.new_empty((0,), dtype=torch.float32)
+
+    def like(x: Tensor | None) -> Tensor:
+        return nothing if x is None else x.new_empty(x.shape)
+
+    inputs = [q.new_empty(q.shape) for _ in range(3)] + [like(g) for g in (theta, eta, alpha)]
+    begin = nothing if resets is None or start is None else like(start)
+    return [*inputs, g_final.new_empty(g_final.shape), like(targets), begin, like(gamma), like(beta)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, theta, eta, alpha, state, targets, start, gamma, beta, valid, resets, opened = inputs[:14]
+    _, final, anchor, checkpoints, z, r = output
+    ctx.choices = inputs[14:-1]
+    ctx.shapes = (final.shape, anchor.shape)
+    ctx.mark_non_differentiable(checkpoints, z, r)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        q, k, v, theta, eta, alpha, targets, start, gamma, beta, valid, resets, opened, checkpoints, z, r
+    )
+
+
+def _backward(ctx: Any, g_y: Any, g_final: Any, g_anchor: Any, *_: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    q = saved[0]
+    final, anchor = ctx.shapes
+    g_y = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if g_y is None else g_y
+    if g_y.stride(-1) != 1:
+        g_y = g_y.contiguous()
+    g_final, g_anchor = (
+        torch.zeros(shape, dtype=torch.float32, device=q.device) if g is None else g.contiguous()
+        for g, shape in ((g_final, final), (g_anchor, anchor))
+    )
+    found = memory_walk_backward(*saved, g_y, g_final, g_anchor, *ctx.choices)
+    present = (*saved[:6], q, *saved[6:10])
+    grads = [None if x is None or g.numel() == 0 else g for x, g in zip(present, found, strict=True)]
+    return (*grads, *[None] * (3 + len(ctx.choices) + 1))
+
+
+memory_walk.register_autograd(_backward, setup_context=_setup)

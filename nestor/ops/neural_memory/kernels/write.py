@@ -1,0 +1,322 @@
+"""The writes of a two-layer memory: the walk that waits for the chunk before, forward and backward.
+
+A walk is one sequence and head; SPLIT programs share it, each with HS columns of W1 and the same rows of W2,
+which it keeps in registers from chunk to chunk with their momentum. Only z2 and its gradient are sums over
+the hidden width, so the programs of a walk meet once a chunk (`sum_over_slices`).
+
+Layouts (M walks, m = b heads + h; Q = 4 parts W1, W2, S1, S2 with momentum, else 2; P x HIDDEN numbers each):
+    checkpoints float32 ``[K, M, Q, P HIDDEN]``: the state every `interval` chunks and at the end
+    states      ``[M, span, Q, P HIDDEN]``: the state at the start of each chunk, in the operands' dtype
+    steps, z2   ``[M, span, C, P]``: u_2 in the operands' dtype, and float32 z_2
+"""
+
+import triton
+import triton.language as tl
+
+from nestor.ops.neural_memory.kernels.primitives import (
+    activate,
+    dot,
+    pull_back,
+    pull_back_vjp,
+    sum_over_slices,
+)
+
+
+@triton.jit
+def _slice_cells(s, HIDDEN: tl.constexpr, HS: tl.constexpr, P: tl.constexpr):
+    """Places of a slice in W1 ``[P, HIDDEN]`` and W2 ``[HIDDEN, P]``."""
+    p, j = tl.arange(0, P), s * HS + tl.arange(0, HS)
+    return p[:, None] * HIDDEN + j[None, :], j[:, None] * P + p[None, :]
+
+
+@triton.jit
+def _load_state(base, first, second, SIZE: tl.constexpr, MOMENTUM: tl.constexpr):
+    """W1, W2, S1, S2; without momentum the last two are W1, W2 again, and nothing uses them."""
+    W1 = tl.load(base + first).to(tl.float32)
+    W2 = tl.load(base + SIZE + second).to(tl.float32)
+    S1, S2 = W1, W2
+    if MOMENTUM:
+        S1 = tl.load(base + 2 * SIZE + first).to(tl.float32)
+        S2 = tl.load(base + 3 * SIZE + second).to(tl.float32)
+    return W1, W2, S1, S2
+
+
+@triton.jit
+def _store_state(base, first, second, W1, W2, S1, S2, SIZE: tl.constexpr, MOMENTUM: tl.constexpr):
+    dtype = base.dtype.element_ty
+    tl.store(base + first, W1.to(dtype))
+    tl.store(base + SIZE + second, W2.to(dtype))
+    if MOMENTUM:
+        tl.store(base + 2 * SIZE + first, S1.to(dtype))
+        tl.store(base + 3 * SIZE + second, S2.to(dtype))
+
+
+@triton.jit
+def write_kernel(
+    K, V, ENDS, LAST, CHECKPOINTS, STATES, STEPS, Z2, TARGETS, GAMMA, BETA, START, RESETS, OPEN, ANCHOR,
+    EXCHANGE, ARRIVALS, TICKET,
+    kb, kt, kh, vb, vt, vh, walks, heads, chunks, tokens, first_chunk, span, interval, rows, save,
+    eps, scale, threshold,
+    C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, HS: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr,
+    TARGET: tl.constexpr, HAS_RESETS: tl.constexpr, HAS_OPEN: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk `rows` chunks from each checkpoint of the span; with `save` also write the checkpoints passed.
+
+    RESETS uint8 ``[B, N]``; START ``[heads, Q, P HIDDEN]`` is what a document begins with. OPEN int32
+    ``[B]``: the chunk that the call leaves open (or -1), the state at whose start goes to ANCHOR
+    ``[M, 2, P HIDDEN]``.
+    """
+    SPLIT: tl.constexpr = HIDDEN // HS
+    SIZE: tl.constexpr = P * HIDDEN
+    PARTS: tl.constexpr = 4 if MOMENTUM else 2
+    # Programs of one walk start together: tickets are drawn in the order in which programs start.
+    ticket = tl.atomic_add(TICKET, 1)
+    s = ticket % SPLIT
+    group = ticket // SPLIT
+    m = group % walks
+    piece = group // walks
+    b, h = m // heads, m % heads
+    dtype = STEPS.dtype.element_ty
+    begin = first_chunk + piece * rows
+    end = tl.minimum(tl.minimum(begin + rows, first_chunk + span), chunks)
+
+    i, p = tl.arange(0, C), tl.arange(0, P)
+    first, second = _slice_cells(s, HIDDEN, HS, P)
+    state = CHECKPOINTS + ((begin // interval) * walks + m).to(tl.int64) * PARTS * SIZE
+    W1, W2, S1, S2 = _load_state(state, first, second, SIZE, MOMENTUM)
+    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
+    if NORM == 2:
+        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
+    M1, M2 = W1, W2
+    exchange = EXCHANGE + group.to(tl.int64) * 2 * SPLIT * C * P
+    k_at = K + b * kb.to(tl.int64) + h * kh
+    v_at = V + b * vb.to(tl.int64) + h * vh
+
+    for n in range(begin, end):
+        t = n * C + i
+        inside = (t < tokens)[:, None]
+        k = tl.load(k_at + t[:, None] * kt + p[None, :], mask=inside, other=0.0).to(dtype)
+        v = tl.load(v_at + t[:, None] * vt + p[None, :], mask=inside, other=0.0).to(tl.float32)
+        cell = m.to(tl.int64) * chunks + n
+        g_end = tl.load(ENDS + cell * 2 * C + i)
+        A, F, mom = tl.load(LAST + cell * 4), tl.load(LAST + cell * 4 + 1), tl.load(LAST + cell * 4 + 2)
+        if HAS_RESETS:
+            if tl.load(RESETS + b * chunks + n) != 0:
+                W1, W2, S1, S2 = _load_state(START + h * PARTS * SIZE, first, second, SIZE, MOMENTUM)
+        if save and n % interval == 0:
+            at = CHECKPOINTS + ((n // interval) * walks + m).to(tl.int64) * PARTS * SIZE
+            _store_state(at, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
+        if HAS_OPEN:
+            if n == tl.load(OPEN + b):
+                anchor = ANCHOR + m.to(tl.int64) * 2 * SIZE
+                tl.store(anchor + first, W1)
+                tl.store(anchor + SIZE + second, W2)
+        here = m.to(tl.int64) * span + n - first_chunk
+        _store_state(STATES + here * PARTS * SIZE, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
+
+        w2 = W2.to(dtype)
+        x2, slope, _ = activate(dot(k, W1.to(dtype), PRECISION), ACTIVATION)
+        part = dot(x2.to(dtype), w2, PRECISION)
+        turn = n - begin
+        z2 = sum_over_slices(part, exchange, ARRIVALS + group, turn % 2, s, turn + 1, SPLIT, C, P)
+        u2 = pull_back(k.to(tl.float32), v, z2, gamma, beta, eps, scale, threshold, NORM, LOSS, P).to(dtype)
+        if s == 0:
+            tl.store(STEPS + here * C * P + i[:, None] * P + p[None, :], u2)
+            if KEEP:
+                tl.store(Z2 + here * C * P + i[:, None] * P + p[None, :], z2)
+        u1 = (dot(u2, tl.trans(w2), PRECISION) * slope).to(dtype)
+
+        W1, W2 = A * W1, A * W2
+        if TARGET:
+            M1 = tl.load(TARGETS + h * 2 * SIZE + first)
+            M2 = tl.load(TARGETS + h * 2 * SIZE + SIZE + second)
+            W1 += (1.0 - A) * M1
+            W2 += (1.0 - A) * M2
+        if MOMENTUM:
+            e_end = tl.load(ENDS + cell * 2 * C + C + i)
+            W1 += F * S1
+            W2 += F * S2
+            S1 = mom * S1 + dot(tl.trans((k * e_end[:, None]).to(dtype)), u1, PRECISION)
+            S2 = mom * S2 + dot(tl.trans((x2 * e_end[:, None]).to(dtype)), u2, PRECISION)
+        W1 += dot(tl.trans((k * g_end[:, None]).to(dtype)), u1, PRECISION)
+        W2 += dot(tl.trans((x2 * g_end[:, None]).to(dtype)), u2, PRECISION)
+
+    if save and end > begin:
+        at = CHECKPOINTS + (tl.cdiv(end, interval) * walks + m).to(tl.int64) * PARTS * SIZE
+        _store_state(at, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
+
+
+@triton.jit
+def write_backward_kernel(
+    K, V, ENDS, LAST, STATES, STEPS, Z2, TARGETS, GAMMA, BETA, RESETS, OPEN,
+    G_STATES, G_U1, G_X2, G_U2, G_TARGETS, CARRIED, G_ANCHOR, G_START, G_K, G_V, G_ENDS, G_LAST, G_NORM,
+    EXCHANGE, ARRIVALS, TICKET,
+    kb, kt, kh, vb, vt, vh, gb, gt, gh, walks, heads, chunks, tokens, first_chunk, span,
+    eps, scale, threshold,
+    C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, HS: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr,
+    TARGET: tl.constexpr, HAS_RESETS: tl.constexpr, HAS_OPEN: tl.constexpr, READS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Reverse of `write_kernel` on the chunks first_chunk .. first_chunk + span - 1, last one first.
+
+    CARRIED float32 ``[M, Q + 2, P HIDDEN]``: gradients of the state after the span, overwritten by those of
+    the state before it; its last two parts are the gradient of the targets, added up. G_STATES
+    ``[M, span, Q, ...]``, G_TARGETS ``[M, span, 2, ...]``, G_U1, G_X2 ``[M, span, C, HIDDEN]``, G_U2
+    ``[M, span, C, P]``: what the reads of each chunk add. Writes G_K ``[SPLIT, M, span, C, P]`` (a sum over
+    slices is left), G_V, G_ENDS and G_LAST (see coefficients.py), adds to G_NORM float32 ``[M, 2, P]``.
+    """
+    SPLIT: tl.constexpr = HIDDEN // HS
+    SIZE: tl.constexpr = P * HIDDEN
+    PARTS: tl.constexpr = 4 if MOMENTUM else 2
+    ticket = tl.atomic_add(TICKET, 1)
+    s = ticket % SPLIT
+    m = ticket // SPLIT
+    b, h = m // heads, m % heads
+    dtype = STEPS.dtype.element_ty
+
+    i, p, j = tl.arange(0, C), tl.arange(0, P), s * HS + tl.arange(0, HS)
+    first, second = _slice_cells(s, HIDDEN, HS, P)
+    narrow = i[:, None] * P + p[None, :]
+    wide = i[:, None] * HIDDEN + j[None, :]
+    carried = CARRIED + m.to(tl.int64) * (PARTS + 2) * SIZE
+    dW1, dW2, dS1, dS2 = _load_state(carried, first, second, SIZE, MOMENTUM)
+    dM1, dM2 = dW1, dW2
+    if TARGET:
+        dM1 = tl.load(carried + PARTS * SIZE + first)
+        dM2 = tl.load(carried + (PARTS + 1) * SIZE + second)
+    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
+    if NORM == 2:
+        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
+    d_gamma, d_beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
+    exchange = EXCHANGE + m.to(tl.int64) * 2 * SPLIT * C * P
+    k_at = K + b * kb.to(tl.int64) + h * kh
+    v_at = V + b * vb.to(tl.int64) + h * vh
+    last_chunk = tl.minimum(first_chunk + span, chunks) - 1
+
+    for turn in range(0, last_chunk - first_chunk + 1):
+        n = last_chunk - turn
+        t = n * C + i
+        inside = (t < tokens)[:, None]
+        k = tl.load(k_at + t[:, None] * kt + p[None, :], mask=inside, other=0.0).to(dtype)
+        cell = m.to(tl.int64) * chunks + n
+        here = m.to(tl.int64) * span + n - first_chunk
+        sliced = s * walks.to(tl.int64) * span + here
+        g_end = tl.load(ENDS + cell * 2 * C + i)
+        A, F, mom = tl.load(LAST + cell * 4), tl.load(LAST + cell * 4 + 1), tl.load(LAST + cell * 4 + 2)
+        states = STATES + here * PARTS * SIZE
+        w1, w2 = tl.load(states + first), tl.load(states + SIZE + second)
+        u2 = tl.load(STEPS + here * C * P + narrow)
+
+        x2, slope, curvature = activate(dot(k, w1, PRECISION), ACTIVATION)
+        pulled = dot(u2, tl.trans(w2), PRECISION)
+        u1 = (pulled * slope).to(dtype)
+
+        # State update.
+        dw1, dw2 = dW1.to(dtype), dW2.to(dtype)
+        g_u1 = dot((k * g_end[:, None]).to(dtype), dw1, PRECISION)
+        g_u2 = dot((x2 * g_end[:, None]).to(dtype), dw2, PRECISION)
+        along_k = dot(u1, tl.trans(dw1), PRECISION)
+        along_x = dot(u2, tl.trans(dw2), PRECISION)
+        g_k = along_k * g_end[:, None]
+        g_x2 = along_x * g_end[:, None]
+        g_g = tl.sum(k * along_k, 1) + tl.sum(x2 * along_x, 1)
+        tl.store(G_ENDS + sliced * 2 * C + i, g_g)
+        g_A = tl.sum(dW1 * w1) + tl.sum(dW2 * w2)
+        if MOMENTUM:
+            e_end = tl.load(ENDS + cell * 2 * C + C + i)
+            ds1, ds2 = dS1.to(dtype), dS2.to(dtype)
+            g_u1 += dot((k * e_end[:, None]).to(dtype), ds1, PRECISION)
+            g_u2 += dot((x2 * e_end[:, None]).to(dtype), ds2, PRECISION)
+            along_k = dot(u1, tl.trans(ds1), PRECISION)
+            along_x = dot(u2, tl.trans(ds2), PRECISION)
+            g_k += along_k * e_end[:, None]
+            g_x2 += along_x * e_end[:, None]
+            g_e = tl.sum(k * along_k, 1) + tl.sum(x2 * along_x, 1)
+            tl.store(G_ENDS + sliced * 2 * C + C + i, g_e)
+            s1, s2 = tl.load(states + 2 * SIZE + first), tl.load(states + 3 * SIZE + second)
+            tl.store(G_LAST + sliced * 4 + 1, tl.sum(dW1 * s1) + tl.sum(dW2 * s2))
+            tl.store(G_LAST + sliced * 4 + 2, tl.sum(dS1 * s1) + tl.sum(dS2 * s2))
+            dS1 = mom * dS1 + F * dW1
+            dS2 = mom * dS2 + F * dW2
+        if TARGET:
+            M1 = tl.load(TARGETS + h * 2 * SIZE + first)
+            M2 = tl.load(TARGETS + h * 2 * SIZE + SIZE + second)
+            g_A -= tl.sum(dW1 * M1) + tl.sum(dW2 * M2)
+            dM1 += (1.0 - A) * dW1
+            dM2 += (1.0 - A) * dW2
+        tl.store(G_LAST + sliced * 4, g_A)
+        dW1, dW2 = A * dW1, A * dW2
+
+        # What the chunk's reads saw.
+        if READS:
+            g_u1 += tl.load(G_U1 + here * C * HIDDEN + wide).to(tl.float32)
+            g_x2 += tl.load(G_X2 + here * C * HIDDEN + wide).to(tl.float32)
+            if TARGET:
+                dM1 += tl.load(G_TARGETS + here * 2 * SIZE + first).to(tl.float32)
+                dM2 += tl.load(G_TARGETS + here * 2 * SIZE + SIZE + second).to(tl.float32)
+        reads = G_STATES + here * PARTS * SIZE
+        dW1 += tl.load(reads + first).to(tl.float32)
+        dW2 += tl.load(reads + SIZE + second).to(tl.float32)
+        if MOMENTUM and READS:
+            dS1 += tl.load(reads + 2 * SIZE + first).to(tl.float32)
+            dS2 += tl.load(reads + 3 * SIZE + second).to(tl.float32)
+        if HAS_OPEN:
+            if n == tl.load(OPEN + b):
+                anchor = G_ANCHOR + m.to(tl.int64) * 2 * SIZE
+                dW1 += tl.load(anchor + first)
+                dW2 += tl.load(anchor + SIZE + second)
+
+        # u_1 = (u_2 W2^T) phi'(z_1).
+        g_pulled = (g_u1 * slope).to(dtype)
+        g_z1 = g_u1 * pulled * curvature
+        g_u2 += dot(g_pulled, w2, PRECISION)
+        dW2 += dot(tl.trans(g_pulled), u2, PRECISION)
+
+        # u_2 from z_2.
+        g_u2 = sum_over_slices(g_u2, exchange, ARRIVALS + m, turn % 2, s, turn + 1, SPLIT, C, P)
+        if READS:
+            g_u2 += tl.load(G_U2 + here * C * P + narrow).to(tl.float32)
+        v = tl.load(v_at + t[:, None] * vt + p[None, :], mask=inside, other=0.0).to(tl.float32)
+        z2 = tl.load(Z2 + here * C * P + narrow)
+        g_z2, g_x, g_v, g_gamma, g_beta = pull_back_vjp(
+            g_u2, k.to(tl.float32), v, z2, gamma, beta, eps, scale, threshold, NORM, LOSS, P
+        )
+        if s == 0:
+            d_gamma += g_gamma
+            d_beta += g_beta
+            g_k += g_x
+            out = G_V + b * gb.to(tl.int64) + h * gh + t[:, None] * gt + p[None, :]
+            tl.store(out, g_v.to(G_V.dtype.element_ty), mask=inside)
+
+        # z_2 = x_2 W2, x_2 = phi(z_1), z_1 = k W1.
+        gz2 = g_z2.to(dtype)
+        g_x2 += dot(gz2, tl.trans(w2), PRECISION)
+        dW2 += dot(tl.trans(x2.to(dtype)), gz2, PRECISION)
+        gz1 = (g_z1 + g_x2 * slope).to(dtype)
+        g_k += dot(gz1, tl.trans(w1), PRECISION)
+        dW1 += dot(tl.trans(k), gz1, PRECISION)
+        tl.store(G_K + sliced * C * P + narrow, g_k.to(G_K.dtype.element_ty))
+
+        if HAS_RESETS:
+            if tl.load(RESETS + b * chunks + n) != 0:
+                start = G_START + m.to(tl.int64) * PARTS * SIZE
+                tl.store(start + first, tl.load(start + first) + dW1)
+                tl.store(start + SIZE + second, tl.load(start + SIZE + second) + dW2)
+                dW1, dW2 = dW1 * 0.0, dW2 * 0.0
+                if MOMENTUM:
+                    tl.store(start + 2 * SIZE + first, tl.load(start + 2 * SIZE + first) + dS1)
+                    tl.store(start + 3 * SIZE + second, tl.load(start + 3 * SIZE + second) + dS2)
+                    dS1, dS2 = dS1 * 0.0, dS2 * 0.0
+
+    _store_state(carried, first, second, dW1, dW2, dS1, dS2, SIZE, MOMENTUM)
+    if TARGET:
+        tl.store(carried + PARTS * SIZE + first, dM1)
+        tl.store(carried + (PARTS + 1) * SIZE + second, dM2)
+    if NORM == 2:
+        if s == 0:
+            norm = G_NORM + m * 2 * P + p
+            tl.store(norm, tl.load(norm) + d_gamma)
+            tl.store(norm + P, tl.load(norm + P) + d_beta)
