@@ -83,9 +83,9 @@ def neural_memory(
 
     Shapes (B sequences, T tokens, H heads, p head width):
         q, k, v: ``[B, T, H, p]``; with norm "none" v, and with it y, may have another width.
-        theta (write step), eta (momentum keep), alpha (forget fraction): ``[B, T, H]``; eta = None is a memory without momentum, alpha = None one that never forgets. theta is
-        ``[B, T, H, L]`` or ``[B, T, H, p]``, alpha ``[B, T, H, p]``, where the spec's step_sizes and
-        forget_gates say so.
+        theta (write step), eta (momentum keep), alpha (forget fraction): ``[B, T, H]``; eta = None is a
+        memory without momentum, alpha = None one that never forgets. Where the spec's step_sizes and
+        forget_gates say so, theta is ``[B, T, H, L]`` or ``[B, T, H, p]``, alpha ``[B, T, H, p]``.
         initial: learned initial weights, one ``[H, in, out]`` per layer of the memory network (1 to 4), or
         W0, W1, W2 of a gated network.
         gamma, beta: ``[H, p]``, slow parameters of the norm "residual_layernorm".
