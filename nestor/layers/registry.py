@@ -27,6 +27,8 @@ MIXER_MODULES = {
     "tnt": "nestor.layers.tnt",
     "ttt_linear": "nestor.layers.ttt",
     "ttt_mlp": "nestor.layers.ttt",
+    "kda": "nestor.layers.fla",
+    "gated_deltanet": "nestor.layers.fla",
 }
 FEED_FORWARD_MODULES = {"swiglu": "nestor.layers.feed_forward"}
 

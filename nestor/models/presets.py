@@ -107,6 +107,16 @@ def _ttt_mlp(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"mixer": "ttt_mlp", "memory": {"expansion": size.expansion, "chunk_size": 16}}
 
 
+def _kda(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Kimi Delta Attention everywhere; needs a GPU."""
+    return {"mixer": "kda"}
+
+
+def _gated_deltanet(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Gated DeltaNet everywhere; needs a GPU."""
+    return {"mixer": "gated_deltanet"}
+
+
 PRESETS: dict[str, Recipe] = {
     "transformer": _transformer,
     "titans-lmm": _titans_lmm,
@@ -116,6 +126,8 @@ PRESETS: dict[str, Recipe] = {
     "tnt": _tnt,
     "ttt-linear": _ttt_linear,
     "ttt-mlp": _ttt_mlp,
+    "kda": _kda,
+    "gated-deltanet": _gated_deltanet,
 }
 
 
