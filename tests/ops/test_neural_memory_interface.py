@@ -174,7 +174,7 @@ def test_the_reference_refuses_to_report_surprise(draw_problem) -> None:
 
 def test_the_self_check_passes_and_reports_its_error() -> None:
     results = self_check("cpu")
-    assert len(results) == 2
+    assert len(results) == 3
     for result in results:
         assert result.ok and 0 <= result.error < result.tolerance
 

@@ -28,8 +28,11 @@ def self_check(device: torch.device | str = "cpu") -> list[CheckResult]:
 
     device = torch.device(device)
     results = []
-    for depth in (1, 2):
-        spec = MemorySpec(chunk_size=4)
+    for label, widths, spec in (
+        ("linear network", [4, 4], MemorySpec(chunk_size=4)),
+        ("2-layer network", [4, 6, 4], MemorySpec(chunk_size=4)),
+        ("general form", [4, 6, 4], MemorySpec(chunk_size=4, window=2, renormalize="rows")),
+    ):
         started = time.perf_counter()
         backend, reason = choose_backend(spec, device)
         values = []
@@ -42,7 +45,6 @@ def self_check(device: torch.device | str = "cpu") -> list[CheckResult]:
 
             q, k, v = (draw(2, 11, 2, 4) for _ in range(3))
             theta, eta, alpha = (torch.sigmoid(draw(2, 11, 2)) for _ in range(3))
-            widths = [4, 4] if depth == 1 else [4, 6, 4]
             initial = [draw(2, a, b) for a, b in pairwise(widths)]
             gamma, beta = draw(2, 4), draw(2, 4)
             y, state, *_ = neural_memory(
@@ -54,6 +56,7 @@ def self_check(device: torch.device | str = "cpu") -> list[CheckResult]:
             values.append([o.detach() for o in outputs] + [t.grad for t in leaves if t.grad is not None])
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*values, strict=True))
         seconds = time.perf_counter() - started
-        name = f"neural_memory, {'linear' if depth == 1 else f'{depth}-layer'} network"
-        results.append(CheckResult(name, backend, reason, error, 1e-10, seconds, error < 1e-10))
+        results.append(
+            CheckResult(f"neural_memory, {label}", backend, reason, error, 1e-10, seconds, error < 1e-10)
+        )
     return results

@@ -12,7 +12,7 @@ Sequences and heads are one batch axis m; N chunks of C tokens; J tokens that a 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from nestor.ops.neural_memory.functions import Head
 from nestor.ops.neural_memory.losses import InnerLoss
 from nestor.ops.neural_memory.mixing import Mix, mix, per_matrix, sum_of_steps, window_band
 from nestor.ops.neural_memory.muon import newton_schulz, restore_norms
-from nestor.ops.neural_memory.networks import Gradient, Network
+from nestor.ops.neural_memory.networks import Gradient, LossError, Network
 from nestor.ops.neural_memory.retention import Retention
 from nestor.ops.neural_memory.spec import MemorySpec
 
@@ -136,6 +136,12 @@ def _chunk(
     theta = per_matrix(tokens.theta, spec.step_sizes, plan.network.matrices, plan.network.output)
     alpha = per_matrix(tokens.alpha, spec.forget_gates, plan.network.matrices, plan.network.output)
 
+    if band is None and spec.step_sizes == "channel":
+        # Each step is its own token's, so that the channels can be folded into it and share coefficients.
+        output = plan.network.output
+        steps[output] = steps[output] * tokens.theta
+        theta[output] = torch.ones_like(tokens.theta[..., 0]).unsqueeze(1)
+
     mixes: list[Mix] = []
     trace: list[Tensor] = []
     if spec.granularity == "chunk":
@@ -148,7 +154,8 @@ def _chunk(
         shared = spec.step_sizes == "head" and spec.forget_gates == "head"
         for t, a in zip(theta, alpha, strict=True):
             assert t is not None
-            mixes.append(mixes[0] if mixes and shared else mix(t, tokens.eta, a, tokens.valid, band))
+            own = mixes[0] if mixes and shared else None
+            mixes.append(own or mix(t, tokens.eta, a, tokens.valid, band, spec.muon_per_token))
         if spec.muon_per_token:
             trace, after = _orthogonal_steps(plan, tokens, mixes, gradient.inputs, steps, state)
         else:
@@ -221,27 +228,10 @@ def _inner_gradient(
 
     def of_output(z: Tensor) -> Tensor:
         prediction, cache = plan.head.value(k, z, plan.norm.gamma, plan.norm.beta)
-        error = _Error.apply(plan.loss, prediction, v, threshold)
+        error = LossError.apply(plan.loss, prediction, v, threshold)
         return plan.head.pull_back(error, cache)[0]
 
     return plan.network.gradient(k, product, lambda layer, x: product(layer, x, True), of_output)
-
-
-class _Error(torch.autograd.Function):
-    """e = d loss / d f, with the derivatives that the loss states."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: InnerLoss, f: Tensor, v: Tensor, threshold: Tensor | None) -> Tensor:
-        ctx.loss = loss
-        ctx.save_for_backward(f, v, threshold)
-        return loss.error(f, v, threshold)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        f, v, threshold = ctx.saved_tensors
-        g_threshold = None if threshold is None else ctx.loss.threshold_vjp(grad, f, v, threshold)
-        return None, *ctx.loss.error_vjp(grad, f, v, threshold), g_threshold
 
 
 def _gradient_norm(gradient: Gradient, tokens: int) -> Tensor:
@@ -266,7 +256,7 @@ def _linear_steps(plan: Walk, mixes: list[Mix], inputs: Layers, steps: Layers, s
     weights, momentum = [], []
     for layer, (c, x, u) in enumerate(zip(mixes, inputs, steps, strict=True)):
         w = c.A[:, :, -1].unsqueeze(1) * plan.away(layer, state.weights[layer]) + _sum(c.G[:, :, -1], x, u)
-        if c.F is not None and c.m is not None:
+        if c.F is not None and c.m is not None and c.E is not None:
             s = state.momentum[layer]
             w = w + c.F[:, :, -1].unsqueeze(1) * s
             momentum.append(c.m[:, :, -1:] * s + _sum(c.E[:, :, -1], x, u))
@@ -283,6 +273,7 @@ def _orthogonal_steps(
         size = torch.where(tokens.valid, size, 0.0)
     trace, momentum = [], []
     for layer, (c, x, u) in enumerate(zip(mixes, inputs, steps, strict=True)):
+        assert c.E is not None
         if c.E.shape[1] == 1:
             s = torch.einsum("mtj,mji,mjo->mtio", c.E[:, 0], x, u)
         else:

@@ -18,15 +18,15 @@ from nestor.ops.neural_memory.coefficients import gate_products
 class Mix:
     """W_t = A_t W0 + F_t S0 + sum_j G_tj u_j and S_t = m_t S0 + sum_j E_tj u_j with the steps u_j = -g_j.
 
-    A, F ``[m, n, C]``, m ``[m, 1, C]``, G, E ``[m, n, C, J]``; D ``[m, n, C, C]``, D_ti = A_t / A_i. F and m
-    are None without momentum, when E holds the step sizes alone.
+    A, F ``[m, n, C]``, m ``[m, 1, C]``, G, E ``[m, n, C, J]``; D ``[m, n, C, C]``, D_ti = A_t / A_i. Without
+    momentum F and m are None, and E = diag(theta), so that it is None unless asked for.
     """
 
     A: Tensor
     F: Tensor | None
     m: Tensor | None
     G: Tensor
-    E: Tensor
+    E: Tensor | None
     D: Tensor
 
     def exclusive(self) -> "Mix":
@@ -38,11 +38,17 @@ class Mix:
 
 
 def mix(
-    theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, band: Tensor | None
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    valid: Tensor | None,
+    band: Tensor | None,
+    surprises: bool = False,
 ) -> Mix:
     """theta, alpha ``[m, n, C]``, eta ``[m, C]``, valid bool ``[m, C]``, band = Gamma ``[m, C, J]``.
 
-    Tokens that are not valid are skipped structurally: their rows repeat the row before.
+    Tokens that are not valid are skipped structurally: their rows repeat the row before. surprises: E is
+    wanted without momentum too.
     """
     keep = torch.ones_like(theta[:, :1]) if alpha is None else 1.0 - alpha
     eta = None if eta is None else eta.unsqueeze(1)
@@ -52,9 +58,10 @@ def mix(
         eta = None if eta is None else torch.where(here, eta, 1.0)
     D = gate_products(keep)
     A = D[..., 0] * keep[..., :1]
-    F = m = None
+    E = F = m = None
     if eta is None:
-        E = into_weights = torch.diag_embed(theta)
+        G = D * theta.unsqueeze(-2)
+        E = torch.diag_embed(theta) if surprises else None
     else:
         products = gate_products(eta)
         E = into_weights = products * theta.unsqueeze(-2)
@@ -62,10 +69,10 @@ def mix(
         if valid is not None:
             into_weights, from_start = E * here.unsqueeze(-1), m * here
         F = torch.matmul(D, from_start.unsqueeze(-1)).squeeze(-1)
-    G = torch.matmul(D, into_weights)
+        G = torch.matmul(D, into_weights)
     if band is not None:
         band = band.unsqueeze(1)
-        G, E = torch.matmul(G, band), torch.matmul(E, band)
+        G, E = torch.matmul(G, band), None if E is None else torch.matmul(E, band)
     return Mix(A, F, m, G, E, D)
 
 

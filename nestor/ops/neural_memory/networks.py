@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nestor.ops.neural_memory.functions import ACTIVATIONS, Activation
+from nestor.ops.neural_memory.losses import InnerLoss
 
 NETWORKS = ("mlp", "gated")
 Product = Callable[[int, Tensor], Tensor]  # (matrix, x) -> x W, or delta W^T
@@ -55,6 +56,23 @@ class _Activate(torch.autograd.Function):
     def backward(ctx: Any, g_value: Tensor, g_slope: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         _, slope, curvature = ctx.activation.with_curvature(*ctx.saved_tensors)
         return None, torch.addcmul(g_value * slope, g_slope, curvature)
+
+
+class LossError(torch.autograd.Function):
+    """e = d loss / d f, with the derivatives that the loss states."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: InnerLoss, f: Tensor, v: Tensor, threshold: Tensor | None) -> Tensor:
+        ctx.loss = loss
+        ctx.save_for_backward(f, v, threshold)
+        return loss.error(f, v, threshold)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        f, v, threshold = ctx.saved_tensors
+        g_threshold = None if threshold is None else ctx.loss.threshold_vjp(grad, f, v, threshold)
+        return None, *ctx.loss.error_vjp(grad, f, v, threshold), g_threshold
 
 
 class Mlp:
