@@ -152,10 +152,11 @@ def _chunk(
         after = state._replace(pending=pending)
     else:
         shared = spec.step_sizes == "head" and spec.forget_gates == "head"
+        end_only = not spec.muon_per_token and (spec.read_mode == "chunk_start" or spec.chunk_size == 1)
         for t, a in zip(theta, alpha, strict=True):
             assert t is not None
             own = mixes[0] if mixes and shared else None
-            mixes.append(own or mix(t, tokens.eta, a, tokens.valid, band, spec.muon_per_token))
+            mixes.append(own or mix(t, tokens.eta, a, tokens.valid, band, spec.muon_per_token, end_only))
         if spec.muon_per_token:
             trace, after = _orthogonal_steps(plan, tokens, mixes, gradient.inputs, steps, state)
         else:

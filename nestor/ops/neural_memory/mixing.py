@@ -44,11 +44,12 @@ def mix(
     valid: Tensor | None,
     band: Tensor | None,
     surprises: bool = False,
+    end_only: bool = False,
 ) -> Mix:
     """theta, alpha ``[m, n, C]``, eta ``[m, C]``, valid bool ``[m, C]``, band = Gamma ``[m, C, J]``.
 
     Tokens that are not valid are skipped structurally: their rows repeat the row before. surprises: E is
-    wanted without momentum too.
+    wanted without momentum too. end_only: A, F, G and D have the chunk's last row alone.
     """
     keep = torch.ones_like(theta[:, :1]) if alpha is None else 1.0 - alpha
     eta = None if eta is None else eta.unsqueeze(1)
@@ -56,7 +57,7 @@ def mix(
         here = valid.unsqueeze(1)
         theta, keep = torch.where(here, theta, 0.0), torch.where(here, keep, 1.0)
         eta = None if eta is None else torch.where(here, eta, 1.0)
-    D = gate_products(keep)
+    D = _last_products(keep) if end_only else gate_products(keep)
     A = D[..., 0] * keep[..., :1]
     E = F = m = None
     if eta is None:
@@ -74,6 +75,12 @@ def mix(
         band = band.unsqueeze(1)
         G, E = torch.matmul(G, band), None if E is None else torch.matmul(E, band)
     return Mix(A, F, m, G, E, D)
+
+
+def _last_products(gate: Tensor) -> Tensor:
+    """The last row of `gate_products`, ``[..., 1, C]``, without the others."""
+    later = gate[..., 1:].flip(-1).cumprod(-1).flip(-1)
+    return torch.cat([later, torch.ones_like(gate[..., :1])], -1).unsqueeze(-2)
 
 
 def sum_of_steps(theta: Tensor, valid: Tensor | None, band: Tensor | None) -> Tensor:
