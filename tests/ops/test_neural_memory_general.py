@@ -100,6 +100,23 @@ def test_streams_of_any_length_equal_the_token_loop(draw, assert_close, flat, me
         assert_close(flat(actual), flat(expected))
 
 
+@MEMBERS
+def test_gates_of_exactly_zero_and_one_are_exact(draw, assert_close, flat, gradients, member) -> None:
+    """Section 1.3: nothing divides by a gate, with gates per channel and in pooled gates too."""
+    p = draw(member, length=8)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("eta", "alpha"):
+        gate = getattr(p, name)
+        if gate is not None:
+            corners = torch.randint(0, 2, gate.shape, generator=generator).double().requires_grad_()
+            p = p.replace(**{name: corners})
+    assert_close(flat(p.run("general")), flat(p.run("reference")))
+    found, wanted = (gradients(p, lambda p, name=name: p.run(name)) for name in ("general", "reference"))
+    for name in wanted:
+        assert torch.isfinite(found[name]).all(), name
+        assert_close(found[name], wanted[name], 1e-9, name)
+
+
 ANY_MEMBER = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 10_000),
