@@ -55,8 +55,8 @@ def read_kernel(
         k_at = K + b * kb.to(tl.int64) + h * kh + t[:, None] * kt + p[None, :]
         k = tl.load(k_at, mask=inside, other=0.0).to(dtype)
         u2 = tl.load(STEPS + here * C * P + i[:, None] * P + p[None, :])
-        A = tl.load(ROWS + cell * 2 * C + i)
-        F = tl.load(ROWS + cell * 2 * C + C + i)
+        A = tl.load(ROWS + cell * 3 * C + i)
+        F = tl.load(ROWS + cell * 3 * C + C + i)
         g_at = G + cell * C * C + i[:, None] * C + i[None, :]
         weighted = (dot(q, tl.trans(k), PRECISION) * tl.load(g_at)).to(dtype)
         aq, fq, mq = _mixed(A, F, q, dtype, MOMENTUM, TARGET)
@@ -146,8 +146,8 @@ def read_backward_kernel(
         k_at = K + b * kb.to(tl.int64) + h * kh + t[:, None] * kt + p[None, :]
         k = tl.load(k_at, mask=inside, other=0.0).to(dtype)
         u2 = tl.load(STEPS + here * C * P + narrow)
-        A = tl.load(ROWS + cell * 2 * C + i)
-        F = tl.load(ROWS + cell * 2 * C + C + i)
+        A = tl.load(ROWS + cell * 3 * C + i)
+        F = tl.load(ROWS + cell * 3 * C + C + i)
         g_at = G + cell * C * C + i[:, None] * C + i[None, :]
         coefficients = tl.load(g_at)
         weighted = (dot(q, tl.trans(k), PRECISION) * coefficients).to(dtype)

@@ -20,6 +20,8 @@ from nestor.ops.neural_memory.kernels.read import read_backward_kernel, read_ker
 from nestor.ops.neural_memory.kernels.write import write_backward_kernel, write_kernel
 
 INTERVAL = 16
+# Hidden width of a slice, one program of a walk, and one turn of a read.
+SLICES = {"write": 64, "read": 64}
 # Warps of each kernel's programs.
 WARPS = {"write": 8, "read": 4, "read_backward": 8, "write_backward": 8}
 # Chunks of one head that a span holds, over all sequences and heads.
@@ -62,8 +64,10 @@ class _Walk:
         self.loss = {"LOSS": loss, "HAS_RESETS": resets is not None, "HAS_OPEN": opened is not None}
         self.gates = {"C": chunk, "MOMENTUM": self.momentum, "FORGET": alpha is not None}
         self.gates["MASKED"] = valid is not None
-        self.slice = 64 if self.width <= 64 and self.walks * hidden >= 64 * 96 else 32
-        self.slice = min(self.slice, hidden)
+        self.slice = min(SLICES["write"], hidden)
+        self.read_slice = min(SLICES["read"], hidden)
+        if q.dtype == torch.float32 or self.width > 64:
+            self.slice, self.read_slice = min(self.slice, 32), min(self.read_slice, 32)
         self.split = hidden // self.slice
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -78,15 +82,17 @@ class _Walk:
         counters = torch.zeros(groups + 1, dtype=torch.int32, device=self.q.device)
         return self.floats(size), counters, counters[groups:]
 
-    def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def coefficients(self, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """rows, ends, last, G, and E if it is to be kept (see coefficients.py)."""
         m, n, c = self.walks, self.chunks, self.chunk
-        rows, ends = self.floats(m, n, 2, c), self.floats(m, n, 2, c)
+        rows, ends = self.floats(m, n, 3, c), self.floats(m, n, 2, c)
         last, G = self.floats(m, n, 4), self.floats(m, n, c, c)
+        E = self.floats(m, n, c, c) if keep and self.momentum else G
         coefficients_kernel[(n, m)](
-            self.theta, self.eta, self.alpha, self.valid, rows, ends, last, G, *_strides(self.theta),
-            self.heads, n, self.tokens, **self.gates, num_warps=4,
+            self.theta, self.eta, self.alpha, self.valid, rows, ends, last, G, E, *_strides(self.theta),
+            self.heads, n, self.tokens, **self.gates, KEEP=E is not G, num_warps=1,
         )  # fmt: skip
-        return rows, ends, last, G
+        return rows, ends, last, G, E
 
     def write(
         self, checkpoints: Tensor, ends: Tensor, last: Tensor, anchor: Tensor | None,
@@ -103,9 +109,9 @@ class _Walk:
             self.k, self.v, ends, last, checkpoints, states, steps, z2, self.targets, self.gamma, self.beta,
             self.start, self.resets, self.opened, anchor, exchange, arrivals, ticket,
             *_strides(self.k), *_strides(self.v), m, self.heads, self.chunks, self.tokens,
-            first, span, INTERVAL, rows, int(save), *self.numbers,
+            first, span, INTERVAL, rows, *self.numbers,
             **self.shape, HS=self.slice, **self.network,
-            **{**self.loss, "HAS_OPEN": self.opened is not None and save}, KEEP=not save,
+            **{**self.loss, "HAS_OPEN": self.opened is not None and save}, SAVE=save,
             num_warps=WARPS["write"], num_stages=1,
         )  # fmt: skip
         return states, steps, z2
@@ -113,7 +119,7 @@ class _Walk:
     def forward(self, state: Tensor, keep: bool) -> tuple[Tensor, ...]:
         """y, checkpoints, the anchor of open chunks, z and r (see read.py)."""
         m, n, c, p = self.walks, self.chunks, self.chunk, self.width
-        rows, ends, last, G = self.coefficients()
+        rows, ends, last, G, _ = self.coefficients(keep=False)
         y = self.q.new_empty(self.q.shape)
         checkpoints = self.floats(-(-n // INTERVAL) + 1, m, self.parts, self.size)
         checkpoints[0] = state
@@ -125,7 +131,7 @@ class _Walk:
             read_kernel[(min(span, n - first), m)](
                 self.q, self.k, rows, G, states, steps, self.targets, self.gamma, self.beta, y, z, r,
                 *_strides(self.q), *_strides(self.k), *_strides(y), m, self.heads, n, self.tokens,
-                first, span, self.numbers[0], **self.shape, HS=min(64, self.hidden),
+                first, span, self.numbers[0], **self.shape, HS=self.read_slice,
                 **self.network, DUAL=self.dual, KEEP=keep, num_warps=WARPS["read"], num_stages=1,
             )  # fmt: skip
         return y, checkpoints, anchor, z, r
@@ -136,7 +142,7 @@ class _Walk:
         """Gradients of q, k, v, theta, eta, alpha, state, targets, start, gamma, beta (empty: none)."""
         m, n, c, p = self.walks, self.chunks, self.chunk, self.width
         heads, parts, size, split = self.heads, self.parts, self.size, self.split
-        rows, ends, last, G = self.coefficients()
+        rows, ends, last, G, E = self.coefficients(keep=True)
         nothing = self.floats(0)
         g_q, g_k, g_v = (self.q.new_empty(self.q.shape) for _ in range(3))
         g_gates = [nothing if g is None else g.new_empty(g.shape) for g in (self.theta, self.eta, self.alpha)]
@@ -162,7 +168,7 @@ class _Walk:
                 self.q, self.k, rows, G, states, steps, self.targets, self.gamma, z, r, g_y,
                 g_q, g_parts[split], g_rows, g_G, g_states, g_targets, g_u1, g_x2, g_u2, g_norms,
                 *_strides(self.q), *_strides(self.k), *_strides(g_y), *_strides(g_q), m, heads, n,
-                self.tokens, first, span, **self.shape, HS=min(64, self.hidden), **self.network,
+                self.tokens, first, span, **self.shape, HS=self.read_slice, **self.network,
                 DUAL=self.dual, num_warps=WARPS["read_backward"], num_stages=1,
             )  # fmt: skip
             if self.gamma is not None:
@@ -181,9 +187,9 @@ class _Walk:
             by_head = summed.view(self.batch, heads, here * c, p)[:, :, : place.stop - place.start]
             g_k[:, place] = by_head.transpose(1, 2)
             coefficients_backward_kernel[(here, m)](
-                self.theta, self.eta, self.alpha, self.valid, g_rows, g_ends, g_last, g_G,
-                *g_gates, *_strides(self.theta), *_strides(g_gates[0]), heads, first, span, self.tokens,
-                m * span, SPLIT=split, READ=self.dual, **self.gates, num_warps=4,
+                self.theta, self.eta, self.alpha, self.valid, rows, G, E, g_rows, g_ends, g_last, g_G,
+                *g_gates, *_strides(self.theta), *_strides(g_gates[0]), heads, n, first, span, self.tokens,
+                m * span, SPLIT=split, READ=self.dual, **self.gates, num_warps=1,
             )  # fmt: skip
         g_shared = [nothing, nothing]
         if self.gamma is not None:

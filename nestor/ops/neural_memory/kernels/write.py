@@ -55,14 +55,14 @@ def _store_state(base, first, second, W1, W2, S1, S2, SIZE: tl.constexpr, MOMENT
 def write_kernel(
     K, V, ENDS, LAST, CHECKPOINTS, STATES, STEPS, Z2, TARGETS, GAMMA, BETA, START, RESETS, OPEN, ANCHOR,
     EXCHANGE, ARRIVALS, TICKET,
-    kb, kt, kh, vb, vt, vh, walks, heads, chunks, tokens, first_chunk, span, interval, rows, save,
+    kb, kt, kh, vb, vt, vh, walks, heads, chunks, tokens, first_chunk, span, interval, rows,
     eps, scale, threshold,
     C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, HS: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr,
     TARGET: tl.constexpr, HAS_RESETS: tl.constexpr, HAS_OPEN: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk `rows` chunks from each checkpoint of the span; with `save` also write the checkpoints passed.
+    """Walk `rows` chunks from each checkpoint of the span; with SAVE also write the checkpoints passed.
 
     RESETS uint8 ``[B, N]``; START ``[heads, Q, P HIDDEN]`` is what a document begins with. OPEN int32
     ``[B]``: the chunk that the call leaves open (or -1), the state at whose start goes to ANCHOR
@@ -105,9 +105,10 @@ def write_kernel(
         if HAS_RESETS:
             if tl.load(RESETS + b * chunks + n) != 0:
                 W1, W2, S1, S2 = _load_state(START + h * PARTS * SIZE, first, second, SIZE, MOMENTUM)
-        if save and n % interval == 0:
-            at = CHECKPOINTS + ((n // interval) * walks + m).to(tl.int64) * PARTS * SIZE
-            _store_state(at, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
+        if SAVE:
+            if n % interval == 0:
+                at = CHECKPOINTS + ((n // interval) * walks + m).to(tl.int64) * PARTS * SIZE
+                _store_state(at, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
         if HAS_OPEN:
             if n == tl.load(OPEN + b):
                 anchor = ANCHOR + m.to(tl.int64) * 2 * SIZE
@@ -124,7 +125,7 @@ def write_kernel(
         u2 = pull_back(k.to(tl.float32), v, z2, gamma, beta, eps, scale, threshold, NORM, LOSS, P).to(dtype)
         if s == 0:
             tl.store(STEPS + here * C * P + i[:, None] * P + p[None, :], u2)
-            if KEEP:
+            if not SAVE:
                 tl.store(Z2 + here * C * P + i[:, None] * P + p[None, :], z2)
         u1 = (dot(u2, tl.trans(w2), PRECISION) * slope).to(dtype)
 
@@ -143,7 +144,7 @@ def write_kernel(
         W1 += dot(tl.trans((k * g_end[:, None]).to(dtype)), u1, PRECISION)
         W2 += dot(tl.trans((x2 * g_end[:, None]).to(dtype)), u2, PRECISION)
 
-    if save and end > begin:
+    if SAVE:
         at = CHECKPOINTS + (tl.cdiv(end, interval) * walks + m).to(tl.int64) * PARTS * SIZE
         _store_state(at, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
 
@@ -203,7 +204,7 @@ def write_backward_kernel(
         k = tl.load(k_at + t[:, None] * kt + p[None, :], mask=inside, other=0.0).to(dtype)
         cell = m.to(tl.int64) * chunks + n
         here = m.to(tl.int64) * span + n - first_chunk
-        sliced = s * walks.to(tl.int64) * span + here
+        sliced = s.to(tl.int64) * walks * span + here
         g_end = tl.load(ENDS + cell * 2 * C + i)
         A, F, mom = tl.load(LAST + cell * 4), tl.load(LAST + cell * 4 + 1), tl.load(LAST + cell * 4 + 2)
         states = STATES + here * PARTS * SIZE
