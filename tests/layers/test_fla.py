@@ -141,6 +141,7 @@ def test_impossible_settings_are_refused(by_loop) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.slow  # the kernels are tuned on first use, for minutes
 @pytest.mark.parametrize("width", [32, 48, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,6 +167,7 @@ def test_the_kernels_compute_the_token_loop(monkeypatch, kind, dtype, width) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.slow  # the kernels are tuned on first use, for minutes
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_and_decoding_equal_one_prefill(kind) -> None:
     pytest.importorskip("fla")
@@ -186,6 +188,7 @@ def test_prefill_and_decoding_equal_one_prefill(kind) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.slow  # the kernels are tuned on first use, for minutes
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_the_kernels_are_those_of_the_token_loop(monkeypatch, kind) -> None:
     pytest.importorskip("fla")
