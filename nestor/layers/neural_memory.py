@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from nestor.layers.convolution import ShortConvolution
 from nestor.layers.norm import RMSNorm
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
+from nestor.layers.walking import pack, unpack
 from nestor.layers.writes import recording, report_write, unrecorded
 from nestor.ops.heads import silu_heads
 from nestor.ops.neural_memory import MemorySpec, MemoryState, apply_network, neural_memory
@@ -33,11 +35,16 @@ SLOPE_SQUARE = 0.38
 
 @dataclass
 class Gates:
-    """Write step, momentum keep, forget fraction: float32 `[B, T, H]`, per token and head; None: off."""
+    """Write step, momentum keep, forget fraction, and what only some members of the family have: gates of a
+    window, threshold of the loss, size of orthogonalised steps. float32, shaped as `neural_memory` says, in
+    general `[B, T, H]`, per token and head; None: off."""
 
     theta: Tensor
     eta: Tensor | None
     alpha: Tensor | None
+    omega: Tensor | None = None
+    delta: Tensor | None = None
+    step: Tensor | None = None
 
 
 class NeuralMemory(nn.Module):
@@ -111,27 +118,31 @@ class NeuralMemory(nn.Module):
             chunk_size, activation, norm, norm_eps, inner_loss, loss_scale, read_mode,
             decay, grad_at, recompute,
         )  # fmt: skip
-        self.dim, self.heads, self.head_dim, self.depth = dim, heads, dim // heads, depth
+        self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.conv_kernel = conv_kernel
         self.momentum, self.forget = momentum, forget
-        self.gate_biases = (step_bias, momentum_bias, forget_bias)
+        self.gate_biases = {"theta": step_bias, "eta": momentum_bias, "alpha": forget_bias}
 
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
+        keys, inputs = self._key_widths()
+        self.q_proj = nn.Linear(dim, heads * keys, bias=False)
+        self.k_proj = nn.Linear(dim, heads * keys, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.gate_proj = nn.Linear(dim, heads * (1 + momentum + forget))
-        self.convolutions = (
-            nn.ModuleDict({name: ShortConvolution(dim, conv_kernel) for name in "qkv"})
-            if conv_kernel
-            else None
-        )
+        self._add_gates()
+        self.convolutions = None
+        if conv_kernel:
+            streams = {"q": heads * keys, "k": heads * keys, "v": dim}
+            self.convolutions = nn.ModuleDict(
+                {name: ShortConvolution(width, conv_kernel) for name, width in streams.items()}
+            )
         hidden = max(1, round(expansion * self.head_dim))
         self.max_theta = max_step / (loss_scale * _curvature(norm, depth, hidden))
-        widths = [self.head_dim] + [hidden] * (depth - 1) + [self.head_dim]
-        self.initial = nn.ParameterList(nn.Parameter(torch.empty(heads, a, b)) for a, b in pairwise(widths))
+        shapes = self._matrices([inputs] + [hidden] * (depth - 1) + [self.head_dim])
+        self.depth = len(shapes)
+        self.initial = nn.ParameterList(nn.Parameter(torch.empty(heads, a, b)) for a, b in shapes)
         has_norm = norm == "residual_layernorm"
         self.memory_gamma = nn.Parameter(torch.ones(heads, self.head_dim)) if has_norm else None
         self.memory_beta = nn.Parameter(torch.zeros(heads, self.head_dim)) if has_norm else None
+        self.threshold_entries = 0  # of a token's and head's loss threshold, 0 where the loss has none
         self.out_norm = RMSNorm(self.head_dim, rms_norm_eps)
         self.output_gate = nn.Linear(dim, dim, bias=False) if output_gate else None
         self.o_proj = nn.Linear(dim, dim, bias=False)
@@ -149,15 +160,40 @@ class NeuralMemory(nn.Module):
             nn.init.normal_(projection.weight, std=self.dim**-0.5)
         if self.convolutions is not None:
             self._look_back(self.convolutions)
-        step, momentum, forget = self.gate_biases
-        biases = [step] + [momentum] * self.momentum + [forget] * self.forget
-        with torch.no_grad():
-            for index, bias in enumerate(biases):
-                nn.init.constant_(self.gate_proj.bias[index * self.heads : (index + 1) * self.heads], bias)
-        draw_network(self.initial)
+        self._open_gates(std)
+        self._draw_network()
         if self.memory_gamma is not None and self.memory_beta is not None:
             nn.init.ones_(self.memory_gamma)
             nn.init.zeros_(self.memory_beta)
+
+    # What the other members of the family build in another way (`miras.py`, `atlas.py`).
+
+    def _key_widths(self) -> tuple[int, int]:
+        """Width of a head's projected keys, and of what the memory network reads."""
+        return self.head_dim, self.head_dim
+
+    def _matrices(self, widths: list[int]) -> list[tuple[int, int]]:
+        """`(in, out)` of the memory network's matrices, in the order of the operation."""
+        return list(pairwise(widths))
+
+    def _gate_names(self) -> list[str]:
+        return ["theta"] + ["eta"] * self.momentum + ["alpha"] * self.forget
+
+    def _add_gates(self) -> None:
+        self.gate_proj = nn.Linear(self.dim, self.heads * len(self._gate_names()))
+
+    @torch.no_grad()
+    def _open_gates(self, std: float) -> None:
+        for index, name in enumerate(self._gate_names()):
+            part = self.gate_proj.bias[index * self.heads : (index + 1) * self.heads]
+            nn.init.constant_(part, self.gate_biases[name])
+
+    def _draw_network(self) -> None:
+        draw_network(self.initial)
+
+    def initial_weights(self) -> list[Tensor]:
+        """What the fast weights are before the first token, `[H, in, out]` each."""
+        return list(self.initial)
 
     @torch.no_grad()
     def _look_back(self, convolutions: nn.ModuleDict) -> None:
@@ -190,18 +226,20 @@ class NeuralMemory(nn.Module):
             span = Span.build(None, x.shape[0], x.shape[1], x.device)
         q, k, v, tails = self.project(x, state, span, start)
         gates = self.gates(x)
-        opening = None if state is None else self._memory_state(state)
-        begin = None if start is None else self._memory_state(start)
+        opening = None if state is None else unpack(state)
+        begin = None if start is None else unpack(start)
         result = neural_memory(
-            q, k, v, gates.theta, gates.eta, gates.alpha, list(self.initial),
+            q, k, v, gates.theta, gates.eta, gates.alpha, self.initial_weights(),
             spec=self.spec, gamma=self.memory_gamma, beta=self.memory_beta,
+            omega=gates.omega, delta=gates.delta, step=gates.step,
             state=opening, start=begin, mask=span.valid, resets=span.resets,
             return_surprise=recording(),
         )  # fmt: skip
         y, after = result[0], result[1]
         if len(result) == 3:
-            report_write(gates.theta.detach() * result[2])
-        return self._output(y.to(x.dtype), x), {**self._layer_state(after), **tails}
+            theta = gates.theta.detach()
+            report_write((theta if theta.dim() == 3 else theta.mean(-1)) * result[2])
+        return self._output(y.to(x.dtype), x), {**pack(after), **tails}
 
     def project(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None
@@ -237,17 +275,17 @@ class NeuralMemory(nn.Module):
         return silu_heads(x, self.heads, unit=name != "v")
 
     def gates(self, x: Tensor) -> Gates:
-        """The three gates from the layer's input `[B, T, d]`, in float32 (float64 stays)."""
+        """The gates from the layer's input `[B, T, d]`, in float32 (float64 stays)."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.gate_proj.weight.to(dtype), self.gate_proj.bias.to(dtype)
             raw = torch.sigmoid(F.linear(x.to(dtype), weight, bias)).split(self.heads, -1)
-        theta = raw[0] * self.max_theta
-        eta = raw[1] if self.momentum else None
-        if eta is not None:
+        gates = Gates(**{"eta": None, "alpha": None, **dict(zip(self._gate_names(), raw, strict=True))})
+        gates.theta = gates.theta * self.max_theta
+        if gates.eta is not None:
             # Momentum multiplies a persistent step by 1 / (1 - eta); the factor takes that back.
-            theta = theta * (1.0 - eta)
-        return Gates(theta, eta, raw[-1] if self.forget else None)
+            gates.theta = gates.theta * (1.0 - gates.eta)
+        return gates
 
     def read(self, q: Tensor, weights: list[Tensor]) -> Tensor:
         """f(q; W) for q `[B, T, H, p]` and weights `[B, H, in, out]`: a read that writes nothing."""
@@ -267,11 +305,11 @@ class NeuralMemory(nn.Module):
     def fresh_state(self, batch: int, like: Tensor) -> LayerState:
         """The state of sequences that have read nothing: initial weights, no momentum, empty tails."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        initial = tuple(w.to(dtype) for w in self.initial)
-        state = self._layer_state(MemoryState.fresh(initial, batch, self.momentum))
-        if self.convolutions is not None:
-            zeros = like.new_zeros(batch, self.conv_kernel - 1, self.dim)
-            state |= {f"tail.{name}": zeros for name in "qkv"}
+        initial = tuple(w.to(dtype) for w in self.initial_weights())
+        state = pack(MemoryState.fresh(initial, batch, self.momentum, self.spec, self.threshold_entries))
+        for name, convolution in (self.convolutions or {}).items():
+            width = cast(ShortConvolution, convolution).weight.shape[0]
+            state[f"tail.{name}"] = like.new_zeros(batch, self.conv_kernel - 1, width)
         return state
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
@@ -281,28 +319,12 @@ class NeuralMemory(nn.Module):
             y = y * torch.sigmoid(self.output_gate(x))
         return self.o_proj(y)
 
-    def _memory_state(self, state: LayerState) -> MemoryState:
-        layers = range(self.depth)
-        return MemoryState(
-            tuple(state[f"weights.{layer}"] for layer in layers),
-            tuple(state[f"momentum.{layer}"] for layer in layers) if self.momentum else (),
-            tuple(state[f"anchor.{layer}"] for layer in layers),
-            state["phase"],
-        )
 
-    def _layer_state(self, memory: MemoryState) -> LayerState:
-        state = {"phase": memory.phase}
-        for name in ("weights", "momentum", "anchor"):
-            tensors = getattr(memory, name)
-            state |= {f"{name}.{layer}": tensor for layer, tensor in enumerate(tensors)}
-        return state
-
-
-def draw_network(initial: nn.ParameterList) -> None:
-    """Draw initial weights with which a key of unit length gives pre-activations of unit variance."""
+def draw_network(initial: nn.ParameterList, key: float = 1.0) -> None:
+    """Draw initial weights with which a key of length `key` gives pre-activations of unit variance."""
     for layer, weight in enumerate(initial):
-        # A key has length 1, a hidden row about sqrt(HIDDEN_SQUARE * width).
-        length = 1.0 if layer == 0 else (HIDDEN_SQUARE * weight.shape[-2]) ** 0.5
+        # A hidden row has a length of about sqrt(HIDDEN_SQUARE * width).
+        length = key if layer == 0 else (HIDDEN_SQUARE * weight.shape[-2]) ** 0.5
         last = layer == len(initial) - 1
         nn.init.normal_(weight, std=(OUTPUT_STD if last else 1.0 / length))
 
@@ -328,12 +350,25 @@ def build_neural_memory(config: Any, layer_index: int) -> NeuralMemory:
     return memory_from_config(config, config.memory)
 
 
+# The module, and the class in it, of each member of the family that can stand where a memory does.
+KINDS = {
+    "titans": ("nestor.layers.neural_memory", "NeuralMemory"),
+}
+
+
 def memory_from_config(config: Any, arguments: dict[str, Any] | None, **fixed: Any) -> NeuralMemory:
-    """`NeuralMemory` with the given arguments; heads and norm epsilon default to the configuration's."""
+    """The memory of the given `kind` ("titans" if there is none) with the given arguments, alone or as part
+    of a hybrid; heads and norm epsilon default to the configuration's."""
     defaults = {"heads": config.num_attention_heads, "rms_norm_eps": config.rms_norm_eps}
     settings = {**defaults, **(arguments or {}), **fixed}
-    known = inspect.signature(NeuralMemory.__init__).parameters
+    kind = settings.pop("kind", "titans")
+    if kind not in KINDS:
+        kinds = ", ".join(map(repr, KINDS))
+        raise ConfigError(f"memory kind is {kind!r}; it must be one of {kinds}. {suggest(kind, KINDS)}")
+    module, name = KINDS[kind]
+    build = getattr(import_module(module), name)
+    known = inspect.signature(build.__init__).parameters
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown memory setting {name!r}. {suggest(name, list(known)[2:])}".rstrip())
-    return NeuralMemory(config.hidden_size, **settings)
+    return cast(NeuralMemory, build(config.hidden_size, **settings))

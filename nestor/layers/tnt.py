@@ -30,7 +30,8 @@ class LocalMemory(nn.Module):
     def __init__(self, memory: NeuralMemory, chunk_size: int) -> None:
         super().__init__()
         self.spec = replace(memory.spec, chunk_size=chunk_size, read_mode="inclusive")
-        self.heads, self.max_theta, self.step_bias = memory.heads, memory.max_theta, memory.gate_biases[0]
+        self.heads, self.max_theta = memory.heads, memory.max_theta
+        self.step_bias = memory.gate_biases["theta"]
         self.step_proj = nn.Linear(memory.dim, memory.heads)
         self.initial = nn.ParameterList(nn.Parameter(torch.empty_like(w)) for w in memory.initial)
         has_norm = memory.memory_gamma is not None
@@ -210,7 +211,7 @@ class TNT(nn.Module):
 def build_tnt(config: Any, layer_index: int) -> TNT:
     """TNT from the `memory` arguments of the configuration: its own, and those of the global memory."""
     arguments = dict(config.memory or {})
-    for name, wanted in FIXED.items():
+    for name, wanted in {"kind": "titans", **FIXED}.items():
         if arguments.pop(name, wanted) != wanted:
             raise ConfigError(f"{name} cannot be set in TNT; it is {wanted!r}. Leave it out.")
     own = {

@@ -1,4 +1,4 @@
-"""What layers that train fast weights without momentum share: the call of the operation, and the state."""
+"""What layers that train fast weights share: the call of the operation without momentum, and the state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from nestor.layers.writes import recording
 from nestor.ops.neural_memory import MemorySpec, MemoryState, neural_memory
+
+LISTS = ("weights", "momentum", "anchor", "pending", "halo")
 
 
 def read_and_write(
@@ -27,7 +29,7 @@ def read_and_write(
     q, k, v, theta = tokens
     result = neural_memory(
         q, k, v, theta, None, None, list(owner.initial), spec=spec, gamma=owner.memory_gamma,
-        beta=owner.memory_beta, state=None if state is None else _unpack(state), mask=mask, resets=resets,
+        beta=owner.memory_beta, state=None if state is None else unpack(state), mask=mask, resets=resets,
         return_surprise=recording(),
     )  # fmt: skip
     writes = [theta.detach() * result[2]] if len(result) == 3 else []
@@ -35,16 +37,18 @@ def read_and_write(
 
 
 def pack(memory: MemoryState) -> dict[str, Tensor]:
-    """`weights.l`, `anchor.l` and `phase` of a memory without momentum."""
+    """A memory's state by names: `phase`, `weights.l`, `anchor.l`, and, where the memory has them,
+    `momentum.l`, `pending.l`, `pooled` and `halo.i`."""
     state = {"phase": memory.phase}
-    for name in ("weights", "anchor"):
-        state |= {f"{name}.{layer}": tensor for layer, tensor in enumerate(getattr(memory, name))}
-    return state
+    for name in LISTS:
+        state |= {f"{name}.{index}": tensor for index, tensor in enumerate(getattr(memory, name))}
+    return state if memory.pooled is None else {**state, "pooled": memory.pooled}
 
 
-def _unpack(state: dict[str, Tensor]) -> MemoryState:
-    def layers(name: str) -> tuple[Tensor, ...]:
+def unpack(state: dict[str, Tensor]) -> MemoryState:
+    """Reverse of `pack`; other names are left alone."""
+    lists = {}
+    for name in LISTS:
         count = sum(key.startswith(f"{name}.") for key in state)
-        return tuple(state[f"{name}.{layer}"] for layer in range(count))
-
-    return MemoryState(layers("weights"), (), layers("anchor"), state["phase"])
+        lists[name] = tuple(state[f"{name}.{index}"] for index in range(count))
+    return MemoryState(phase=state["phase"], pooled=state.get("pooled"), **lists)
