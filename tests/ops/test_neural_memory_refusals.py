@@ -8,6 +8,8 @@ import torch
 from nestor.errors import ShapeError
 from nestor.ops.neural_memory import BACKENDS, MemoryState
 
+CPU_BACKENDS = [b for b in BACKENDS if b != "kernels"]
+
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "theta", "eta", "alpha"])
 def test_non_finite_values_at_masked_tokens_reach_nothing(draw_problem, name) -> None:
@@ -104,7 +106,7 @@ def test_every_refused_call_of_this_file_is_tested(draw_problem) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_what_does_not_fit_is_refused_with_what_would(draw_problem, case, backend) -> None:
     p = draw_problem(length=9)
     change, message = refused(p)[case]

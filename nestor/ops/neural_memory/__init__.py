@@ -6,6 +6,7 @@ MLPs that learn by gradient descent with momentum.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from nestor.ops.neural_memory.reference import neural_memory_reference
 from nestor.ops.neural_memory.retention import make_retention
 from nestor.ops.neural_memory.scan import Plan
 from nestor.ops.neural_memory.scan import walk as walk_chunks
+from nestor.ops.neural_memory.selection import BACKENDS, choose_backend, kernel_obstacle, notice_fallback
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
 from nestor.ops.neural_memory.validation import check_call
 
@@ -36,23 +38,6 @@ __all__ = [
     "neural_memory",
     "self_check",
 ]
-
-BACKENDS = ("native", "chunked", "general", "reference")
-
-
-def choose_backend(
-    spec: MemorySpec, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[str, str]:
-    """The backend that `neural_memory` uses for these choices on this device, and why."""
-    beyond = beyond_fast_forms(spec)
-    if beyond is not None:
-        return "general", beyond
-    if torch.compiler.is_compiling():
-        return "chunked", "torch.compile can trace the chunked PyTorch form"
-    obstacle = unsupported(spec, device, dtype)
-    if obstacle is not None:
-        return "chunked", obstacle
-    return "native", "the C++ form covers these choices on a cpu"
 
 
 def neural_memory(
@@ -118,6 +103,21 @@ def neural_memory(
         spec,
         {"omega": omega, "delta": delta, "step": step},
     )
+    beyond = _beyond_fast_forms(spec, q, v, delta)
+    if backend == "kernels" or (backend is None and beyond is None and q.is_cuda):
+        obstacle = beyond or kernel_obstacle(spec, q.device, q.dtype, initial)
+        if obstacle is None and return_surprise:
+            obstacle = "only the other forms report surprise"
+        elif obstacle is not None and backend is None:
+            notice_fallback(obstacle)
+        if obstacle is None:
+            with torch.autocast(q.device.type, enabled=False):
+                k, v = k.to(q.dtype), v.to(q.dtype)
+                return _on_gpu(
+                    q, k, v, theta, eta, alpha, tuple(initial), gamma, beta, state, start, spec, mask, resets
+                )
+        if backend is not None:
+            raise ConfigError(f"backend is {backend!r}; {obstacle}. Use another, or leave it out.")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
     with torch.autocast(q.device.type, enabled=False):
@@ -131,18 +131,13 @@ def neural_memory(
             theta, omega = theta * (own if theta.dim() == 3 else own.unsqueeze(-1)), None
         initial = tuple(w.to(dtype) for w in initial)
         chosen = backend
-        beyond = beyond_fast_forms(spec)
-        if beyond is None and delta is not None:
-            beyond = "only the general form covers a tensor delta"
-        if beyond is None and v.shape[-1] != q.shape[-1]:
-            beyond = "only the general form covers values of another width than the keys"
         if chosen is None and beyond is not None:
             chosen = "general"
         elif chosen in ("native", "chunked") and beyond is not None:
             raise ConfigError(f"backend is {chosen!r}; {beyond}. Use backend='general', or leave it out.")
         elif chosen is None:
             # A fake tensor is a shape alone, with nothing to point to.
-            fake = isinstance(q, FakeTensor)
+            fake = q.is_cuda or isinstance(q, FakeTensor)
             chosen = "chunked" if fake else choose_backend(spec, q.device, dtype)[0]
         elif chosen == "native" and (obstacle := unsupported(spec, q.device, dtype)) is not None:
             raise ConfigError(f"backend is 'native'; {obstacle}. Use backend='chunked', or leave it out.")
@@ -191,6 +186,53 @@ def neural_memory(
             "the reference backend does not report surprise; use backend='chunked', or leave it out."
         )
     return y.to(out_dtype), after, surprise
+
+
+def _beyond_fast_forms(spec: MemorySpec, q: Tensor, v: Tensor, delta: Tensor | None) -> str | None:
+    beyond = beyond_fast_forms(spec)
+    if beyond is None and delta is not None:
+        return "only the general form covers a tensor delta"
+    if beyond is None and v.shape[-1] != q.shape[-1]:
+        return "only the general form covers values of another width than the keys"
+    return beyond
+
+
+def _on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
+    initial: tuple[Tensor, ...], gamma: Tensor | None, beta: Tensor | None,
+    state: MemoryState | None, start: MemoryState | None, spec: MemorySpec,
+    mask: Tensor | None, resets: Tensor | None,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
+    """The kernels take sequences at a chunk's start; what is before it goes through the chunked form."""
+    from nestor.ops.neural_memory.kernels import neural_memory_kernels
+
+    def part(at: slice, before: MemoryState | None, chunked: bool) -> tuple[Tensor, MemoryState]:
+        def cut(x: Tensor | None) -> Any:
+            return None if x is None else x[:, at]
+
+        tokens = (cut(q), cut(k), cut(v), cut(theta), cut(eta), cut(alpha), initial)
+        if chunked:
+            result = neural_memory(
+                *tokens, spec=spec, gamma=gamma, beta=beta, state=before, start=start,
+                mask=cut(mask), resets=cut(resets), backend="chunked",
+            )  # fmt: skip
+            return result[0], result[1]
+        return neural_memory_kernels(*tokens, gamma, beta, before, start, spec, cut(mask), cut(resets))
+
+    length = q.shape[1]
+    if state is None:
+        return part(slice(None), None, chunked=length == 1)
+    lowest, highest = (int(x) for x in torch.aminmax(state.phase))
+    head = spec.chunk_size - lowest
+    if length == 1 or lowest != highest or (lowest and (mask is not None or head >= length)):
+        return part(slice(None), state, chunked=True)
+    if lowest == 0:
+        return part(slice(None), state, chunked=False)
+    if resets is not None:
+        return part(slice(None), state, chunked=True)
+    first, state = part(slice(head), state, chunked=True)
+    rest, state = part(slice(head, None), state, chunked=False)
+    return torch.cat([first, rest], 1), state
 
 
 def apply_network(

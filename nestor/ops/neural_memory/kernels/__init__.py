@@ -20,7 +20,7 @@ WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def obstacle(spec: MemorySpec, initial: Sequence[Tensor], dtype: torch.dtype) -> str | None:
+def obstacle(spec: MemorySpec, initial: Sequence[Tensor] | None, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot compute this memory; None: they can."""
     for name, value, known in (
         ("dtype", dtype, DTYPES),
@@ -30,12 +30,16 @@ def obstacle(spec: MemorySpec, initial: Sequence[Tensor], dtype: torch.dtype) ->
         ("read_mode", spec.read_mode, ("inclusive", "chunk_start")),
         ("grad_at", spec.grad_at, ("pre_decay",)),
         ("chunk_size", spec.chunk_size, CHUNKS),
-        ("depth", len(initial), (2,)),
-        ("head width", initial[0].shape[-2], WIDTHS),
     ):
         if value not in known:
-            return f"the kernels do not cover {name} = {value}"
-    hidden = initial[0].shape[-1]
+            return f"the kernels do not cover {name} = {value!r}"
+    if initial is None:
+        return None
+    if len(initial) != 2:
+        return f"the kernels cover memories of two layers, not of {len(initial)}"
+    width, hidden = initial[0].shape[-2:]
+    if width not in WIDTHS:
+        return f"the kernels do not cover heads of width {width}; it must be one of {WIDTHS}"
     if hidden % 32 and hidden != 16:
         return f"the kernels do not cover a hidden width of {hidden}; it must be a multiple of 32"
     return None
@@ -99,12 +103,12 @@ def neural_memory_kernels(
     y, final, anchor, *_ = memory_walk(
         *inputs, valid, row_resets, opened, chunk, hidden, ACTIVATIONS.index(spec.activation),
         NORMS.index(spec.norm), LOSSES.index(spec.inner_loss), spec.read_mode == "inclusive",
-        spec.norm_eps, spec.loss_scale, float(getattr(spec, "loss_threshold", 1.0)), keep,
+        spec.norm_eps, spec.loss_scale, spec.loss_threshold, keep,
     )  # fmt: skip
     if grid is not None:
         y = grid.scatter(y.unflatten(1, (grid.rows, chunk))[:, :, : grid.width], length)
 
-    def unpack(part: Tensor) -> tuple[Tensor, Tensor]:
+    def unpack(part: Tensor) -> tuple[Tensor, ...]:
         parts = part.view(batch, heads, 2, -1)
         return (
             parts[:, :, 0].unflatten(-1, (width, hidden)),

@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def _gates(THETA, ETA, ALPHA, VALID, base, valid_base, stride, t, tokens,
            MOMENTUM: tl.constexpr, FORGET: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """theta, eta, keep of token t, and 1 if there is one, else 0; a token that is not there changes nothing."""
+    """theta, eta, keep of token t, and 1 if there is one; else gates that change nothing, and 0."""
     here = t < tokens
     if MASKED:
         here = here & (tl.load(VALID + valid_base + t, mask=here, other=0) != 0)
@@ -74,8 +74,8 @@ def coefficients_backward_kernel(
 ):  # fmt: skip
     """Gradients of the gates in the chunks first .. first + span - 1: the recurrences, backwards.
 
-    G_ROWS ``[M, span, 2, C]``, G_G ``[M, span, C, C]`` from the reads (READ); G_ENDS ``[SPLIT, M, span, 2, C]``
-    and G_LAST ``[SPLIT, M, span, 4]`` from the writes, one part a slice.
+    From the reads (READ) G_ROWS ``[M, span, 2, C]`` and G_G ``[M, span, C, C]``; from the writes, one part a
+    slice, G_ENDS ``[SPLIT, M, span, 2, C]`` and G_LAST ``[SPLIT, M, span, 4]``.
     """
     m, at = tl.program_id(1), tl.program_id(0)
     n = first + at
@@ -99,7 +99,7 @@ def coefficients_backward_kernel(
     for back in range(C):
         i = C - 1 - back
         t = n * C + i
-        theta, eta, keep, valid = _gates(
+        _, eta, keep, valid = _gates(
             THETA, ETA, ALPHA, VALID, base, b * tokens, stride_t, t, tokens, MOMENTUM, FORGET, MASKED
         )
         if READ:

@@ -108,7 +108,7 @@ def read_backward_kernel(
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, TARGET: tl.constexpr,
     DUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reverse of `read_kernel`. G_NORM ``[M, span, 2, P]`` holds each chunk's part; G_K ``[M, span, C, P]``."""
+    """Reverse of `read_kernel`. G_NORM ``[M, span, 2, P]``, G_K ``[M, span, C, P]``: each chunk's part."""
     SIZE: tl.constexpr = P * HIDDEN
     PARTS: tl.constexpr = 4 if MOMENTUM else 2
     m, at = tl.program_id(1), tl.program_id(0)

@@ -1,9 +1,9 @@
 """The kernels in order, as two PyTorch operators: the memory of a whole call, and its gradient.
 
-Forward: coefficients of all chunks; then, a span of chunks at a time, the writes (one walk after the other)
-and the reads (all chunks at once). Kept for the backward are the inputs, the reads' standardised outputs, and
-a checkpoint of the state every INTERVAL chunks, from which the backward writes each span's states again: all
-of a span's intervals at once. What is as large as chunks x weights exists for one span only.
+Forward: coefficients of all chunks; then, a span of chunks at a time, the writes (chunk after chunk) and
+the reads (all chunks at once). Kept for the backward are the inputs, the reads' standardised outputs, and a
+checkpoint of the state every INTERVAL chunks, from which the backward writes each span's states again: all of
+a span's intervals at once. What is as large as chunks x weights exists for one span only.
 
 Fast weights are packed: ``[M, Q, P HIDDEN]`` for M = sequences x heads and the Q parts W1, W2, S1, S2 (without
 momentum W1, W2). ``[H, ...]`` is shared by the sequences.
@@ -12,7 +12,6 @@ momentum W1, W2). ``[H, ...]`` is shared by the sequences.
 from typing import Any
 
 import torch
-
 from torch import Tensor
 
 from nestor.ops.neural_memory.kernels.coefficients import coefficients_backward_kernel, coefficients_kernel
@@ -230,7 +229,7 @@ def memory_walk_backward(
     chunk: int, hidden: int, activation: int, norm: int, loss: int, dual: bool,
     eps: float, scale: float, threshold: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k, v, theta, eta, alpha, state, targets, start, gamma, beta; empty where there is none."""
+    """Gradients of q, k, v, theta, eta, alpha, state, targets, start, gamma, beta; empty: none."""
     walk = _Walk(
         q, k, v, theta, eta, alpha, targets, start, gamma, beta, valid, resets, opened,
         chunk, hidden, activation, norm, loss, dual, eps, scale, threshold,
@@ -250,16 +249,15 @@ def _(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, tokens, heads, width = q.shape
     walks, chunks = batch * heads, -(-tokens // chunk)
-    floats = {"dtype": torch.float32}
-    anchor = (walks, 2, width * hidden) if opened is not None else (0,)
-    kept = ((walks, chunks, chunk, width), (walks, chunks, chunk)) if keep else ((0,), (0,))
+    anchor = [walks, 2, width * hidden] if opened is not None else [0]
+    kept = [[walks, chunks, chunk, width], [walks, chunks, chunk]] if keep else [[0], [0]]
     return (
         q.new_empty(q.shape),
         torch.empty_like(state),
-        q.new_empty(anchor, **floats),
-        q.new_empty((-(-chunks // INTERVAL) + 1, *state.shape), **floats),
+        q.new_empty(anchor, dtype=torch.float32),
+        q.new_empty((-(-chunks // INTERVAL) + 1, *state.shape), dtype=torch.float32),
         q.new_empty(kept[0]),
-        q.new_empty(kept[1], **floats),
+        q.new_empty(kept[1], dtype=torch.float32),
     )
 
 
@@ -283,15 +281,13 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, theta, eta, alpha, state, targets, start, gamma, beta, valid, resets, opened = inputs[:14]
+    before, (_, *after) = inputs[:6], inputs[6:14]
     _, final, anchor, checkpoints, z, r = output
     ctx.choices = inputs[14:-1]
     ctx.shapes = (final.shape, anchor.shape)
     ctx.mark_non_differentiable(checkpoints, z, r)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        q, k, v, theta, eta, alpha, targets, start, gamma, beta, valid, resets, opened, checkpoints, z, r
-    )
+    ctx.save_for_backward(*before, *after, checkpoints, z, r)
 
 
 def _backward(ctx: Any, g_y: Any, g_final: Any, g_anchor: Any, *_: Any) -> tuple[Any, ...]:

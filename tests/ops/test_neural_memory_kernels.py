@@ -1,0 +1,129 @@
+"""The Triton kernels against the chunked form in float64: on a GPU, and in Triton's interpreter on a CPU."""
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and HAS_TRITON and not INTERPRETED
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+# Relative error, in norm, of outputs, states and gradients.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+
+SMALL = {"batch": 2, "heads": 2, "width": 16, "hidden": 32, "chunk_size": 16, "length": 37}
+CASES = {
+    "plain": {},
+    "whole chunks": {"length": 32},
+    "shorter than a chunk": {"length": 5},
+    "no momentum": {"momentum": False},
+    "no forgetting": {"forget": False},
+    "N0": {"norm": "residual"},
+    "N2, dot product, silu": {"norm": "none", "inner_loss": "dot_product", "activation": "silu"},
+    "huber": {"inner_loss": "huber", "loss_threshold": 0.3},
+    "chunk-start reads": {"read_mode": "chunk_start"},
+    "decay to zero": {"decay": "zero", "activation": "silu"},
+    "masks and resets": {"masked": 0.3, "reset": 0.1},
+    "resets to a start": {"reset": 0.1, "with_start": True, "momentum": False},
+}
+
+
+def _run(p, dtype):
+    from nestor.ops.neural_memory import MemoryState
+    from nestor.ops.neural_memory.kernels import neural_memory_kernels
+
+    def move(x):
+        if x is None or not x.is_floating_point():
+            return None if x is None else x.to(DEVICE)
+        return x.to(DEVICE).float()
+
+    def moved(state):
+        if state is None:
+            return None
+        parts = (tuple(move(w) for w in part) for part in state[:3])
+        return MemoryState(*parts, state.phase.to(DEVICE))
+
+    q, k, v = (x.to(DEVICE).to(dtype) for x in (p.q, p.k, p.v))
+    y, after = neural_memory_kernels(
+        q, k, v, move(p.theta), move(p.eta), move(p.alpha), [move(w) for w in p.initial],
+        move(p.gamma), move(p.beta), moved(p.state), moved(p.start), p.spec, move(p.mask), move(p.resets),
+    )  # fmt: skip
+    parts = (tuple(w.double().cpu() for w in part) for part in after[:3])
+    return y.double().cpu(), MemoryState(*parts, after.phase.cpu())
+
+
+def _compare(draw_problem, flat, gradients, dtype, seed=0, **choices) -> None:
+    p = draw_problem(seed, **choices)
+    if dtype == torch.bfloat16:
+        # Rounded once for both, so that the error is that of the kernels' own arithmetic.
+        p = p.replace(**{n: getattr(p, n).detach().bfloat16().double().requires_grad_() for n in "qkv"})
+    expected, found = p.run("chunked"), _run(p, dtype)
+    assert torch.equal(found[1].phase, expected[1].phase)
+    pairs = {f"output {i}": pair for i, pair in enumerate(zip(flat(found), flat(expected), strict=True))}
+    theirs = gradients(p, lambda p: p.run("chunked"))
+    ours = gradients(p, lambda p: _run(p, dtype))
+    pairs |= {f"gradient of {name}": (ours[name], theirs[name]) for name in theirs}
+    for name, (a, b) in pairs.items():
+        assert torch.isfinite(a).all(), name
+        error = float((a - b).norm() / (b.norm() + 1e-6))
+        assert error < TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.skipif(HAS_TRITON and not INTERPRETED, reason="runs in a process of its own, see below")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernels_equal_the_chunked_form(draw_problem, flat, gradients, case) -> None:
+    _compare(draw_problem, flat, gradients, torch.float32, **{**SMALL, **CASES[case]})
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and starts its interpreter itself")
+def test_the_kernels_in_tritons_interpreter() -> None:
+    """The variable must be set before Triton is imported, so the tests above run in a process of their own."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(Path(__file__))]
+    done = subprocess.run(
+        [*command, "-k", "interpreted_kernels"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert f"{len(CASES)} passed" in done.stdout, done.stdout[-500:]
+
+
+LARGE = {"batch": 2, "heads": 2, "width": 64, "hidden": 256, "chunk_size": 64, "length": 201, "step": 0.02}
+GPU_CASES = {
+    **CASES,
+    "linear in four intervals": {"length": 64 * 40 + 9, "batch": 1, "heads": 1},
+    "expansion 1": {"hidden": 64},
+    "expansion 2, silu": {"hidden": 128, "activation": "silu"},
+    "expansion 3": {"hidden": 192},
+    "wide heads": {"width": 128, "hidden": 256},
+    "chunks of 16": {"chunk_size": 16},
+    "chunks of 32": {"chunk_size": 32},
+    "chunks of 128": {"chunk_size": 128},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_kernels_equal_the_chunked_form(draw_problem, flat, gradients, case, dtype) -> None:
+    _compare(draw_problem, flat, gradients, dtype, **{**LARGE, **GPU_CASES[case]})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(100))
+def test_kernels_on_random_shapes(draw_problem, flat, gradients, seed) -> None:
+    """Few configurations to compile, every length, batch and layout of documents."""
+    rng = random.Random(seed)
+    choices = {
+        "batch": rng.randint(1, 3), "heads": rng.randint(1, 3), "width": 64, "hidden": 128,
+        "chunk_size": 32, "length": rng.randint(1, 150), "step": 0.02,
+        "masked": rng.choice([0.0, 0.3]), "reset": rng.choice([0.0, 0.05]),
+    }  # fmt: skip
+    _compare(draw_problem, flat, gradients, torch.bfloat16, seed=seed, **choices)
