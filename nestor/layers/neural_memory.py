@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, cast
@@ -19,6 +19,8 @@ from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.walking import pack, unpack
 from nestor.layers.writes import recording, report_write, unrecorded
+from nestor.ops.fused_streams import convolved_heads
+from nestor.ops.gated_norm import gated_norm
 from nestor.ops.heads import silu_heads
 from nestor.ops.neural_memory import MemorySpec, MemoryState, apply_network, neural_memory
 
@@ -78,6 +80,8 @@ class NeuralMemory(nn.Module):
         ConfigError: an impossible combination.
     """
 
+    gate_biases: dict[str, float] = {}
+
     def __init__(
         self,
         dim: int,
@@ -121,7 +125,7 @@ class NeuralMemory(nn.Module):
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.conv_kernel = conv_kernel
         self.momentum, self.forget = momentum, forget
-        self.gate_biases = {"theta": step_bias, "eta": momentum_bias, "alpha": forget_bias}
+        self.gate_biases = self.gate_biases | {"theta": step_bias, "eta": momentum_bias, "alpha": forget_bias}
 
         keys, inputs = self._key_widths()
         self.q_proj = nn.Linear(dim, heads * keys, bias=False)
@@ -222,6 +226,16 @@ class NeuralMemory(nn.Module):
         start: state of a batch of one (from `read_prefix`) with which documents begin; None: the learned
         initial weights, no momentum, no tail.
         """
+        return self._read_and_write(x, state, span, start, self.spec)
+
+    def _read_and_write(
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        span: Span | None,
+        start: LayerState | None,
+        spec: MemorySpec,
+    ) -> tuple[Tensor, LayerState]:
         if span is None:
             span = Span.build(None, x.shape[0], x.shape[1], x.device)
         q, k, v, tails = self.project(x, state, span, start)
@@ -230,7 +244,7 @@ class NeuralMemory(nn.Module):
         begin = None if start is None else unpack(start)
         result = neural_memory(
             q, k, v, gates.theta, gates.eta, gates.alpha, self.initial_weights(),
-            spec=self.spec, gamma=self.memory_gamma, beta=self.memory_beta,
+            spec=spec, gamma=self.memory_gamma, beta=self.memory_beta,
             omega=gates.omega, delta=gates.delta, step=gates.step,
             state=opening, start=begin, mask=span.valid, resets=span.resets,
             return_surprise=recording(),
@@ -271,7 +285,14 @@ class NeuralMemory(nn.Module):
         if self.convolutions is not None:
             key = f"tail.{name}"
             tail = None if state is None else state[key]
-            x, tails[key] = self.convolutions[name](x, tail, span, None if start is None else start[key][0])
+            first = None if start is None else start[key][0]
+            if span.resets is None and span.lengths is None:
+                weight = cast(ShortConvolution, self.convolutions[name]).weight
+                y, tails[key] = convolved_heads(
+                    x, weight, tail, heads=self.heads, unit=name != "v", start_tail=first
+                )
+                return y
+            x, tails[key] = self.convolutions[name](x, tail, span, first)
         return silu_heads(x, self.heads, unit=name != "v")
 
     def gates(self, x: Tensor) -> Gates:
@@ -297,8 +318,10 @@ class NeuralMemory(nn.Module):
         Persistent tokens do not depend on the input, so what the memory makes of them is a constant that
         every document begins with; the chunk grid starts at the first real token.
         """
+        # What happens at the end of a chunk happens at theirs.
+        spec = replace(self.spec, chunk_size=len(prefix)) if self.spec.pools else self.spec
         with unrecorded():
-            y, state = NeuralMemory.forward(self, prefix.unsqueeze(0))
+            y, state = self._read_and_write(prefix.unsqueeze(0), None, None, None, spec)
         anchors = {f"anchor.{layer}": state[f"weights.{layer}"] for layer in range(self.depth)}
         return y[0], {**state, **anchors, "phase": torch.zeros_like(state["phase"])}
 
@@ -313,11 +336,8 @@ class NeuralMemory(nn.Module):
         return state
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
-        # The norm passes over y several times, which is slow where heads lie outside of tokens.
-        y = self.out_norm(y.contiguous()).flatten(-2)
-        if self.output_gate is not None:
-            y = y * torch.sigmoid(self.output_gate(x))
-        return self.o_proj(y)
+        gate = None if self.output_gate is None else self.output_gate(x)
+        return self.o_proj(gated_norm(y, self.out_norm.weight, gate, eps=self.out_norm.eps))
 
 
 def draw_network(initial: nn.ParameterList, key: float = 1.0) -> None:
@@ -350,23 +370,30 @@ def build_neural_memory(config: Any, layer_index: int) -> NeuralMemory:
     return memory_from_config(config, config.memory)
 
 
-# The module, and the class in it, of each member of the family that can stand where a memory does.
-KINDS = {
-    "titans": ("nestor.layers.neural_memory", "NeuralMemory"),
+# Each member of the family that can stand where a memory does: its module, class, and settings of its own.
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "titans": ("nestor.layers.neural_memory", "NeuralMemory", {}),
+    "moneta": ("nestor.layers.miras", "Miras", {"inner_loss": "lp", "retention": "lq"}),
+    "yaad": ("nestor.layers.miras", "Miras", {"inner_loss": "huber_norm"}),
+    "memora": ("nestor.layers.miras", "Miras", {"retention": "softmax"}),
+    "omega": ("nestor.layers.atlas", "Atlas", {"momentum": False, "muon": False}),
+    "atlas": ("nestor.layers.atlas", "Atlas", {}),
+    "atlas++": ("nestor.layers.atlas", "Atlas", {"network": "gated"}),
 }
 
 
 def memory_from_config(config: Any, arguments: dict[str, Any] | None, **fixed: Any) -> NeuralMemory:
     """The memory of the given `kind` ("titans" if there is none) with the given arguments, alone or as part
     of a hybrid; heads and norm epsilon default to the configuration's."""
-    defaults = {"heads": config.num_attention_heads, "rms_norm_eps": config.rms_norm_eps}
-    settings = {**defaults, **(arguments or {}), **fixed}
-    kind = settings.pop("kind", "titans")
+    arguments = dict(arguments or {})
+    kind = arguments.pop("kind", "titans")
     if kind not in KINDS:
         kinds = ", ".join(map(repr, KINDS))
         raise ConfigError(f"memory kind is {kind!r}; it must be one of {kinds}. {suggest(kind, KINDS)}")
-    module, name = KINDS[kind]
-    build = getattr(import_module(module), name)
+    module, class_name, own = KINDS[kind]
+    build = getattr(import_module(module), class_name)
+    defaults = {"heads": config.num_attention_heads, "rms_norm_eps": config.rms_norm_eps}
+    settings = {**defaults, **own, **arguments, **fixed}
     known = inspect.signature(build.__init__).parameters
     for name in settings:
         if name not in known:

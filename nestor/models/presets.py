@@ -97,6 +97,18 @@ def _tnt(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"mixer": "tnt", "memory": _memory(size) | chunks}
 
 
+def _family(kind: str, **choices: Any) -> Recipe:
+    def recipe(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+        return {"mixer": "neural_memory", "memory": {"kind": kind, **_memory(size), **choices}}
+
+    return recipe
+
+
+# MIRAS, with its expansion and the smaller of its chunks: Memora reads nothing newer than its chunk.
+_moneta, _yaad, _memora = (_family(kind, expansion=4, chunk_size=16) for kind in ("moneta", "yaad", "memora"))
+_omega, _atlas, _atlas_gated = (_family(kind) for kind in ("omega", "atlas", "atlas++"))
+
+
 def _ttt_linear(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
     """A linear memory that learns in mini-batches of 16."""
     return {"mixer": "ttt_linear", "memory": {"chunk_size": 16}}
@@ -124,6 +136,12 @@ PRESETS: dict[str, Recipe] = {
     "titans-mag": _titans_mag,
     "titans-mal": _titans_mal,
     "tnt": _tnt,
+    "moneta": _moneta,
+    "yaad": _yaad,
+    "memora": _memora,
+    "omega": _omega,
+    "atlas": _atlas,
+    "atlas++": _atlas_gated,
     "ttt-linear": _ttt_linear,
     "ttt-mlp": _ttt_mlp,
     "kda": _kda,
