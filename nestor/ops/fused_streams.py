@@ -1,0 +1,56 @@
+"""From a projected stream to the heads of a memory: short convolution, SiLU, heads, unit length."""
+
+import torch
+from torch import Tensor
+
+from nestor.ops.heads import EPSILON, silu_heads
+from nestor.ops.kernels import covered
+from nestor.ops.short_convolution import next_tail, short_convolution
+
+KERNELS = (2, 3, 4)
+WIDEST = 256
+
+
+def convolved_heads(
+    x: Tensor,
+    weight: Tensor,
+    tail: Tensor | None = None,
+    *,
+    heads: int,
+    unit: bool,
+    start_tail: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``silu_heads(short_convolution(x))`` ``[B, T, H, d / H]`` and the next tail ``[B, K-1, d]``.
+
+    For calls without padding, in which no document starts. x: ``[B, T, d]``; weight: ``[d, K]``; tail:
+    ``[B, K-1, d]``, the inputs before the call (None: start_tail ``[K-1, d]``, or zeros). unit: whether heads
+    are scaled to unit length. dtype: of the heads; None: float32 for half precision, else that of x.
+
+    On a GPU with Triton one kernel does it, with float32 sums, from bfloat16 or float32; heads then lie
+    inside of tokens in memory. Its backward keeps nothing but x.
+    """
+    if dtype is None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kernel = weight.shape[1]
+    before = tail
+    if tail is None and start_tail is not None:
+        before = start_tail.expand(x.shape[0], -1, -1)
+    if _fits(x, weight, before, heads) and covered(x, weight, before) and dtype in (x.dtype, torch.float32):
+        from nestor.ops.kernels import streams
+
+        if before is not None:
+            before = before.to(x.dtype).contiguous()
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return streams.convolved_heads(x, weight.contiguous(), before, heads, unit, EPSILON, dtype)
+    y = short_convolution(x, weight, tail, start_tail=start_tail)
+    after = next_tail(x, kernel, tail, start_tail=start_tail)
+    return silu_heads(y, heads, unit=unit).to(dtype), after
+
+
+def _fits(x: Tensor, weight: Tensor, tail: Tensor | None, heads: int) -> bool:
+    """Sizes of which there are kernels; wrong ones are left to the PyTorch form, which says what is wrong."""
+    channels, kernel = weight.shape
+    known = kernel in KERNELS and channels % heads == 0 and channels // heads <= WIDEST
+    right = x.shape[2] == channels
+    return known and right and (tail is None or tail.shape == (x.shape[0], kernel - 1, channels))
