@@ -68,14 +68,14 @@ def coefficients_kernel(
 @triton.jit
 def coefficients_backward_kernel(
     THETA, ETA, ALPHA, VALID, ROWS, G, E, G_ROWS, G_ENDS, G_LAST, G_G, G_THETA, G_ETA, G_ALPHA,
-    stride_b, stride_t, stride_h, out_b, out_t, out_h, heads, chunks, first, span, tokens, slice_stride,
-    C: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr,
+    stride_b, stride_t, stride_h, out_b, out_t, out_h, heads, chunks, first, span, tokens,
+    C: tl.constexpr, READ: tl.constexpr,
     MOMENTUM: tl.constexpr, FORGET: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates in the chunks first .. first + span - 1: the recurrences, backwards.
 
-    From the reads (READ) G_ROWS ``[M, span, 2, C]`` and G_G ``[M, span, C, C]``; from the writes, one part a
-    slice, G_ENDS ``[SPLIT, M, span, 2, C]`` and G_LAST ``[SPLIT, M, span, 4]``.
+    From the reads (READ) G_ROWS ``[M, span, 2, C]`` and G_G ``[M, span, C, C]``; from the writes
+    G_ENDS ``[M, span, 2, C]`` and G_LAST ``[M, span, 4]``.
     """
     m, at = tl.program_id(1), tl.program_id(0)
     n = first + at
@@ -85,17 +85,13 @@ def coefficients_backward_kernel(
     out = b.to(tl.int64) * out_b + h * out_h
     cell = m.to(tl.int64) * chunks + n
     here = m.to(tl.int64) * span + at
-    g_g = tl.zeros((C,), tl.float32)
+    g_g = tl.load(G_ENDS + here * 2 * C + j)
     g_e = tl.zeros((C,), tl.float32)
-    g_A, g_F, g_m = 0.0, 0.0, 0.0
-    for s in tl.static_range(SPLIT):
-        part = s * slice_stride + here
-        g_g += tl.load(G_ENDS + part * 2 * C + j)
-        g_A += tl.load(G_LAST + part * 4)
-        if MOMENTUM:
-            g_e += tl.load(G_ENDS + part * 2 * C + C + j)
-            g_F += tl.load(G_LAST + part * 4 + 1)
-            g_m += tl.load(G_LAST + part * 4 + 2)
+    g_A = tl.load(G_LAST + here * 4)
+    g_F, g_m = 0.0, 0.0
+    if MOMENTUM:
+        g_e = tl.load(G_ENDS + here * 2 * C + C + j)
+        g_F, g_m = tl.load(G_LAST + here * 4 + 1), tl.load(G_LAST + here * 4 + 2)
     for back in range(C):
         i = C - 1 - back
         t = n * C + i

@@ -84,56 +84,50 @@ def loss_error(f, v, scale, threshold, LOSS: tl.constexpr):
 @triton.jit
 def pull_back(x, v, z, gamma, beta, eps, scale, threshold,
               NORM: tl.constexpr, LOSS: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """The step ``u = -delta`` of the last layer: minus the inner loss's gradient in z."""
+    """The step ``u = -delta`` of the last layer, minus the inner loss's gradient in z, and what its derivative
+    needs: zh, 1/s and ``gamma e . zh`` ``[C]``."""
     zh, r = standardise(z, eps, NORM, P)
     e = loss_error(head(x, zh, gamma, beta, NORM), v, scale, threshold, LOSS)
     if NORM == 2:
         e = e * gamma[None, :]
-    return -through_norm(e, zh, r, NORM, P)
+    return -through_norm(e, zh, r, NORM, P), zh, r, tl.sum(e * zh, 1)
 
 
 @triton.jit
-def pull_back_vjp(g_u, x, v, z, gamma, beta, eps, scale, threshold,
-                  NORM: tl.constexpr, LOSS: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """From the gradient of `pull_back`'s step those of z, x, v ``[C, P]`` and gamma, beta ``[P]``."""
-    zh, r = standardise(z, eps, NORM, P)
-    f = head(x, zh, gamma, beta, NORM)
-    e = loss_error(f, v, scale, threshold, LOSS)
-    g_delta = -g_u
+def error_gradient(g_u, zh, r, gamma, NORM: tl.constexpr, P: tl.constexpr):
+    """From the gradient of `pull_back`'s step that of the error e, and of gamma e."""
+    g_weighted = through_norm(-g_u, zh, r, NORM, P)
     if NORM == 2:
-        u = e * gamma[None, :]
-        delta = through_norm(u, zh, r, NORM, P)
-        g_weighted = through_norm(g_delta, zh, r, NORM, P)
-        g_z = zh * tl.sum(g_delta * delta, 1)[:, None]
-        g_z += g_weighted * tl.sum(u * zh, 1)[:, None]
-        g_z += delta * tl.sum(g_delta * zh, 1)[:, None]
-        g_z = g_z * (r * (-1.0 / P))[:, None]
-        g_gamma = tl.sum(e * g_weighted, 0)
-        g_e = g_weighted * gamma[None, :]
+        return g_weighted * gamma[None, :], g_weighted
     else:
-        g_z = g_delta * 0.0
-        g_gamma = tl.sum(g_z, 0)
-        g_e = g_delta
-    g_beta = g_gamma * 0.0
+        return g_weighted, g_weighted
+
+
+@triton.jit
+def output_gradient(g_e, x, v, zh, gamma, beta, scale, threshold, NORM: tl.constexpr, LOSS: tl.constexpr):
+    """The gradient of f from that of the error."""
     if LOSS == 1:
-        g_v = g_e * -scale
-        g_x = g_e * 0.0
+        return g_e * 0.0
+    elif LOSS == 2:
+        miss = head(x, zh, gamma, beta, NORM) - v
+        return tl.where((miss > -threshold) & (miss < threshold), g_e * scale, 0.0)
     else:
-        g_f = g_e * scale
-        if LOSS == 2:
-            r_f = f - v
-            g_f = tl.where((r_f > -threshold) & (r_f < threshold), g_f, 0.0)
-        g_v = -g_f
-        g_x = g_f
-        if NORM == 0:
-            g_x = g_f * 0.0
-        if NORM == 2:
-            g_gamma += tl.sum(g_f * zh, 0)
-            g_beta = tl.sum(g_f, 0)
-            g_z += through_norm(g_f * gamma[None, :], zh, r, NORM, P)
-        else:
-            g_z += g_f
-    return g_z, g_x, g_v, g_gamma, g_beta
+        return g_e * scale
+
+
+@triton.jit
+def pull_back_vjp(g_u, x, v, u, zh, r, along, gamma, beta, scale, threshold,
+                  NORM: tl.constexpr, LOSS: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """The gradient of z ``[C, P]`` from that of `pull_back`'s step u and what it gave besides."""
+    g_e, g_weighted = error_gradient(g_u, zh, r, gamma, NORM, P)
+    g_f = output_gradient(g_e, x, v, zh, gamma, beta, scale, threshold, NORM, LOSS)
+    if NORM == 2:
+        g_z = through_norm(g_f * gamma[None, :], zh, r, NORM, P)
+        total = zh * tl.sum(g_u * u, 1)[:, None] + g_weighted * along[:, None]
+        total += u * tl.sum(g_u * zh, 1)[:, None]
+        return g_z - total * (r / P)[:, None]
+    else:
+        return g_f
 
 
 @triton.jit

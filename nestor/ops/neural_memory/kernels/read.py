@@ -100,7 +100,7 @@ def read_kernel(
 
 @triton.jit
 def read_backward_kernel(
-    Q, K, ROWS, G, STATES, STEPS, TARGETS, GAMMA, Z, R, G_Y,
+    Q, K, ROWS, G, STATES, STEPS, HIDDENS, TARGETS, GAMMA, Z, R, G_Y,
     G_Q, G_K, G_ROWS, G_G, G_STATES, G_TARGETS, G_U1, G_X2, G_U2, G_NORM,
     qb, qt, qh, kb, kt, kh, yb, yt, yh, gb, gt, gh,
     walks, heads, chunks, tokens, first_chunk, span,
@@ -149,10 +149,8 @@ def read_backward_kernel(
         A = tl.load(ROWS + cell * 3 * C + i)
         F = tl.load(ROWS + cell * 3 * C + C + i)
         g_at = G + cell * C * C + i[:, None] * C + i[None, :]
-        coefficients = tl.load(g_at)
-        weighted = (dot(q, tl.trans(k), PRECISION) * coefficients).to(dtype)
-        g_weighted2 = dot(gz, tl.trans(u2), PRECISION)
-        g_scores2 = (g_weighted2 * coefficients).to(dtype)
+        weighted = (dot(q, tl.trans(k), PRECISION) * tl.load(g_at)).to(dtype)
+        g_scores2 = (dot(gz, tl.trans(u2), PRECISION) * tl.load(g_at)).to(dtype)
         aq, fq, mq = _mixed(A, F, q, dtype, MOMENTUM, TARGET)
         agz, fgz, mgz = _mixed(A, F, g_z, dtype, MOMENTUM, TARGET)
         scores = tl.zeros((C, C), tl.float32)
@@ -165,9 +163,8 @@ def read_backward_kernel(
         wide = i[:, None] * HIDDEN + (low + hs)[None, :]
         w1, w2 = tl.load(states + first), tl.load(states + SIZE + second)
         if DUAL:
-            x2, slope, _ = activate(dot(k, w1, PRECISION), ACTIVATION)
-            x2 = x2.to(dtype)
-            u1 = (dot(u2, tl.trans(w2), PRECISION) * slope).to(dtype)
+            hidden = HIDDENS + here * C * HIDDEN + wide
+            x2, u1 = tl.load(hidden), tl.load(hidden + 2 * walks.to(tl.int64) * span * C * HIDDEN)
             z1 = dot(aq, w1, PRECISION) + dot(weighted, u1, PRECISION)
             if MOMENTUM:
                 s1, s2 = tl.load(states + 2 * SIZE + first), tl.load(states + 3 * SIZE + second)
@@ -223,11 +220,11 @@ def read_backward_kernel(
             g_q += dot(gz1, tl.trans(w1), PRECISION)
             tl.store(g_states + first, dot(tl.trans(q), gz1, PRECISION).to(dtype))
     if DUAL:
+        coefficients = tl.load(g_at)
         g_u2 = dot(tl.trans((scores * coefficients).to(dtype)), gz, PRECISION)
         tl.store(G_U2 + here * C * P + narrow, g_u2.to(dtype))
-        qk = dot(q, tl.trans(k), PRECISION)
-        g_at = G_G + here * C * C + i[:, None] * C + i[None, :]
-        tl.store(g_at, scores * g_weighted2 + qk * g_weighted1)
+        g_G = scores * dot(gz, tl.trans(u2), PRECISION) + dot(q, tl.trans(k), PRECISION) * g_weighted1
+        tl.store(G_G + here * C * C + i[:, None] * C + i[None, :], g_G)
         g_scores1 = (g_weighted1 * coefficients).to(dtype)
         g_q += dot(g_scores1, k, PRECISION)
         tl.store(G_K + here * C * P + narrow, dot(tl.trans(g_scores1), q, PRECISION).to(G_K.dtype.element_ty))

@@ -16,16 +16,20 @@ from torch import Tensor
 
 from nestor.ops.neural_memory.kernels.coefficients import coefficients_backward_kernel, coefficients_kernel
 from nestor.ops.neural_memory.kernels.read import read_backward_kernel, read_kernel
-from nestor.ops.neural_memory.kernels.write import write_backward_kernel, write_kernel
+from nestor.ops.neural_memory.kernels.write import (
+    write_backward_kernel,
+    write_gradients_kernel,
+    write_kernel,
+)
 
-INTERVAL = 16
+INTERVAL = 8
 # Hidden width of a slice, one program of a walk, and one turn of a read.
 SLICES = {"write": 64, "read": 64}
 # Warps of each kernel's programs.
-WARPS = {"write": 8, "read": 4, "read_backward": 8, "write_backward": 8}
+WARPS = {"write": 8, "read": 4, "read_backward": 8, "write_backward": 8, "write_gradients": 8}
 # Chunks of one head that a span holds, over all sequences and heads.
 FORWARD_SPAN = 4096
-BACKWARD_SPAN = 2048
+BACKWARD_SPAN = 1024
 
 
 def _span(budget: int, walks: int, chunks: int) -> int:
@@ -96,24 +100,25 @@ class _Walk:
     def write(
         self, checkpoints: Tensor, ends: Tensor, last: Tensor, anchor: Tensor | None,
         first: int, span: int, rows: int, save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """States and steps of a span, and z2 unless `save`."""
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """States and steps of a span; unless `save` also hidden, zh and norm (see write.py)."""
         m, c, p = self.walks, self.chunk, self.width
-        states = self.new(m, span, self.parts, self.size)
-        steps = self.new(m, span, c, p)
-        z2 = steps if save else self.floats(m, span, c, p)
+        states, steps = self.new(m, span, self.parts, self.size), self.new(m, span, c, p)
+        hidden = zh = norm = steps
+        if not save:
+            hidden, zh = self.new(4, m, span, c, self.hidden), self.new(m, span, c, p)
+            norm = self.floats(m, span, 2, c)
         pieces = -(-min(span, self.chunks - first) // rows)
-        exchange, arrivals, ticket = self.meeting(m * pieces)
         write_kernel[(m * pieces * self.split,)](
-            self.k, self.v, ends, last, checkpoints, states, steps, z2, self.targets, self.gamma, self.beta,
-            self.start, self.resets, self.opened, anchor, exchange, arrivals, ticket,
-            *_strides(self.k), *_strides(self.v), m, self.heads, self.chunks, self.tokens,
-            first, span, INTERVAL, rows, *self.numbers,
+            self.k, self.v, ends, last, checkpoints, states, steps, hidden, zh, norm,
+            self.targets, self.gamma, self.beta, self.start, self.resets, self.opened, anchor,
+            *self.meeting(m * pieces), *_strides(self.k), *_strides(self.v), m, self.heads, self.chunks,
+            self.tokens, first, span, INTERVAL, rows, *self.numbers,
             **self.shape, HS=self.slice, **self.network,
             **{**self.loss, "HAS_OPEN": self.opened is not None and save}, SAVE=save,
             num_warps=WARPS["write"], num_stages=1,
         )  # fmt: skip
-        return states, steps, z2
+        return states, steps, hidden, zh, norm
 
     def forward(self, state: Tensor, keep: bool) -> tuple[Tensor, ...]:
         """y, checkpoints, the anchor of open chunks, z and r (see read.py)."""
@@ -126,7 +131,7 @@ class _Walk:
         z, r = (self.new(m, n, c, p), self.floats(m, n, c)) if keep else (self.new(0), self.floats(0))
         span = _span(FORWARD_SPAN, m, n)
         for first in range(0, n, span):
-            states, steps, _ = self.write(checkpoints, ends, last, anchor, first, span, span, True)
+            states, steps, *_ = self.write(checkpoints, ends, last, anchor, first, span, span, True)
             read_kernel[(min(span, n - first), m)](
                 self.q, self.k, rows, G, states, steps, self.targets, self.gamma, self.beta, y, z, r,
                 *_strides(self.q), *_strides(self.k), *_strides(y), m, self.heads, n, self.tokens,
@@ -140,66 +145,77 @@ class _Walk:
     ) -> tuple[Tensor, ...]:
         """Gradients of q, k, v, theta, eta, alpha, state, targets, start, gamma, beta (empty: none)."""
         m, n, c, p = self.walks, self.chunks, self.chunk, self.width
-        heads, parts, size, split = self.heads, self.parts, self.size, self.split
+        heads, parts, size = self.heads, self.parts, self.size
         rows, ends, last, G, E = self.coefficients(keep=True)
         nothing = self.floats(0)
         g_q, g_k, g_v = (self.q.new_empty(self.q.shape) for _ in range(3))
         g_gates = [nothing if g is None else g.new_empty(g.shape) for g in (self.theta, self.eta, self.alpha)]
-        carried = self.floats(m, parts + 2, size)
-        carried[:, :parts] = g_final
-        carried[:, parts:] = 0
+        carried = g_final.clone()
+        has_targets, has_norm = self.targets is not None, self.gamma is not None
+        g_targets = torch.zeros(m, 2 * size, dtype=torch.float32, device=g_y.device) if has_targets else nothing
         g_start = torch.zeros_like(g_final) if self.resets is not None else nothing
         g_norm = torch.zeros(m, 2, p, dtype=torch.float32, device=g_y.device)
         span = _span(BACKWARD_SPAN, m, n)
         for first in reversed(range(0, n, span)):
             here = min(span, n - first)
-            states, steps, z2 = self.write(checkpoints, ends, last, None, first, span, INTERVAL, False)
-            g_states = self.new(m, span, parts, size)
-            g_targets = self.new(m, span, 2, size) if self.targets is not None else nothing
-            g_parts = self.new(split + 1, m, span, c, p)
-            g_u1, g_x2, g_u2, g_G = nothing, nothing, nothing, nothing
+            states, steps, hidden, zh, norm = self.write(
+                checkpoints, ends, last, None, first, span, INTERVAL, False
+            )
+            g_states, after = (self.new(m, span, parts, size) for _ in range(2))
+            g_targets_here = self.new(m, span, 2 * size) if has_targets and self.dual else nothing
+            g_u1 = g_x2 = g_u2 = g_G = nothing
             if self.dual:
                 g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
                 g_u2, g_G = self.new(m, span, c, p), self.floats(m, span, c, c)
-            g_rows = self.floats(m, span, 2, c)
-            g_norms = self.floats(m, span, 2, p)
+            read_k, g_rows, g_norms = self.new(m, span, c, p), self.floats(m, span, 2, c), self.floats(m, span, 2, p)
             read_backward_kernel[(here, m)](
-                self.q, self.k, rows, G, states, steps, self.targets, self.gamma, z, r, g_y,
-                g_q, g_parts[split], g_rows, g_G, g_states, g_targets, g_u1, g_x2, g_u2, g_norms,
+                self.q, self.k, rows, G, states, steps, hidden, self.targets, self.gamma, z, r, g_y,
+                g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms,
                 *_strides(self.q), *_strides(self.k), *_strides(g_y), *_strides(g_q), m, heads, n,
                 self.tokens, first, span, **self.shape, HS=self.read_slice, **self.network,
                 DUAL=self.dual, num_warps=WARPS["read_backward"], num_stages=1,
             )  # fmt: skip
-            if self.gamma is not None:
-                g_norm += g_norms[:, :here].sum(1)
-            g_ends, g_last = self.floats(split, m, span, 2, c), self.floats(split, m, span, 4)
-            write_backward_kernel[(m * split,)](
-                self.k, self.v, ends, last, states, steps, z2, self.targets, self.gamma, self.beta,
-                self.resets, self.opened, g_states, g_u1, g_x2, g_u2, g_targets, carried, g_anchor, g_start,
-                g_parts, g_v, g_ends, g_last, g_norm, *self.meeting(m),
-                *_strides(self.k), *_strides(self.v), *_strides(g_v), m, heads, n, self.tokens, first, span,
-                *self.numbers, **self.shape, HS=self.slice, **self.network, **self.loss, READS=self.dual,
+            g_z1, g_steps = self.new(m, span, c, self.hidden), self.floats(m, span, c, p)
+            choices = {key: self.network[key] for key in ("NORM", "MOMENTUM")} | {"READS": self.dual}
+            choices |= {"LOSS": self.loss["LOSS"], **self.shape}
+            write_backward_kernel[(m * self.split,)](
+                self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.gamma, self.beta,
+                self.resets, self.opened, g_states, g_u1, g_x2, g_u2, carried, after, g_z1, g_steps, g_anchor,
+                g_start, *self.meeting(m), *_strides(self.k), *_strides(self.v), m, heads, n, self.tokens,
+                first, span, *self.numbers[1:], **choices, HS=self.slice,
+                HAS_RESETS=self.loss["HAS_RESETS"], HAS_OPEN=self.loss["HAS_OPEN"],
                 num_warps=WARPS["write_backward"], num_stages=1,
             )  # fmt: skip
-            summed = (g_parts if self.dual else g_parts[:split])[:, :, :here].sum(0, dtype=torch.float32)
-            place = slice(first * c, min((first + here) * c, self.tokens))
-            by_head = summed.view(self.batch, heads, here * c, p)[:, :, : place.stop - place.start]
-            g_k[:, place] = by_head.transpose(1, 2)
+            g_ends, g_last = self.floats(m, span, 2, c), self.floats(m, span, 4)
+            write_gradients_kernel[(here, m)](
+                self.k, self.v, ends, states, steps, hidden, zh, norm, self.targets, self.gamma, self.beta,
+                after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms,
+                *_strides(self.k), *_strides(self.v), *_strides(g_k), m, heads, n, self.tokens, first, span,
+                *self.numbers[1:], **choices, TARGET=has_targets, HS=self.read_slice,
+                num_warps=WARPS["write_gradients"], num_stages=1,
+            )  # fmt: skip
+            if has_norm:
+                g_norm += g_norms[:, :here].sum(1)
+            if has_targets:
+                # W' = A W + (1 - A) M + ..., and the reads' own.
+                lost = (1.0 - last[:, first : first + here, :1]).to(after.dtype)
+                g_targets += torch.bmm(lost.mT, after[:, :here, :2].flatten(2)).squeeze(1)
+                if self.dual:
+                    g_targets += g_targets_here[:, :here].sum(1, dtype=torch.float32)
             coefficients_backward_kernel[(here, m)](
                 self.theta, self.eta, self.alpha, self.valid, rows, G, E, g_rows, g_ends, g_last, g_G,
                 *g_gates, *_strides(self.theta), *_strides(g_gates[0]), heads, n, first, span, self.tokens,
-                m * span, SPLIT=split, READ=self.dual, **self.gates, num_warps=1,
+                READ=self.dual, **self.gates, num_warps=1,
             )  # fmt: skip
         g_shared = [nothing, nothing]
-        if self.gamma is not None:
+        if has_norm:
             total = g_norm.view(self.batch, heads, 2, p).sum(0)
             g_shared = [total[:, 0].clone(), total[:, 1].clone()]
-        g_targets = nothing
-        if self.targets is not None:
-            g_targets = carried[:, parts:].view(self.batch, heads, 2, size).sum(0)
+        if has_targets:
+            g_targets = g_targets.view(self.batch, heads, 2, size).sum(0)
         if self.resets is not None:
             g_start = g_start.view(self.batch, heads, parts, size).sum(0)
-        return (g_q, g_k, g_v, *g_gates, carried[:, :parts].clone(), g_targets, g_start, *g_shared)
+        return (g_q, g_k, g_v, *g_gates, carried, g_targets, g_start, *g_shared)
 
 
 @torch.library.custom_op("nestor::memory_walk", mutates_args=())

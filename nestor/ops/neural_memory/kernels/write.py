@@ -6,8 +6,11 @@ the hidden width, so the programs of a walk meet once a chunk (`sum_over_slices`
 
 Layouts (M walks, m = b heads + h; Q = 4 parts W1, W2, S1, S2 with momentum, else 2; P x HIDDEN numbers each):
     checkpoints float32 ``[K, M, Q, P HIDDEN]``: the state every `interval` chunks and at the end
-    states      ``[M, span, Q, P HIDDEN]``: the state at the start of each chunk, in the operands' dtype
-    steps, z2   ``[M, span, C, P]``: u_2 in the operands' dtype, and float32 z_2
+In the operands' dtype:
+    states      ``[M, span, Q, P HIDDEN]``: the state at the start of each chunk
+    steps       ``[M, span, C, P]``: u_2
+    hidden      ``[4, M, span, C, HIDDEN]``: x_2, phi'(z_1), u_1, and u_2 W2^T phi''(z_1)
+    zh, norm    ``[M, span, C, P]``, float32 ``[M, span, 2, C]``: what `pull_back` gives besides u_2
 """
 
 import triton
@@ -16,6 +19,10 @@ import triton.language as tl
 from nestor.ops.neural_memory.kernels.primitives import (
     activate,
     dot,
+    error_gradient,
+    head,
+    loss_error,
+    output_gradient,
     pull_back,
     pull_back_vjp,
     sum_over_slices,
@@ -53,7 +60,7 @@ def _store_state(base, first, second, W1, W2, S1, S2, SIZE: tl.constexpr, MOMENT
 
 @triton.jit
 def write_kernel(
-    K, V, ENDS, LAST, CHECKPOINTS, STATES, STEPS, Z2, TARGETS, GAMMA, BETA, START, RESETS, OPEN, ANCHOR,
+    K, V, ENDS, LAST, CHECKPOINTS, STATES, STEPS, HIDDENS, ZH, NORMS, TARGETS, GAMMA, BETA, START, RESETS, OPEN, ANCHOR,
     EXCHANGE, ARRIVALS, TICKET,
     kb, kt, kh, vb, vt, vh, walks, heads, chunks, tokens, first_chunk, span, interval, rows,
     eps, scale, threshold,
@@ -82,7 +89,7 @@ def write_kernel(
     begin = first_chunk + piece * rows
     end = tl.minimum(tl.minimum(begin + rows, first_chunk + span), chunks)
 
-    i, p = tl.arange(0, C), tl.arange(0, P)
+    i, p, j = tl.arange(0, C), tl.arange(0, P), s * HS + tl.arange(0, HS)
     first, second = _slice_cells(s, HIDDEN, HS, P)
     state = CHECKPOINTS + ((begin // interval) * walks + m).to(tl.int64) * PARTS * SIZE
     W1, W2, S1, S2 = _load_state(state, first, second, SIZE, MOMENTUM)
@@ -118,16 +125,30 @@ def write_kernel(
         _store_state(STATES + here * PARTS * SIZE, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
 
         w2 = W2.to(dtype)
-        x2, slope, _ = activate(dot(k, W1.to(dtype), PRECISION), ACTIVATION)
+        x2, slope, curvature = activate(dot(k, W1.to(dtype), PRECISION), ACTIVATION)
         part = dot(x2.to(dtype), w2, PRECISION)
         turn = n - begin
         z2 = sum_over_slices(part, exchange, ARRIVALS + group, turn % 2, s, turn + 1, SPLIT, C, P)
-        u2 = pull_back(k.to(tl.float32), v, z2, gamma, beta, eps, scale, threshold, NORM, LOSS, P).to(dtype)
+        u2, zh, r, along = pull_back(
+            k.to(tl.float32), v, z2, gamma, beta, eps, scale, threshold, NORM, LOSS, P
+        )
+        u2 = u2.to(dtype)
+        narrow = here * C * P + i[:, None] * P + p[None, :]
         if s == 0:
-            tl.store(STEPS + here * C * P + i[:, None] * P + p[None, :], u2)
-            if not SAVE:
-                tl.store(Z2 + here * C * P + i[:, None] * P + p[None, :], z2)
-        u1 = (dot(u2, tl.trans(w2), PRECISION) * slope).to(dtype)
+            tl.store(STEPS + narrow, u2)
+        pulled = dot(u2, tl.trans(w2), PRECISION)
+        u1 = (pulled * slope).to(dtype)
+        if not SAVE:
+            if s == 0:
+                tl.store(ZH + narrow, zh.to(dtype))
+                tl.store(NORMS + here * 2 * C + i, r)
+                tl.store(NORMS + here * 2 * C + C + i, along)
+            wide = HIDDENS + here * C * HIDDEN + i[:, None] * HIDDEN + j[None, :]
+            kind = walks.to(tl.int64) * span * C * HIDDEN
+            tl.store(wide, x2.to(dtype))
+            tl.store(wide + kind, slope.to(dtype))
+            tl.store(wide + 2 * kind, u1)
+            tl.store(wide + 3 * kind, (pulled * curvature).to(dtype))
 
         W1, W2 = A * W1, A * W2
         if TARGET:
@@ -151,23 +172,22 @@ def write_kernel(
 
 @triton.jit
 def write_backward_kernel(
-    K, V, ENDS, LAST, STATES, STEPS, Z2, TARGETS, GAMMA, BETA, RESETS, OPEN,
-    G_STATES, G_U1, G_X2, G_U2, G_TARGETS, CARRIED, G_ANCHOR, G_START, G_K, G_V, G_ENDS, G_LAST, G_NORM,
+    K, V, ENDS, LAST, STATES, STEPS, HIDDENS, ZH, NORMS, GAMMA, BETA, RESETS, OPEN,
+    G_STATES, G_U1, G_X2, G_U2, CARRIED, AFTER, G_Z1, G_STEPS, G_ANCHOR, G_START,
     EXCHANGE, ARRIVALS, TICKET,
-    kb, kt, kh, vb, vt, vh, gb, gt, gh, walks, heads, chunks, tokens, first_chunk, span,
-    eps, scale, threshold,
+    kb, kt, kh, vb, vt, vh, walks, heads, chunks, tokens, first_chunk, span,
+    scale, threshold,
     C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, HS: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr,
-    TARGET: tl.constexpr, HAS_RESETS: tl.constexpr, HAS_OPEN: tl.constexpr, READS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr,
+    HAS_RESETS: tl.constexpr, HAS_OPEN: tl.constexpr, READS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reverse of `write_kernel` on the chunks first_chunk .. first_chunk + span - 1, last one first.
+    """Reverse of `write_kernel` on the chunks first_chunk .. first_chunk + span - 1, last one first: what each
+    chunk's gradient needs of the chunks after it. The rest is `write_gradients_kernel`.
 
-    CARRIED float32 ``[M, Q + 2, P HIDDEN]``: gradients of the state after the span, overwritten by those of
-    the state before it; its last two parts are the gradient of the targets, added up. G_STATES
-    ``[M, span, Q, ...]``, G_TARGETS ``[M, span, 2, ...]``, G_U1, G_X2 ``[M, span, C, HIDDEN]``, G_U2
-    ``[M, span, C, P]``: what the reads of each chunk add. Writes G_K ``[SPLIT, M, span, C, P]`` (a sum over
-    slices is left), G_V, G_ENDS and G_LAST (see coefficients.py), adds to G_NORM float32 ``[M, 2, P]``.
+    CARRIED float32 ``[M, Q, P HIDDEN]``: gradients of the state after the span, overwritten by those of the
+    state before it. G_STATES ``[M, span, Q, P HIDDEN]``, G_U1, G_X2 ``[M, span, C, HIDDEN]``, G_U2
+    ``[M, span, C, P]``: what the reads of each chunk add. Writes the gradients of the state after each chunk to
+    AFTER, like G_STATES, those of z_1 to G_Z1, like G_U1, and of u_2 to G_STEPS, float32 ``[M, span, C, P]``.
     """
     SPLIT: tl.constexpr = HIDDEN // HS
     SIZE: tl.constexpr = P * HIDDEN
@@ -182,16 +202,12 @@ def write_backward_kernel(
     first, second = _slice_cells(s, HIDDEN, HS, P)
     narrow = i[:, None] * P + p[None, :]
     wide = i[:, None] * HIDDEN + j[None, :]
-    carried = CARRIED + m.to(tl.int64) * (PARTS + 2) * SIZE
+    kind = walks.to(tl.int64) * span * C * HIDDEN
+    carried = CARRIED + m.to(tl.int64) * PARTS * SIZE
     dW1, dW2, dS1, dS2 = _load_state(carried, first, second, SIZE, MOMENTUM)
-    dM1, dM2 = dW1, dW2
-    if TARGET:
-        dM1 = tl.load(carried + PARTS * SIZE + first)
-        dM2 = tl.load(carried + (PARTS + 1) * SIZE + second)
     gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
     if NORM == 2:
         gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
-    d_gamma, d_beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
     exchange = EXCHANGE + m.to(tl.int64) * 2 * SPLIT * C * P
     k_at = K + b * kb.to(tl.int64) + h * kh
     v_at = V + b * vb.to(tl.int64) + h * vh
@@ -204,63 +220,41 @@ def write_backward_kernel(
         k = tl.load(k_at + t[:, None] * kt + p[None, :], mask=inside, other=0.0).to(dtype)
         cell = m.to(tl.int64) * chunks + n
         here = m.to(tl.int64) * span + n - first_chunk
-        sliced = s.to(tl.int64) * walks * span + here
         g_end = tl.load(ENDS + cell * 2 * C + i)
+        e_end = g_end
         A, F, mom = tl.load(LAST + cell * 4), tl.load(LAST + cell * 4 + 1), tl.load(LAST + cell * 4 + 2)
-        states = STATES + here * PARTS * SIZE
-        w1, w2 = tl.load(states + first), tl.load(states + SIZE + second)
+        hidden = HIDDENS + here * C * HIDDEN + wide
+        x2, slope = tl.load(hidden), tl.load(hidden + kind)
         u2 = tl.load(STEPS + here * C * P + narrow)
+        w2 = tl.load(STATES + here * PARTS * SIZE + SIZE + second)
+        _store_state(AFTER + here * PARTS * SIZE, first, second, dW1, dW2, dS1, dS2, SIZE, MOMENTUM)
 
-        x2, slope, curvature = activate(dot(k, w1, PRECISION), ACTIVATION)
-        pulled = dot(u2, tl.trans(w2), PRECISION)
-        u1 = (pulled * slope).to(dtype)
-
-        # State update.
-        dw1, dw2 = dW1.to(dtype), dW2.to(dtype)
-        g_u1 = dot((k * g_end[:, None]).to(dtype), dw1, PRECISION)
+        # The steps, as the state takes them and as the reads see them.
+        dw2 = dW2.to(dtype)
+        g_u1 = dot((k * g_end[:, None]).to(dtype), dW1.to(dtype), PRECISION)
         g_u2 = dot((x2 * g_end[:, None]).to(dtype), dw2, PRECISION)
-        along_k = dot(u1, tl.trans(dw1), PRECISION)
-        along_x = dot(u2, tl.trans(dw2), PRECISION)
-        g_k = along_k * g_end[:, None]
-        g_x2 = along_x * g_end[:, None]
-        g_g = tl.sum(k * along_k, 1) + tl.sum(x2 * along_x, 1)
-        tl.store(G_ENDS + sliced * 2 * C + i, g_g)
-        g_A = tl.sum(dW1 * w1) + tl.sum(dW2 * w2)
+        g_x2 = dot((u2 * g_end[:, None]).to(dtype), tl.trans(dw2), PRECISION)
         if MOMENTUM:
             e_end = tl.load(ENDS + cell * 2 * C + C + i)
-            ds1, ds2 = dS1.to(dtype), dS2.to(dtype)
-            g_u1 += dot((k * e_end[:, None]).to(dtype), ds1, PRECISION)
+            ds2 = dS2.to(dtype)
+            g_u1 += dot((k * e_end[:, None]).to(dtype), dS1.to(dtype), PRECISION)
             g_u2 += dot((x2 * e_end[:, None]).to(dtype), ds2, PRECISION)
-            along_k = dot(u1, tl.trans(ds1), PRECISION)
-            along_x = dot(u2, tl.trans(ds2), PRECISION)
-            g_k += along_k * e_end[:, None]
-            g_x2 += along_x * e_end[:, None]
-            g_e = tl.sum(k * along_k, 1) + tl.sum(x2 * along_x, 1)
-            tl.store(G_ENDS + sliced * 2 * C + C + i, g_e)
-            s1, s2 = tl.load(states + 2 * SIZE + first), tl.load(states + 3 * SIZE + second)
-            tl.store(G_LAST + sliced * 4 + 1, tl.sum(dW1 * s1) + tl.sum(dW2 * s2))
-            tl.store(G_LAST + sliced * 4 + 2, tl.sum(dS1 * s1) + tl.sum(dS2 * s2))
+            g_x2 += dot((u2 * e_end[:, None]).to(dtype), tl.trans(ds2), PRECISION)
             dS1 = mom * dS1 + F * dW1
             dS2 = mom * dS2 + F * dW2
-        if TARGET:
-            M1 = tl.load(TARGETS + h * 2 * SIZE + first)
-            M2 = tl.load(TARGETS + h * 2 * SIZE + SIZE + second)
-            g_A -= tl.sum(dW1 * M1) + tl.sum(dW2 * M2)
-            dM1 += (1.0 - A) * dW1
-            dM2 += (1.0 - A) * dW2
-        tl.store(G_LAST + sliced * 4, g_A)
-        dW1, dW2 = A * dW1, A * dW2
-
-        # What the chunk's reads saw.
         if READS:
             g_u1 += tl.load(G_U1 + here * C * HIDDEN + wide).to(tl.float32)
             g_x2 += tl.load(G_X2 + here * C * HIDDEN + wide).to(tl.float32)
-            if TARGET:
-                dM1 += tl.load(G_TARGETS + here * 2 * SIZE + first).to(tl.float32)
-                dM2 += tl.load(G_TARGETS + here * 2 * SIZE + SIZE + second).to(tl.float32)
+        # u_1 = (u_2 W2^T) phi'(z_1).
+        g_pulled = (g_u1 * slope).to(dtype)
+        g_u2 += dot(g_pulled, w2, PRECISION)
+        g_u2 = sum_over_slices(g_u2, exchange, ARRIVALS + m, turn % 2, s, turn + 1, SPLIT, C, P)
+
+        dW1, dW2 = A * dW1, A * dW2
         reads = G_STATES + here * PARTS * SIZE
         dW1 += tl.load(reads + first).to(tl.float32)
         dW2 += tl.load(reads + SIZE + second).to(tl.float32)
+        dW2 += dot(tl.trans(g_pulled), u2, PRECISION)
         if MOMENTUM and READS:
             dS1 += tl.load(reads + 2 * SIZE + first).to(tl.float32)
             dS2 += tl.load(reads + 3 * SIZE + second).to(tl.float32)
@@ -270,36 +264,24 @@ def write_backward_kernel(
                 dW1 += tl.load(anchor + first)
                 dW2 += tl.load(anchor + SIZE + second)
 
-        # u_1 = (u_2 W2^T) phi'(z_1).
-        g_pulled = (g_u1 * slope).to(dtype)
-        g_z1 = g_u1 * pulled * curvature
-        g_u2 += dot(g_pulled, w2, PRECISION)
-        dW2 += dot(tl.trans(g_pulled), u2, PRECISION)
-
-        # u_2 from z_2.
-        g_u2 = sum_over_slices(g_u2, exchange, ARRIVALS + m, turn % 2, s, turn + 1, SPLIT, C, P)
+        # u_2 from z_2 = x_2 W2, x_2 = phi(z_1), z_1 = k W1.
         if READS:
             g_u2 += tl.load(G_U2 + here * C * P + narrow).to(tl.float32)
-        v = tl.load(v_at + t[:, None] * vt + p[None, :], mask=inside, other=0.0).to(tl.float32)
-        z2 = tl.load(Z2 + here * C * P + narrow)
-        g_z2, g_x, g_v, g_gamma, g_beta = pull_back_vjp(
-            g_u2, k.to(tl.float32), v, z2, gamma, beta, eps, scale, threshold, NORM, LOSS, P
-        )
         if s == 0:
-            d_gamma += g_gamma
-            d_beta += g_beta
-            g_k += g_x
-            out = G_V + b * gb.to(tl.int64) + h * gh + t[:, None] * gt + p[None, :]
-            tl.store(out, g_v.to(G_V.dtype.element_ty), mask=inside)
-
-        # z_2 = x_2 W2, x_2 = phi(z_1), z_1 = k W1.
-        gz2 = g_z2.to(dtype)
-        g_x2 += dot(gz2, tl.trans(w2), PRECISION)
-        dW2 += dot(tl.trans(x2.to(dtype)), gz2, PRECISION)
-        gz1 = (g_z1 + g_x2 * slope).to(dtype)
-        g_k += dot(gz1, tl.trans(w1), PRECISION)
-        dW1 += dot(tl.trans(k), gz1, PRECISION)
-        tl.store(G_K + sliced * C * P + narrow, g_k.to(G_K.dtype.element_ty))
+            tl.store(G_STEPS + here * C * P + narrow, g_u2)
+        zh = tl.load(ZH + here * C * P + narrow).to(tl.float32)
+        r, along = tl.load(NORMS + here * 2 * C + i), tl.load(NORMS + here * 2 * C + C + i)
+        v = zh
+        if LOSS == 2:
+            v = tl.load(v_at + t[:, None] * vt + p[None, :], mask=inside, other=0.0).to(tl.float32)
+        g_z2 = pull_back_vjp(
+            g_u2, k, v, u2, zh, r, along, gamma, beta, scale, threshold, NORM, LOSS, P
+        ).to(dtype)
+        g_x2 += dot(g_z2, tl.trans(w2), PRECISION)
+        dW2 += dot(tl.trans(x2), g_z2, PRECISION)
+        g_z1 = (g_u1 * tl.load(hidden + 3 * kind) + g_x2 * slope).to(dtype)
+        tl.store(G_Z1 + here * C * HIDDEN + wide, g_z1)
+        dW1 += dot(tl.trans(k), g_z1, PRECISION)
 
         if HAS_RESETS:
             if tl.load(RESETS + b * chunks + n) != 0:
@@ -313,11 +295,101 @@ def write_backward_kernel(
                     dS1, dS2 = dS1 * 0.0, dS2 * 0.0
 
     _store_state(carried, first, second, dW1, dW2, dS1, dS2, SIZE, MOMENTUM)
-    if TARGET:
-        tl.store(carried + PARTS * SIZE + first, dM1)
-        tl.store(carried + (PARTS + 1) * SIZE + second, dM2)
+
+
+@triton.jit
+def write_gradients_kernel(
+    K, V, ENDS, STATES, STEPS, HIDDENS, ZH, NORMS, TARGETS, GAMMA, BETA,
+    AFTER, G_Z1, G_STEPS, READ_K, G_K, G_V, G_ENDS, G_LAST, G_NORM,
+    kb, kt, kh, vb, vt, vh, gb, gt, gh, walks, heads, chunks, tokens, first_chunk, span,
+    scale, threshold,
+    C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, HS: tl.constexpr,
+    NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr, TARGET: tl.constexpr,
+    READS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys, values and coefficients of each chunk, once `write_backward_kernel` has been there.
+
+    READ_K: the keys' gradient from the reads, ``[M, span, C, P]``. Adds to G_NORM float32 ``[M, span, 2, P]``;
+    G_ENDS and G_LAST as in coefficients.py.
+    """
+    SIZE: tl.constexpr = P * HIDDEN
+    PARTS: tl.constexpr = 4 if MOMENTUM else 2
+    m, at = tl.program_id(1), tl.program_id(0)
+    n = first_chunk + at
+    b, h = m // heads, m % heads
+    dtype: tl.constexpr = STEPS.dtype.element_ty
+    i, p, hs = tl.arange(0, C), tl.arange(0, P), tl.arange(0, HS)
+    t = n * C + i
+    inside = (t < tokens)[:, None]
+    narrow = i[:, None] * P + p[None, :]
+    here = m.to(tl.int64) * span + at
+    cell = m.to(tl.int64) * chunks + n
+    kind = walks.to(tl.int64) * span * C * HIDDEN
+    k_at = K + b * kb.to(tl.int64) + h * kh + t[:, None] * kt + p[None, :]
+    v_at = V + b * vb.to(tl.int64) + h * vh + t[:, None] * vt + p[None, :]
+    k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
+    zh = tl.load(ZH + here * C * P + narrow).to(tl.float32)
+    r = tl.load(NORMS + here * 2 * C + i)
+    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
     if NORM == 2:
-        if s == 0:
-            norm = G_NORM + m * 2 * P + p
-            tl.store(norm, tl.load(norm) + d_gamma)
-            tl.store(norm + P, tl.load(norm + P) + d_beta)
+        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
+    g_e, g_weighted = error_gradient(tl.load(G_STEPS + here * C * P + narrow), zh, r, gamma, NORM, P)
+    g_f = output_gradient(g_e, k, v, zh, gamma, beta, scale, threshold, NORM, LOSS)
+    g_v = -g_f
+    if LOSS == 1:
+        g_v = g_e * -scale
+    out = b * gb.to(tl.int64) + h * gh + t[:, None] * gt + p[None, :]
+    tl.store(G_V + out, g_v.to(G_V.dtype.element_ty), mask=inside)
+    g_k = g_f
+    if NORM == 0:
+        g_k = g_f * 0.0
+    if NORM == 2:
+        e = loss_error(head(k, zh, gamma, beta, NORM), v, scale, threshold, LOSS)
+        norm = G_NORM + here * 2 * P + p
+        tl.store(norm, tl.load(norm) + tl.sum(e * g_weighted + g_f * zh, 0))
+        tl.store(norm + P, tl.load(norm + P) + tl.sum(g_f, 0))
+    if READS:
+        g_k += tl.load(READ_K + here * C * P + narrow).to(tl.float32)
+
+    g_end = tl.load(ENDS + cell * 2 * C + i)
+    e_end = g_end
+    if MOMENTUM:
+        e_end = tl.load(ENDS + cell * 2 * C + C + i)
+    u2 = tl.load(STEPS + here * C * P + narrow)
+    g_g, g_s = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    g_A, g_F, g_m = 0.0, 0.0, 0.0
+    for low in range(0, HIDDEN, HS):
+        first = p[:, None] * HIDDEN + (low + hs)[None, :]
+        second = (low + hs)[:, None] * P + p[None, :]
+        wide = here * C * HIDDEN + i[:, None] * HIDDEN + (low + hs)[None, :]
+        states, after = STATES + here * PARTS * SIZE, AFTER + here * PARTS * SIZE
+        w1, w2 = tl.load(states + first), tl.load(states + SIZE + second)
+        x2, u1 = tl.load(HIDDENS + wide).to(tl.float32), tl.load(HIDDENS + wide + 2 * kind)
+        g_k += dot(tl.load(G_Z1 + wide), tl.trans(w1), PRECISION)
+        dw1, dw2 = tl.load(after + first), tl.load(after + SIZE + second)
+        along = dot(u1, tl.trans(dw1), PRECISION)
+        g_g += tl.sum(k * along, 1) + tl.sum(x2 * dot(u2, tl.trans(dw2), PRECISION), 1)
+        g_k += along * g_end[:, None]
+        if TARGET:
+            targets = TARGETS + h * 2 * SIZE
+            g_A += tl.sum(dw1.to(tl.float32) * (w1.to(tl.float32) - tl.load(targets + first)))
+            g_A += tl.sum(dw2.to(tl.float32) * (w2.to(tl.float32) - tl.load(targets + SIZE + second)))
+        else:
+            g_A += tl.sum(dw1.to(tl.float32) * w1.to(tl.float32))
+            g_A += tl.sum(dw2.to(tl.float32) * w2.to(tl.float32))
+        if MOMENTUM:
+            s1, s2 = tl.load(states + 2 * SIZE + first), tl.load(states + 3 * SIZE + second)
+            s1, s2 = s1.to(tl.float32), s2.to(tl.float32)
+            g_F += tl.sum(dw1.to(tl.float32) * s1) + tl.sum(dw2.to(tl.float32) * s2)
+            ds1, ds2 = tl.load(after + 2 * SIZE + first), tl.load(after + 3 * SIZE + second)
+            g_m += tl.sum(ds1.to(tl.float32) * s1) + tl.sum(ds2.to(tl.float32) * s2)
+            along = dot(u1, tl.trans(ds1), PRECISION)
+            g_s += tl.sum(k * along, 1) + tl.sum(x2 * dot(u2, tl.trans(ds2), PRECISION), 1)
+            g_k += along * e_end[:, None]
+    tl.store(G_K + out, g_k.to(G_K.dtype.element_ty), mask=inside)
+    tl.store(G_ENDS + here * 2 * C + i, g_g)
+    tl.store(G_ENDS + here * 2 * C + C + i, g_s)
+    tl.store(G_LAST + here * 4, g_A)
+    tl.store(G_LAST + here * 4 + 1, g_F)
+    tl.store(G_LAST + here * 4 + 2, g_m)
