@@ -1,6 +1,7 @@
 """The layers with a memory, tiny and in float64, and readers that cut, pad and pack what they read."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from nestor.layers.attention import Attention
 from nestor.layers.memory_as_context import MemoryAsContext
 from nestor.layers.memory_as_gate import MemoryAsGate
 from nestor.layers.memory_as_layer import MemoryAsLayer
-from nestor.layers.neural_memory import NeuralMemory
+from nestor.layers.neural_memory import memory_from_config
 from nestor.layers.span import Span
 from nestor.layers.tnt import FIXED, TNT
 from nestor.layers.ttt import TTT
@@ -24,19 +25,57 @@ KINDS = (
     "memory_as_layer",
     "tnt",
     "ttt",
+    "moneta",
+    "yaad",
+    "memora",
+    "omega",
+    "atlas",
+    "atlas++",
+    "memory_as_gate_atlas",
+    "memory_as_layer_yaad",
+    "memory_as_context_memora",
 )
+
+
+# Settings of the other members of the family, and how much larger their largest step is.
+FAMILY = {
+    "titans": ({}, 1),
+    "moneta": ({"rank": 3}, 10),
+    "yaad": ({"rank": 3}, 1),
+    "memora": ({"rank": 3}, 1),
+    "omega": ({"key_width": 3, "window": 3}, 10),
+    "atlas": ({"key_width": 3, "window": 3}, 10),
+    "atlas++": ({"key_width": 3, "window": 3}, 10),
+}
+
+
+def member_of_family(member, arguments):
+    """The memory of this kind, with those of the arguments that it takes."""
+    own, factor = FAMILY[member]
+    arguments = {**arguments, **own, "max_step": factor * arguments["max_step"]}
+    if member != "titans":
+        arguments.pop("momentum", None)
+    if member == "memora":
+        arguments.pop("read_mode", None)
+    if member == "atlas++":
+        arguments.pop("depth", None)
+    config = SimpleNamespace(hidden_size=DIM, num_attention_heads=HEADS, rms_norm_eps=1e-6)
+    return memory_from_config(config, {"kind": member, **arguments})
 
 
 def build(kind, *, persistent=3, segment=SEGMENT, window=WINDOW, **memory):
     """A layer with weights so large, and gates so open, that a wrong token or a lost write shows."""
     torch.manual_seed(2)
-    arguments = {"chunk_size": CHUNK, "expansion": 1.5, "max_step": 0.6, "step_bias": 1.0, **memory}
-    alone = kind in ("neural_memory", "memory_as_layer", "tnt")
+    # A query sees three tokens by itself; Memora reads nothing else of its own chunk.
+    chunk = 3 if kind == "memora" else CHUNK
+    arguments = {"chunk_size": chunk, "expansion": 1.5, "max_step": 0.6, "step_bias": 1.0, **memory}
+    kind, _, member = kind.rpartition("_") if kind.rpartition("_")[2] in FAMILY else (kind, "", "titans")
+    alone = kind in ("", "neural_memory", "memory_as_layer", "tnt")
     arguments["output_gate"] = arguments.get("output_gate", alone)
     if kind == "tnt":
         arguments |= FIXED
-    inner = NeuralMemory(DIM, HEADS, **arguments)
-    if kind == "neural_memory":
+    inner = member_of_family(member, arguments)
+    if kind in ("", "neural_memory"):
         layer = inner
     elif kind == "memory_as_context":
         layer = MemoryAsContext(inner, segment, HEADS, 1, persistent)
