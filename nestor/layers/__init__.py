@@ -46,6 +46,9 @@ _EXPORTS = {
     "MemoryAsLayer": "nestor.layers.memory_as_layer",
     "TNT": "nestor.layers.tnt",
     "TTT": "nestor.layers.ttt",
+    "Miras": "nestor.layers.miras",
+    "Atlas": "nestor.layers.atlas",
+    "LaCT": "nestor.layers.lact",
 }
 
 __all__ = sorted(_EXPORTS)

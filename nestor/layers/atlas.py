@@ -37,7 +37,9 @@ class Atlas(NeuralMemory):
     Args:
         dim, heads, depth, expansion, chunk_size, momentum, forget, max_step, step_bias, momentum_bias,
             forget_bias, conv_kernel, output_gate, activation, loss_scale, read_mode, decay, recompute: see
-            `NeuralMemory`. The step is divided by the window, in which every token is learned that often.
+            `NeuralMemory`. max_step None: 2 / chunk_size, at most 1. Without a norm nothing bounds errors: a
+            chunk of equal keys, of which none sees what the others write, must not overshoot. Steps are
+            divided by the window, in which every token is learned that often.
         key_width: m. degree: 2, or 1 for the keys themselves.
         window: tokens c; 1 is the rule of Titans. omega_bias: of the gates' sigmoid.
         muon: needs momentum. max_muon_step, muon_bias: the largest size of orthogonalised steps, and the bias
@@ -63,9 +65,9 @@ class Atlas(NeuralMemory):
         network: str = "mlp",
         momentum: bool = True,
         forget: bool = True,
-        max_step: float = 1.0,
+        max_step: float | None = None,
         max_muon_step: float = 1.0,
-        step_bias: float = -3.0,
+        step_bias: float = 0.0,
         momentum_bias: float = 0.0,
         forget_bias: float = -8.0,
         omega_bias: float = 0.0,
@@ -87,6 +89,8 @@ class Atlas(NeuralMemory):
             raise ConfigError("muon is True and momentum False; Muon orthogonalises the momentum: set both.")
         if network == "gated" and depth != 2:
             raise ConfigError(f"depth is {depth}; a gated network has depth 2.")
+        if max_step is None:
+            max_step = min(1.0, 2.0 / chunk_size)
         # Before the parent, which builds gates and network.
         self.key_width, self.degree, self.network = key_width, degree, network
         self.window, self.muon = window, muon

@@ -302,12 +302,25 @@ class Attention(nn.Module):
         prefix: `[N, d]` persistent tokens given by the caller instead of learned here: input vectors whose
         keys and values are visible from everywhere, without positions.
         """
-        batch, length, _ = x.shape
+        out, after = self.mix(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, span, prefix)
+        return self.o_proj(out), after
+
+    def mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: dict[str, Tensor] | None = None,
+        span: Span | None = None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward` between the projections: query, key, value `[B, T, H p]` to `[B, T, d]`."""
+        batch, length, _ = query.shape
         if span is None:
-            span = Span.build(None if state is None else state["clock"], batch, length, x.device)
-        query = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        key = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        value = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+            span = Span.build(None if state is None else state["clock"], batch, length, query.device)
+        query = query.unflatten(-1, (self.heads, self.head_dim))
+        key = key.unflatten(-1, (self.kv_heads, self.head_dim))
+        value = value.unflatten(-1, (self.kv_heads, self.head_dim))
         prefix_key, prefix_value = self.prefix_key, self.prefix_value
         if prefix is not None:
             prefix_key = self.k_proj(prefix).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -336,7 +349,7 @@ class Attention(nn.Module):
             "cache.value": keep_recent(values, span, limit),
             "clock": span.clock_after(),
         }
-        return self.o_proj(out.flatten(2)), new_state
+        return out.flatten(2), new_state
 
 
 @register_mixer("full_attention")

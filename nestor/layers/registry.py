@@ -25,6 +25,7 @@ MIXER_MODULES = {
     "memory_as_gate": "nestor.layers.memory_as_gate",
     "memory_as_layer": "nestor.layers.memory_as_layer",
     "tnt": "nestor.layers.tnt",
+    "lact": "nestor.layers.lact",
     "ttt_linear": "nestor.layers.ttt",
     "ttt_mlp": "nestor.layers.ttt",
     "kda": "nestor.layers.fla",

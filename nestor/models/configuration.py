@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from nestor.errors import ConfigError, suggest
 from nestor.layers.registry import feed_forward_names, mixer_names
 
-NEEDS_WINDOW = {"sliding_attention", "memory_as_gate", "memory_as_layer"}
+NEEDS_WINDOW = {"sliding_attention", "memory_as_gate", "memory_as_layer", "lact"}
 NEEDS_SEGMENT = {"memory_as_context"}
 
 
@@ -30,7 +30,9 @@ class NestorConfig(PreTrainedConfig):
         sliding_window: a query of windowed attention sees itself and `sliding_window - 1` tokens before it.
         persistent_tokens: learned key and value pairs that every query of every attention sees.
         segment_size: tokens in a segment of memory-as-context.
-        memory: keyword arguments of `NeuralMemory` (heads, depth, expansion, chunk_size, ...).
+        memory: keyword arguments of the memory (heads, depth, expansion, chunk_size, ...). `kind` says which
+            memory a layer of memories or a hybrid has: "titans", "moneta", "yaad", "memora", "omega", "atlas"
+            or "atlas++".
         qk_norm: normalise queries and keys of attention per head.
         rope_theta: base of the rotary embedding.
         rms_norm_eps: epsilon of the normalisations.

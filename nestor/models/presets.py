@@ -106,7 +106,15 @@ def _family(kind: str, **choices: Any) -> Recipe:
 
 # MIRAS, with its expansion and the smaller of its chunks: Memora reads nothing newer than its chunk.
 _moneta, _yaad, _memora = (_family(kind, expansion=4, chunk_size=16) for kind in ("moneta", "yaad", "memora"))
-_omega, _atlas, _atlas_gated = (_family(kind) for kind in ("omega", "atlas", "atlas++"))
+# Of a chunk of equal keys no more than the error can be written, so short chunks write more of each token;
+# orthogonalised steps are large whatever the chunk, and cost less the longer it is.
+_omega, _atlas, _atlas_gated = _family("omega", chunk_size=16), _family("atlas"), _family("atlas++")
+
+
+def _lact(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Sliding-window attention, and few wide memories that learn once a window."""
+    window = overrides.get("sliding_window") or size.window
+    return {"mixer": "lact", "memory": {"heads": 4, "chunk_size": window}, "sliding_window": window}
 
 
 def _ttt_linear(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -142,6 +150,7 @@ PRESETS: dict[str, Recipe] = {
     "omega": _omega,
     "atlas": _atlas,
     "atlas++": _atlas_gated,
+    "lact": _lact,
     "ttt-linear": _ttt_linear,
     "ttt-mlp": _ttt_mlp,
     "kda": _kda,
