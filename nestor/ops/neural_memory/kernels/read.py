@@ -25,7 +25,7 @@ def _mixed(A, F, x, dtype: tl.constexpr, MOMENTUM: tl.constexpr, TARGET: tl.cons
     return ax, fx, mx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walks"])
 def read_kernel(
     Q, K, ROWS, G, STATES, STEPS, TARGETS, GAMMA, BETA, Y, Z, R,
     qb, qt, qh, kb, kt, kh, yb, yt, yh, walks, heads, chunks, tokens, first_chunk, span, eps,
@@ -98,7 +98,7 @@ def read_kernel(
     tl.store(y_at, y.to(Y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walks"])
 def read_backward_kernel(
     Q, K, ROWS, G, STATES, STEPS, HIDDENS, TARGETS, GAMMA, Z, R, G_Y,
     G_Q, G_K, G_ROWS, G_G, G_STATES, G_TARGETS, G_U1, G_X2, G_U2, G_NORM,

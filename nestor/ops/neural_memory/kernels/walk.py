@@ -23,8 +23,8 @@ from nestor.ops.neural_memory.kernels.write import (
 )
 
 INTERVAL = 8
-# Hidden width of a slice, one program of a walk, and one turn of a read.
-SLICES = {"write": 64, "read": 64}
+# Hidden width of one program of a walk, of one turn of a read, and of one turn of the other kernels.
+SLICES = {"write": 64, "read": 64, "chunk": 64}
 # Warps of each kernel's programs.
 WARPS = {"write": 8, "read": 4, "read_backward": 8, "write_backward": 8, "write_gradients": 8}
 # Chunks of one head that a span holds, over all sequences and heads.
@@ -68,9 +68,13 @@ class _Walk:
         self.gates = {"C": chunk, "MOMENTUM": self.momentum, "FORGET": alpha is not None}
         self.gates["MASKED"] = valid is not None
         self.slice = min(SLICES["write"], hidden)
-        self.read_slice = min(SLICES["read"], hidden)
-        if q.dtype == torch.float32 or self.width > 64:
-            self.slice, self.read_slice = min(self.slice, 32), min(self.read_slice, 32)
+        self.read_slice, self.chunk_slice = min(SLICES["read"], hidden), min(SLICES["chunk"], hidden)
+        if q.dtype == torch.float32:
+            self.slice, self.read_slice, self.chunk_slice = (
+                min(x, 32) for x in (self.slice, self.read_slice, self.chunk_slice)
+            )
+        elif self.width > 64:
+            self.slice = min(self.slice, 32)
         self.split = hidden // self.slice
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -172,7 +176,7 @@ class _Walk:
                 self.q, self.k, rows, G, states, steps, hidden, self.targets, self.gamma, z, r, g_y,
                 g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms,
                 *_strides(self.q), *_strides(self.k), *_strides(g_y), *_strides(g_q), m, heads, n,
-                self.tokens, first, span, **self.shape, HS=self.read_slice, **self.network,
+                self.tokens, first, span, **self.shape, HS=self.chunk_slice, **self.network,
                 DUAL=self.dual, num_warps=WARPS["read_backward"], num_stages=1,
             )  # fmt: skip
             g_z1, g_steps = self.new(m, span, c, self.hidden), self.floats(m, span, c, p)
@@ -191,7 +195,7 @@ class _Walk:
                 self.k, self.v, ends, states, steps, hidden, zh, norm, self.targets, self.gamma, self.beta,
                 after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms,
                 *_strides(self.k), *_strides(self.v), *_strides(g_k), m, heads, n, self.tokens, first, span,
-                *self.numbers[1:], **choices, TARGET=has_targets, HS=self.read_slice,
+                *self.numbers[1:], **choices, TARGET=has_targets, HS=self.chunk_slice,
                 num_warps=WARPS["write_gradients"], num_stages=1,
             )  # fmt: skip
             if has_norm:

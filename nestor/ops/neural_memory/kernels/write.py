@@ -58,7 +58,7 @@ def _store_state(base, first, second, W1, W2, S1, S2, SIZE: tl.constexpr, MOMENT
         tl.store(base + 3 * SIZE + second, S2.to(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walks"])
 def write_kernel(
     K, V, ENDS, LAST, CHECKPOINTS, STATES, STEPS, HIDDENS, ZH, NORMS, TARGETS, GAMMA, BETA, START, RESETS, OPEN, ANCHOR,
     EXCHANGE, ARRIVALS, TICKET,
@@ -170,7 +170,7 @@ def write_kernel(
         _store_state(at, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walks"])
 def write_backward_kernel(
     K, V, ENDS, LAST, STATES, STEPS, HIDDENS, ZH, NORMS, GAMMA, BETA, RESETS, OPEN,
     G_STATES, G_U1, G_X2, G_U2, CARRIED, AFTER, G_Z1, G_STEPS, G_ANCHOR, G_START,
@@ -297,7 +297,7 @@ def write_backward_kernel(
     _store_state(carried, first, second, dW1, dW2, dS1, dS2, SIZE, MOMENTUM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walks"])
 def write_gradients_kernel(
     K, V, ENDS, STATES, STEPS, HIDDENS, ZH, NORMS, TARGETS, GAMMA, BETA,
     AFTER, G_Z1, G_STEPS, READ_K, G_K, G_V, G_ENDS, G_LAST, G_NORM,
