@@ -253,7 +253,8 @@ class NeuralMemory(nn.Module):
         if len(result) == 3:
             theta = gates.theta.detach()
             report_write((theta if theta.dim() == 3 else theta.mean(-1)) * result[2])
-        return self._output(y.to(x.dtype), x), {**pack(after), **tails}
+        # A GPU's operations take and give half precision; elsewhere the memory is float32 at least.
+        return self._output(y if y.is_cuda else y.to(x.dtype), x), {**pack(after), **tails}
 
     def project(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None
@@ -282,6 +283,7 @@ class NeuralMemory(nn.Module):
         start: LayerState | None,
         tails: LayerState,
     ) -> Tensor:
+        dtype = x.dtype if x.is_cuda else None
         if self.convolutions is not None:
             key = f"tail.{name}"
             tail = None if state is None else state[key]
@@ -289,11 +291,12 @@ class NeuralMemory(nn.Module):
             if span.resets is None and span.lengths is None:
                 weight = cast(ShortConvolution, self.convolutions[name]).weight
                 y, tails[key] = convolved_heads(
-                    x, weight, tail, heads=self.heads, unit=name != "v", start_tail=first
+                    x, weight, tail, heads=self.heads, unit=name != "v", start_tail=first, dtype=dtype
                 )
                 return y
             x, tails[key] = self.convolutions[name](x, tail, span, first)
-        return silu_heads(x, self.heads, unit=name != "v")
+        y = silu_heads(x, self.heads, unit=name != "v")
+        return y if dtype is None else y.to(dtype)
 
     def gates(self, x: Tensor) -> Gates:
         """The gates from the layer's input `[B, T, d]`, in float32 (float64 stays)."""
