@@ -20,9 +20,11 @@ TURNS = 4
 @triton.jit
 def _rows(first, tokens, heads, total, R: tl.constexpr):
     """Sequence, token and head of R rows ``[R, 1]``, and whether there is such a row."""
-    row = first + tl.arange(0, R)[:, None].to(tl.int64)
+    # Divided as int32, which is several times faster; int64 only where rows become addresses.
+    row = first + tl.arange(0, R)[:, None]
     place = row // heads
-    return row, place // tokens, place % tokens, row % heads, row < total
+    b, t, h = place // tokens, place % tokens, row % heads
+    return row.to(tl.int64), b.to(tl.int64), t.to(tl.int64), h.to(tl.int64), row < total
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def gated_norm_kernel(
     WIDTH: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, P)[None, :]
-    row, b, t, h, inside = _rows(tl.program_id(0).to(tl.int64) * R, tokens, heads, total, R)
+    row, b, t, h, inside = _rows(tl.program_id(0) * R, tokens, heads, total, R)
     inside = inside & (c < WIDTH)
     y = tl.load(Y + b * yb + t * yt + h * yh + c, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(WEIGHT + c, mask=c < WIDTH, other=0.0).to(tl.float32)
@@ -52,7 +54,7 @@ def gated_norm_backward_kernel(
     w = tl.load(WEIGHT + c, mask=c < WIDTH, other=0.0).to(tl.float32)
     g_w = tl.zeros((R, P), tl.float32)
     for turn in range(TURNS):
-        first = (tl.program_id(0).to(tl.int64) * TURNS + turn) * R
+        first = (tl.program_id(0) * TURNS + turn) * R
         row, b, t, h, inside = _rows(first, tokens, heads, total, R)
         inside = inside & (c < WIDTH)
         y = tl.load(Y + b * yb + t * yt + h * yh + c, mask=inside, other=0.0).to(tl.float32)

@@ -63,10 +63,10 @@ def streams_kernel(
     tl.store(y_at, y.to(Y.dtype.element_ty), mask=inside & (t < tokens))
     if block == tl.num_programs(0) - 1:
         for row in tl.static_range(K - 1):
-            t = tl.zeros((1, 1, 1), tl.int64) + tokens + (row + 1 - K)
-            x = _inputs(x_at, tail_at, t, channel, inside, xt, tokens, channels, K, HAS_TAIL)
+            last = tl.zeros((1, 1, 1), tl.int64) + tokens + (row + 1 - K)
+            kept = _inputs(x_at, tail_at, last, channel, inside, xt, tokens, channels, K, HAS_TAIL)
             after_at = AFTER + (b * (K - 1) + row) * channels + channel
-            tl.store(after_at, x.to(AFTER.dtype.element_ty), mask=inside)
+            tl.store(after_at, kept.to(AFTER.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def streams_backward_kernel(
     x_at, tail_at = X + b * xb, TAIL
     if HAS_TAIL:
         tail_at = TAIL + b * (K - 1) * channels
-    g_at = G + b * gb + h * gh.to(tl.int64) + c
+    g_at = G + b * gb + h.to(tl.int64) * gh + c
     begin = (block * S * L + tl.arange(0, S)[:, None, None] * L).to(tl.int64)
     w0, w1 = _tap(WEIGHT, channel, inside, 0, K), _tap(WEIGHT, channel, inside, 1, K)
     w2, w3 = _tap(WEIGHT, channel, inside, 2, K), _tap(WEIGHT, channel, inside, 3, K)

@@ -1,0 +1,203 @@
+"""From a stream to unit heads: the kernels against the PyTorch form in float64, and what picks them.
+
+Run as a program, with TRITON_INTERPRET=1, this file checks the kernels on a CPU.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nestor.errors import ShapeError
+from nestor.ops.fused_streams import convolved_heads
+from nestor.ops.heads import EPSILON, silu_heads
+from nestor.ops.kernels import covered
+from nestor.ops.short_convolution import next_tail, short_convolution
+
+# p, heads, tokens, kernel, unit, tail. Widths of one and of several heads to a program, and none of them.
+CASES = [
+    (p, heads, tokens, kernel, unit, tail)
+    for p, heads, kernel in ((16, 4, 4), (64, 2, 4), (128, 1, 3), (24, 3, 2))
+    for tokens, unit, tail in ((1, True, True), (3, False, True), (17, True, False), (130, True, True))
+]
+
+
+@contextmanager
+def poisoned():
+    """Memory that is not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape, seed=0, dtype=torch.float32, device="cpu"):
+    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.to(device, dtype)
+
+
+def draw(p, heads, tokens, kernel, tail, dtype=torch.float32, device="cpu"):
+    """x, a slice of a wider projection, weight in float32, tail."""
+    d, kind = p * heads, {"dtype": dtype, "device": device}
+    x = normal(2, tokens, 3 * d, **kind)[..., d : 2 * d]
+    before = normal(2, kernel - 1, d, seed=2, **kind) if tail else None
+    return x, normal(d, kernel, seed=1, device=device), before
+
+
+def results(function, inputs, cotangents):
+    """Outputs and the gradients of all inputs."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    weighed = [g.to(y.dtype) for y, g in zip(outputs, cotangents, strict=True)]
+    return [*outputs, *torch.autograd.grad(outputs, [x for x in leaves if x is not None], weighed)]
+
+
+def check(device, dtype, out_dtype, p, heads, tokens, kernel, unit, tail):
+    from nestor.ops.kernels import streams
+
+    inputs = draw(p, heads, tokens, kernel, tail, dtype, device)
+    # The gradient of heads arrives with heads outside of tokens, as the memory's kernels lay them out.
+    g = normal(2, heads, tokens, p, seed=3, dtype=out_dtype, device=device).transpose(1, 2)
+    g_after = normal(2, kernel - 1, p * heads, seed=4, dtype=dtype, device=device)
+
+    def exact(x, weight, before=None):
+        y = silu_heads(short_convolution(x, weight, before), heads, unit=unit)
+        return y, next_tail(x, kernel, before)
+
+    doubles = [None if x is None else x.double() for x in inputs]
+    expected = results(exact, doubles, (g, g_after))
+    with poisoned():
+        found = results(
+            lambda *x: streams.convolved_heads(*x, heads, unit, EPSILON, out_dtype), inputs, (g, g_after)
+        )
+    assert found[0].dtype == out_dtype and found[0].is_contiguous()
+    assert torch.equal(found[1].double(), expected[1])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for name, a, b in zip(("y", "after", "x", "weight", "tail"), found, expected, strict=False):
+        error = float((a - b).detach().abs().max() / b.detach().abs().max())
+        assert error < tolerance, f"{name} of {(p, heads, tokens, kernel, unit, tail)}: {error:.3g}"
+    assert [g.dtype for g in found[2:4]] == [dtype, torch.float32]
+
+
+def check_each_output_alone(device):
+    """A loss of one output alone has the gradients that it has beside a zero for the other."""
+    from nestor.ops.kernels import streams
+
+    inputs = draw(16, 2, 2, 4, True, device=device)
+    g, g_after = normal(2, 2, 2, 16, seed=3, device=device), normal(2, 3, 32, seed=4, device=device)
+    for only, cotangents in ((0, (g, 0 * g_after)), (1, (0 * g, g_after))):
+
+        def run(*x):
+            return streams.convolved_heads(*x, 2, True, EPSILON, torch.float32)
+
+        both = results(run, inputs, cotangents)[2:]
+        alone = results(lambda *x: (run(*x)[only],), inputs, (cotangents[only],))[1:]
+        for a, b in zip(alone, both, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def check_compilation(device):
+    from nestor.ops.kernels import streams
+
+    def run(x, weight, before):
+        y, after = streams.convolved_heads(x * 2, weight, before, 4, True, EPSILON, torch.float32)
+        return y * 3, after
+
+    inputs, cotangents = draw(16, 4, 5, 4, True, device=device), (torch.ones((), device=device),) * 2
+    whole = [g.expand(s) for g, s in zip(cotangents, ((2, 5, 4, 16), (2, 3, 64)), strict=True)]
+    found = results(torch.compile(run, fullgraph=True, backend="aot_eager"), inputs, whole)
+    for a, b in zip(found, results(run, inputs, whole), strict=True):
+        torch.testing.assert_close(a, b)
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+    torch.library.opcheck(streams.convolved_heads, (*leaves, 4, True, EPSILON, torch.float32))
+
+
+# --- on a CPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("tail", [False, True])
+def test_on_a_cpu_it_is_the_pytorch_form(tail, start):
+    x, weight, before = draw(5, 3, 7, 4, tail, torch.float64)
+    weight = weight.double()
+    first = normal(3, 15, seed=5, dtype=torch.float64) if start else None
+    y, after = convolved_heads(x, weight, before, heads=3, unit=True, start_tail=first)
+    none = x.new_zeros(3, 15) if first is None else first
+    extended = torch.cat([none.expand(2, 3, 15) if before is None else before, x], 1)
+    z = sum(extended[:, i : i + 7] * weight[:, i] for i in range(4))
+    s = F.silu(z).unflatten(-1, (3, 5))
+    torch.testing.assert_close(y, s / (s.square().sum(-1, keepdim=True) + EPSILON).sqrt())
+    assert torch.equal(after, extended[:, -3:])
+
+
+def test_half_precision_gives_float32_unless_asked_otherwise():
+    x, weight, _ = draw(5, 3, 7, 4, False, torch.bfloat16)
+    assert convolved_heads(x, weight, heads=3, unit=True)[0].dtype == torch.float32
+    assert convolved_heads(x, weight, heads=3, unit=True, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_kernels_do_not_cover_a_cpu_and_wrong_shapes_are_named():
+    x, weight, tail = draw(4, 2, 3, 4, True)
+    assert not covered(x, weight, None)
+    with pytest.raises(ShapeError, match="weight has 7 channels"):
+        convolved_heads(x, weight[:7], heads=2, unit=True)
+    with pytest.raises(ShapeError, match="tail has shape"):
+        convolved_heads(x, weight, tail[:, :2], heads=2, unit=True)
+
+
+@pytest.mark.slow
+def test_the_kernels_compute_the_pytorch_form_under_the_interpreter():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton; pip install triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_the_kernels_compute_the_pytorch_form(dtype, out_dtype, case):
+    pytest.importorskip("triton")
+    check("cuda", dtype, out_dtype, *case)
+
+
+@pytest.mark.gpu
+def test_many_tokens_and_sequences():
+    pytest.importorskip("triton")
+    check("cuda", torch.float32, torch.float32, 64, 12, 3001, 4, True, True)
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_kernels_and_torch_compile_them():
+    pytest.importorskip("triton")
+    check_each_output_alone("cuda")
+    check_compilation("cuda")
+    x, weight, tail = draw(64, 2, 9, 4, True, torch.bfloat16, "cuda")
+    for start in (None, tail[0]):
+        y, after = convolved_heads(
+            x, weight.requires_grad_(), None if start is not None else tail, heads=2, unit=True,
+            start_tail=start, dtype=torch.bfloat16,
+        )  # fmt: skip
+        assert "convolved_heads" in type(y.grad_fn).__name__ and y.is_contiguous()
+        assert torch.equal(after, x[:, -3:])
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        check("cpu", torch.float32, torch.float32, *case)
+    check_each_output_alone("cpu")
+    check_compilation("cpu")
