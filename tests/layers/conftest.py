@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nestor.layers.attention import Attention
+from nestor.layers.lact import LaCT
 from nestor.layers.memory_as_context import MemoryAsContext
 from nestor.layers.memory_as_gate import MemoryAsGate
 from nestor.layers.memory_as_layer import MemoryAsLayer
@@ -34,6 +35,7 @@ KINDS = (
     "memory_as_gate_atlas",
     "memory_as_layer_yaad",
     "memory_as_context_memora",
+    "lact",
 )
 
 
@@ -81,6 +83,9 @@ def build(kind, *, persistent=3, segment=SEGMENT, window=WINDOW, **memory):
         layer = MemoryAsContext(inner, segment, HEADS, 1, persistent)
     elif kind == "ttt":
         layer = TTT(DIM, HEADS, depth=2, expansion=1.5, chunk_size=arguments["chunk_size"], base_step=8.0)
+    elif kind == "lact":
+        attention = Attention(DIM, HEADS, window=max(window, arguments["chunk_size"]))
+        layer = LaCT(attention, HEADS, chunk_size=arguments["chunk_size"], expansion=1.5, base_step=0.5)
     elif kind == "tnt":
         layer = TNT(inner, (1, 3), shard_size=segment)
     elif kind == "memory_as_layer":
