@@ -18,7 +18,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # Relative error, in norm, of outputs, states and gradients.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 
-SMALL = {"batch": 2, "heads": 2, "width": 16, "hidden": 32, "chunk_size": 16, "length": 37}
+SMALL = {"batch": 2, "heads": 1, "width": 16, "hidden": 32, "chunk_size": 16, "length": 37}
 CASES = {
     "plain": {},
     "whole chunks": {"length": 32},
@@ -83,16 +83,67 @@ def test_interpreted_kernels_equal_the_chunked_form(draw_problem, flat, gradient
     _compare(draw_problem, flat, gradients, torch.float32, **{**SMALL, **CASES[case]})
 
 
+def _decode(draw_problem, flat, dtype, **choices) -> None:
+    """Token after token, sequences at different places of their chunks."""
+    from nestor.ops.neural_memory import MemoryState
+    from nestor.ops.neural_memory.kernels import decode_token
+
+    p = draw_problem(**{"with_state": True, **choices})
+    expected = p.run("chunked")
+
+    def move(x):
+        return None if x is None else x.detach().to(DEVICE).float()
+
+    parts = (tuple(move(w) for w in part) for part in p.state[:3])
+    state, outputs = MemoryState(*parts, p.state.phase.to(DEVICE)), []
+    for t in range(p.q.shape[1]):
+        one = p.tokens(slice(t, t + 1))
+        tokens = (move(x).to(dtype) for x in (one.q, one.k, one.v))
+        y, state = decode_token(
+            *tokens, move(one.theta), move(one.eta), move(one.alpha), [move(w) for w in p.initial],
+            move(p.gamma), move(p.beta), state, p.spec,
+        )  # fmt: skip
+        outputs.append(y)
+    assert torch.equal(state.phase.cpu(), expected[1].phase)
+    for a, b in zip(flat((torch.cat(outputs, 1), state)), flat(expected), strict=True):
+        error = float((a.double().cpu() - b).norm() / (b.norm() + 1e-6))
+        assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+DECODE_CASES = {
+    "plain": {},
+    "no momentum, no forgetting": {"momentum": False, "forget": False},
+    "exclusive reads": {"read_mode": "exclusive", "norm": "residual"},
+    "chunk-start reads": {"read_mode": "chunk_start", "activation": "silu"},
+    "decay to zero, dot product": {"decay": "zero", "norm": "none", "inner_loss": "dot_product"},
+}
+
+
+@pytest.mark.skipif(HAS_TRITON and not INTERPRETED, reason="runs in a process of its own, see below")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("case", DECODE_CASES)
+def test_interpreted_kernels_decode(draw_problem, flat, case) -> None:
+    _decode(
+        draw_problem, flat, torch.float32, **{**SMALL, "chunk_size": 4, "length": 7, **DECODE_CASES[case]}
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DECODE_CASES)
+def test_kernels_decode(draw_problem, flat, case) -> None:
+    _decode(draw_problem, flat, torch.float32, **{**LARGE, "length": 70, **DECODE_CASES[case]})
+
+
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and starts its interpreter itself")
 def test_the_kernels_in_tritons_interpreter() -> None:
-    """The variable must be set before Triton is imported, so the tests above run in a process of their own."""
+    """The variable must be set before Triton is imported, so those tests run in a process of their own."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(Path(__file__))]
     done = subprocess.run(
         [*command, "-k", "interpreted_kernels"], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert f"{len(CASES)} passed" in done.stdout, done.stdout[-500:]
+    assert f"{len(CASES) + len(DECODE_CASES)} passed" in done.stdout, done.stdout[-500:]
 
 
 LARGE = {"batch": 2, "heads": 2, "width": 64, "hidden": 256, "chunk_size": 64, "length": 201, "step": 0.02}

@@ -204,7 +204,7 @@ def _on_gpu(
     mask: Tensor | None, resets: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """The kernels take sequences at a chunk's start; what is before it goes through the chunked form."""
-    from nestor.ops.neural_memory.kernels import neural_memory_kernels
+    from nestor.ops.neural_memory.kernels import decode_token, neural_memory_kernels
 
     def part(at: slice, before: MemoryState | None, chunked: bool) -> tuple[Tensor, MemoryState]:
         def cut(x: Tensor | None) -> Any:
@@ -222,6 +222,8 @@ def _on_gpu(
     length = q.shape[1]
     if state is None:
         return part(slice(None), None, chunked=length == 1)
+    if length == 1 and mask is None and resets is None and not torch.is_grad_enabled():
+        return decode_token(q, k, v, theta, eta, alpha, initial, gamma, beta, state, spec)
     lowest, highest = (int(x) for x in torch.aminmax(state.phase))
     head = spec.chunk_size - lowest
     if length == 1 or lowest != highest or (lowest and (mask is not None or head >= length)):

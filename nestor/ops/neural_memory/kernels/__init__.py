@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nestor.ops.neural_memory.kernels.decode import READS, memory_decode
 from nestor.ops.neural_memory.kernels.primitives import ACTIVATIONS, LOSSES, NORMS
 from nestor.ops.neural_memory.kernels.walk import memory_walk
 from nestor.ops.neural_memory.layout import chunk_grid
 from nestor.ops.neural_memory.spec import MemorySpec, MemoryState
 
-__all__ = ["neural_memory_kernels", "obstacle"]
+__all__ = ["decode_token", "neural_memory_kernels", "obstacle"]
 
 CHUNKS = (16, 32, 64, 128)
 WIDTHS = (16, 32, 64, 128)
@@ -130,3 +131,29 @@ def neural_memory_kernels(
             for a, w, b in zip(held, weights, before, strict=True)
         )  # fmt: skip
     return y, MemoryState(weights, momentum, anchors, phase)
+
+
+def decode_token(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
+    initial: Sequence[Tensor], gamma: Tensor | None, beta: Tensor | None,
+    state: MemoryState, spec: MemorySpec,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
+    """`neural_memory` on one token of every sequence, each at its own place in its chunk; no gradient."""
+
+    def floats(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.float().contiguous()
+
+    has_target = spec.decay == "initial" and alpha is not None
+    targets = [floats(w) for w in initial] if has_target else [None, None]
+    momentum = [floats(x) for x in state.momentum] if eta is not None else [None, None]
+    weights, anchor = ([x.float().contiguous() for x in part] for part in (state.weights, state.anchor))
+    y, *parts = memory_decode(
+        q.contiguous(), k.contiguous(), v.contiguous(),
+        theta.float().contiguous(), floats(eta), floats(alpha),
+        state.phase, *weights, *momentum, *anchor, *targets, floats(gamma), floats(beta),
+        spec.chunk_size, ACTIVATIONS.index(spec.activation), NORMS.index(spec.norm),
+        LOSSES.index(spec.inner_loss), READS.index(spec.read_mode),
+        spec.norm_eps, spec.loss_scale, spec.loss_threshold,
+    )  # fmt: skip
+    phase = (state.phase + 1) % spec.chunk_size
+    return y, MemoryState(tuple(parts[:2]), tuple(parts[4:]), tuple(parts[2:4]), phase)

@@ -84,8 +84,8 @@ def loss_error(f, v, scale, threshold, LOSS: tl.constexpr):
 @triton.jit
 def pull_back(x, v, z, gamma, beta, eps, scale, threshold,
               NORM: tl.constexpr, LOSS: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """The step ``u = -delta`` of the last layer, minus the inner loss's gradient in z, and what its derivative
-    needs: zh, 1/s and ``gamma e . zh`` ``[C]``."""
+    """The step ``u = -delta`` of the last layer, minus the inner loss's gradient in z, and what its
+    derivative needs: zh, 1/s and ``gamma e . zh`` ``[C]``."""
     zh, r = standardise(z, eps, NORM, P)
     e = loss_error(head(x, zh, gamma, beta, NORM), v, scale, threshold, LOSS)
     if NORM == 2:

@@ -1,12 +1,12 @@
 """The kernels in order, as two PyTorch operators: the memory of a whole call, and its gradient.
 
 Forward: coefficients of all chunks; then, a span of chunks at a time, the writes (chunk after chunk) and
-the reads (all chunks at once). Kept for the backward are the inputs, the reads' standardised outputs, and a
-checkpoint of the state every INTERVAL chunks, from which the backward writes each span's states again: all of
-a span's intervals at once. What is as large as chunks x weights exists for one span only.
+the reads (all chunks at once). Kept for the backward are inputs, the reads' standardised outputs, and a
+checkpoint of the state every INTERVAL chunks, from which the backward writes each span's states again: all
+of a span's intervals at once. What is as large as chunks x weights exists for one span only.
 
-Fast weights are packed: ``[M, Q, P HIDDEN]`` for M = sequences x heads and the Q parts W1, W2, S1, S2 (without
-momentum W1, W2). ``[H, ...]`` is shared by the sequences.
+Fast weights are packed: ``[M, Q, P HIDDEN]`` for M = sequences x heads and the Q parts W1, W2, S1, S2
+(without momentum W1, W2). ``[H, ...]`` is shared by the sequences.
 """
 
 from typing import Any
@@ -156,7 +156,9 @@ class _Walk:
         g_gates = [nothing if g is None else g.new_empty(g.shape) for g in (self.theta, self.eta, self.alpha)]
         carried = g_final.clone()
         has_targets, has_norm = self.targets is not None, self.gamma is not None
-        g_targets = torch.zeros(m, 2 * size, dtype=torch.float32, device=g_y.device) if has_targets else nothing
+        g_targets = (
+            torch.zeros(m, 2 * size, dtype=torch.float32, device=g_y.device) if has_targets else nothing
+        )
         g_start = torch.zeros_like(g_final) if self.resets is not None else nothing
         g_norm = torch.zeros(m, 2, p, dtype=torch.float32, device=g_y.device)
         span = _span(BACKWARD_SPAN, m, n)
@@ -171,7 +173,11 @@ class _Walk:
             if self.dual:
                 g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
                 g_u2, g_G = self.new(m, span, c, p), self.floats(m, span, c, c)
-            read_k, g_rows, g_norms = self.new(m, span, c, p), self.floats(m, span, 2, c), self.floats(m, span, 2, p)
+            read_k, g_rows, g_norms = (
+                self.new(m, span, c, p),
+                self.floats(m, span, 2, c),
+                self.floats(m, span, 2, p),
+            )
             read_backward_kernel[(here, m)](
                 self.q, self.k, rows, G, states, steps, hidden, self.targets, self.gamma, z, r, g_y,
                 g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms,
@@ -180,8 +186,8 @@ class _Walk:
                 DUAL=self.dual, num_warps=WARPS["read_backward"], num_stages=1,
             )  # fmt: skip
             g_z1, g_steps = self.new(m, span, c, self.hidden), self.floats(m, span, c, p)
-            choices = {key: self.network[key] for key in ("NORM", "MOMENTUM")} | {"READS": self.dual}
-            choices |= {"LOSS": self.loss["LOSS"], **self.shape}
+            choices: dict[str, Any] = {key: self.network[key] for key in ("NORM", "MOMENTUM")}
+            choices |= {"READS": self.dual, "LOSS": self.loss["LOSS"], **self.shape}
             write_backward_kernel[(m * self.split,)](
                 self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.gamma, self.beta,
                 self.resets, self.opened, g_states, g_u1, g_x2, g_u2, carried, after, g_z1, g_steps, g_anchor,

@@ -60,8 +60,8 @@ def _store_state(base, first, second, W1, W2, S1, S2, SIZE: tl.constexpr, MOMENT
 
 @triton.jit(do_not_specialize=["walks"])
 def write_kernel(
-    K, V, ENDS, LAST, CHECKPOINTS, STATES, STEPS, HIDDENS, ZH, NORMS, TARGETS, GAMMA, BETA, START, RESETS, OPEN, ANCHOR,
-    EXCHANGE, ARRIVALS, TICKET,
+    K, V, ENDS, LAST, CHECKPOINTS, STATES, STEPS, HIDDENS, ZH, NORMS, TARGETS, GAMMA, BETA,
+    START, RESETS, OPEN, ANCHOR, EXCHANGE, ARRIVALS, TICKET,
     kb, kt, kh, vb, vt, vh, walks, heads, chunks, tokens, first_chunk, span, interval, rows,
     eps, scale, threshold,
     C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, HS: tl.constexpr,
@@ -96,7 +96,6 @@ def write_kernel(
     gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
     if NORM == 2:
         gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
-    M1, M2 = W1, W2
     exchange = EXCHANGE + group.to(tl.int64) * 2 * SPLIT * C * P
     k_at = K + b * kb.to(tl.int64) + h * kh
     v_at = V + b * vb.to(tl.int64) + h * vh
@@ -105,10 +104,7 @@ def write_kernel(
         t = n * C + i
         inside = (t < tokens)[:, None]
         k = tl.load(k_at + t[:, None] * kt + p[None, :], mask=inside, other=0.0).to(dtype)
-        v = tl.load(v_at + t[:, None] * vt + p[None, :], mask=inside, other=0.0).to(tl.float32)
         cell = m.to(tl.int64) * chunks + n
-        g_end = tl.load(ENDS + cell * 2 * C + i)
-        A, F, mom = tl.load(LAST + cell * 4), tl.load(LAST + cell * 4 + 1), tl.load(LAST + cell * 4 + 2)
         if HAS_RESETS:
             if tl.load(RESETS + b * chunks + n) != 0:
                 W1, W2, S1, S2 = _load_state(START + h * PARTS * SIZE, first, second, SIZE, MOMENTUM)
@@ -126,9 +122,11 @@ def write_kernel(
 
         w2 = W2.to(dtype)
         x2, slope, curvature = activate(dot(k, W1.to(dtype), PRECISION), ACTIVATION)
-        part = dot(x2.to(dtype), w2, PRECISION)
+        x2, slope, curvature = x2.to(dtype), slope.to(dtype), curvature.to(dtype)
+        part = dot(x2, w2, PRECISION)
         turn = n - begin
         z2 = sum_over_slices(part, exchange, ARRIVALS + group, turn % 2, s, turn + 1, SPLIT, C, P)
+        v = tl.load(v_at + t[:, None] * vt + p[None, :], mask=inside, other=0.0).to(tl.float32)
         u2, zh, r, along = pull_back(
             k.to(tl.float32), v, z2, gamma, beta, eps, scale, threshold, NORM, LOSS, P
         )
@@ -145,17 +143,17 @@ def write_kernel(
                 tl.store(NORMS + here * 2 * C + C + i, along)
             wide = HIDDENS + here * C * HIDDEN + i[:, None] * HIDDEN + j[None, :]
             kind = walks.to(tl.int64) * span * C * HIDDEN
-            tl.store(wide, x2.to(dtype))
-            tl.store(wide + kind, slope.to(dtype))
+            tl.store(wide, x2)
+            tl.store(wide + kind, slope)
             tl.store(wide + 2 * kind, u1)
             tl.store(wide + 3 * kind, (pulled * curvature).to(dtype))
 
+        g_end = tl.load(ENDS + cell * 2 * C + i)
+        A, F, mom = tl.load(LAST + cell * 4), tl.load(LAST + cell * 4 + 1), tl.load(LAST + cell * 4 + 2)
         W1, W2 = A * W1, A * W2
         if TARGET:
-            M1 = tl.load(TARGETS + h * 2 * SIZE + first)
-            M2 = tl.load(TARGETS + h * 2 * SIZE + SIZE + second)
-            W1 += (1.0 - A) * M1
-            W2 += (1.0 - A) * M2
+            W1 += (1.0 - A) * tl.load(TARGETS + h * 2 * SIZE + first)
+            W2 += (1.0 - A) * tl.load(TARGETS + h * 2 * SIZE + SIZE + second)
         if MOMENTUM:
             e_end = tl.load(ENDS + cell * 2 * C + C + i)
             W1 += F * S1
@@ -181,13 +179,13 @@ def write_backward_kernel(
     NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr,
     HAS_RESETS: tl.constexpr, HAS_OPEN: tl.constexpr, READS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reverse of `write_kernel` on the chunks first_chunk .. first_chunk + span - 1, last one first: what each
-    chunk's gradient needs of the chunks after it. The rest is `write_gradients_kernel`.
+    """Reverse of `write_kernel` on the chunks first_chunk .. first_chunk + span - 1, last one first: what the
+    gradient of each chunk needs of the chunks after it. The rest is `write_gradients_kernel`.
 
     CARRIED float32 ``[M, Q, P HIDDEN]``: gradients of the state after the span, overwritten by those of the
     state before it. G_STATES ``[M, span, Q, P HIDDEN]``, G_U1, G_X2 ``[M, span, C, HIDDEN]``, G_U2
-    ``[M, span, C, P]``: what the reads of each chunk add. Writes the gradients of the state after each chunk to
-    AFTER, like G_STATES, those of z_1 to G_Z1, like G_U1, and of u_2 to G_STEPS, float32 ``[M, span, C, P]``.
+    ``[M, span, C, P]``: what the reads of each chunk add. Writes the gradients of the state after each chunk
+    to AFTER, like G_STATES, those of z_1 to G_Z1, like G_U1, and of u_2 to G_STEPS, float32, like G_U2.
     """
     SPLIT: tl.constexpr = HIDDEN // HS
     SIZE: tl.constexpr = P * HIDDEN
@@ -244,9 +242,9 @@ def write_backward_kernel(
             dS2 = mom * dS2 + F * dW2
         if READS:
             g_u1 += tl.load(G_U1 + here * C * HIDDEN + wide).to(tl.float32)
-            g_x2 += tl.load(G_X2 + here * C * HIDDEN + wide).to(tl.float32)
         # u_1 = (u_2 W2^T) phi'(z_1).
         g_pulled = (g_u1 * slope).to(dtype)
+        g_z1 = (g_u1 * tl.load(hidden + 3 * kind)).to(dtype)
         g_u2 += dot(g_pulled, w2, PRECISION)
         g_u2 = sum_over_slices(g_u2, exchange, ARRIVALS + m, turn % 2, s, turn + 1, SPLIT, C, P)
 
@@ -274,12 +272,14 @@ def write_backward_kernel(
         v = zh
         if LOSS == 2:
             v = tl.load(v_at + t[:, None] * vt + p[None, :], mask=inside, other=0.0).to(tl.float32)
-        g_z2 = pull_back_vjp(
-            g_u2, k, v, u2, zh, r, along, gamma, beta, scale, threshold, NORM, LOSS, P
-        ).to(dtype)
+        g_z2 = pull_back_vjp(g_u2, k, v, u2, zh, r, along, gamma, beta, scale, threshold, NORM, LOSS, P).to(
+            dtype
+        )
         g_x2 += dot(g_z2, tl.trans(w2), PRECISION)
         dW2 += dot(tl.trans(x2), g_z2, PRECISION)
-        g_z1 = (g_u1 * tl.load(hidden + 3 * kind) + g_x2 * slope).to(dtype)
+        if READS:
+            g_x2 += tl.load(G_X2 + here * C * HIDDEN + wide).to(tl.float32)
+        g_z1 = (g_z1 + g_x2 * slope).to(dtype)
         tl.store(G_Z1 + here * C * HIDDEN + wide, g_z1)
         dW1 += dot(tl.trans(k), g_z1, PRECISION)
 
@@ -307,17 +307,16 @@ def write_gradients_kernel(
     NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr, TARGET: tl.constexpr,
     READS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys, values and coefficients of each chunk, once `write_backward_kernel` has been there.
+    """Gradients of the keys, values and coefficients of each chunk, after `write_backward_kernel`.
 
-    READ_K: the keys' gradient from the reads, ``[M, span, C, P]``. Adds to G_NORM float32 ``[M, span, 2, P]``;
-    G_ENDS and G_LAST as in coefficients.py.
+    READ_K: the keys' gradient from the reads, ``[M, span, C, P]``. Adds to G_NORM, float32
+    ``[M, span, 2, P]``; G_ENDS and G_LAST as in coefficients.py.
     """
     SIZE: tl.constexpr = P * HIDDEN
     PARTS: tl.constexpr = 4 if MOMENTUM else 2
     m, at = tl.program_id(1), tl.program_id(0)
     n = first_chunk + at
     b, h = m // heads, m % heads
-    dtype: tl.constexpr = STEPS.dtype.element_ty
     i, p, hs = tl.arange(0, C), tl.arange(0, P), tl.arange(0, HS)
     t = n * C + i
     inside = (t < tokens)[:, None]
