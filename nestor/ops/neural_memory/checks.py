@@ -63,10 +63,13 @@ def _values(
 
     width, exact = widths[0], dtype == torch.float64
     q, k, v = (draw(2, 11 if exact else 41, 2, width).requires_grad_() for _ in range(3))
-    gates = [torch.sigmoid(draw(*q.shape[:3])) * (1.0 if exact or i else 0.02) for i in range(3)]
+    theta, eta, alpha = (torch.sigmoid(draw(*q.shape[:3])) for _ in range(3))
+    theta = theta * (1.0 if exact else 0.02)
     initial = [draw(2, a, b, scale=1.0 if exact else a**-0.5).requires_grad_() for a, b in pairwise(widths)]
     gamma, beta = draw(2, width).requires_grad_(), draw(2, width).requires_grad_()
-    y, state, *_ = neural_memory(q, k, v, *gates, initial, spec=spec, gamma=gamma, beta=beta, backend=backend)
+    y, state, *_ = neural_memory(
+        q, k, v, theta, eta, alpha, initial, spec=spec, gamma=gamma, beta=beta, backend=backend
+    )
     outputs = [o.double() for o in (y, *state.weights, *state.momentum)]
     torch.stack([(o * o).sum() for o in outputs]).sum().backward()
     leaves = (q, k, v, *initial, gamma, beta)
