@@ -10,7 +10,7 @@ from nestor.data.tokenizers import tokenizer_identity
 from nestor.errors import ConfigError
 
 # Layers whose attention is a sliding window, and those whose attention ends at a segment's edge.
-_WINDOWED = {"sliding_attention", "memory_as_gate", "memory_as_layer"}
+_WINDOWED = {"sliding_attention", "memory_as_gate", "memory_as_layer", "lact"}
 _SEGMENTED = {"memory_as_context"}
 _FULL = {"full_attention"}
 

@@ -30,6 +30,7 @@ def test_the_reach_of_stacked_windows_is_what_a_token_depends_on(make_tiny, laye
         ("titans-mal", 64, 4 * 63 + 1),
         ("titans-mac", 64, 64),
         ("titans-lmm", 1, 1),
+        ("lact", 64, 4 * 63 + 1),
     ],
 )
 def test_the_reach_of_each_preset(preset, window, tokens):
