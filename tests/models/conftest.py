@@ -1,4 +1,4 @@
-"""Tiny models of every preset, in float64, with weights large enough that a wrong token shows."""
+"""Tiny models of presets, in float64, with weights large enough that a wrong token shows."""
 
 from importlib.util import find_spec
 
@@ -15,6 +15,10 @@ VARIANTS = {
     "titans-mac": ("titans-mac", {}),
     "titans-mag": ("titans-mag", {}),
     "titans-mal": ("titans-mal", {}),
+    "moneta": ("moneta", {"memory": {"chunk_size": 4, "rank": 4}}),
+    "memora": ("memora", {"memory": {"chunk_size": 3, "rank": 4}}),
+    "atlas": ("atlas", {"memory": {"chunk_size": 4, "key_width": 4, "window": 3}}),
+    "lact": ("lact", {"sliding_window": 6, "memory": {"heads": 2, "chunk_size": 4, "base_step": 0.1}}),
 }
 
 
