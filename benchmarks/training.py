@@ -1,0 +1,134 @@
+"""The section training of the bars: steps of whole models, in this process or in several with FSDP2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from flops import peak_of, training_flops
+from rich.progress import Progress
+from rounds import Step, measure
+from settings import Settings
+from subjects import build_model
+from timing import in_a_process
+
+from nestor.models.presets import count_parameters
+from nestor.training.distributed import shard
+
+Keep = Callable[[dict[str, Any]], None]
+
+
+def run_training(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
+    """Tokens/s, and the share of the device's matrix rate, of a training step at each T.
+
+    With `gpus` above 1 the steps are measured once more in as many processes, each with the same batch:
+    `scaling` is the tokens/s of all over those of the one.
+    """
+    b = s.bars
+    task = progress.add_task("training", total=2 if s.gpus > 1 else 1)
+    alone = measure_contexts(s, lambda found: keep({"1": found}))
+    result = {"1": alone}
+    progress.advance(task)
+    if s.gpus > 1:
+        keep(result)
+        # The same work in each process: activations are recomputed where one device needed it.
+        recomputed = [t for t in map(str, b.contexts) if any(one["recomputed"] for one in alone[t].values())]
+        together = in_a_process(f"training/{','.join(recomputed)}", s, processes=s.gpus)
+        for context, models in together.items():
+            for name, found in models.items():
+                own = alone[context][name]
+                if "tokens_per_second" in found and "tokens_per_second" in own:
+                    found["scaling"] = found["tokens_per_second"] / own["tokens_per_second"]
+        result[str(s.gpus)] = together
+        progress.advance(task)
+    return result
+
+
+def in_this_process(s: Settings, recomputed: list[str]) -> dict[str, Any] | None:
+    """`measure_contexts` in one of the processes that torchrun started; None in all but the first."""
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if s.device == "cuda":
+        torch.cuda.set_device(local)
+    torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo")
+    try:
+        found = measure_contexts(s, lambda found: None, recomputed)
+    finally:
+        torch.distributed.destroy_process_group()
+    return found if rank == 0 else None
+
+
+def measure_contexts(s: Settings, keep: Keep, recomputed: list[str] | None = None) -> dict[str, Any]:
+    """By T and model: what a step takes.
+
+    recomputed: each T at which activations are recomputed; None: where a model does not fit without it, all
+    models of that T are measured with it.
+    """
+    b = s.bars
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rate = b.peak_flops or peak_of(torch.cuda.get_device_name() if s.device == "cuda" else "")
+    subjects = {name: Subject(name, s, world) for name in b.models}
+    result: dict[str, Any] = {}
+    for context in b.contexts:
+        batch = max(1, b.step_tokens // context)
+        choices = (False, True) if recomputed is None else (str(context) in recomputed,)
+        # Processes must do the same number of rounds, so only one alone looks at the clock.
+        limit = b.seconds / len(b.contexts) if world == 1 else float("inf")
+        for recompute in choices:
+            steps = {name: one.step(s, batch, context, recompute) for name, one in subjects.items()}
+            measured = measure(steps, s.device, b.repeats, limit)
+            if all(one.failure != "out of memory" for one in measured.values()):
+                break
+        found = {}
+        for name, one in measured.items():
+            found[name] = {"parameters": subjects[name].parameters, "batch": batch, "recomputed": recompute}
+            found[name] |= one.summary(batch * context * world)
+            if one.seconds:
+                flops = subjects[name].flops[context]
+                achieved = flops * found[name]["tokens_per_second"] / world
+                found[name] |= {"flops_per_token": flops, "mfu": achieved / rate if rate else None}
+        reference = found.get("transformer", {}).get("tokens_per_second")
+        for values in found.values():
+            if reference and "tokens_per_second" in values:
+                values["speed_over_transformer"] = values["tokens_per_second"] / reference
+        result[str(context)] = found
+        keep(result)
+    return result
+
+
+class Subject:
+    """A preset with its optimiser, on the device, sharded over several processes if there are."""
+
+    def __init__(self, name: str, s: Settings, world: int) -> None:
+        torch.manual_seed(0)
+        with torch.device(s.device):
+            self.model = build_model(name, s.for_bars()).train()
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)()
+        self.parameters = count_parameters(self.model)
+        self.flops = {tokens: training_flops(self.model, tokens) for tokens in s.bars.contexts}
+        if world > 1:
+            shard(self.model, s.device, world)
+        fused = s.device == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+
+    def step(self, s: Settings, batch: int, tokens: int, recompute: bool) -> Step:
+        """A training step on random tokens."""
+        bars = s.for_bars()
+        ids = torch.randint(0, bars.vocabulary, (batch, tokens), device=s.device)
+
+        def step() -> None:
+            # Enabled once, switched here; the methods of the model that do it change their names.
+            for module in self.model.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = recompute
+            try:
+                with bars.autocast():
+                    loss = self.model(ids, labels=ids, use_cache=False).loss
+                loss.backward()
+                self.optimizer.step()
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+
+        return step
