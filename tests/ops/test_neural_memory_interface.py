@@ -144,9 +144,7 @@ def test_every_backend_by_name_and_the_chosen_one(draw_problem) -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(draw_problem) -> None:
-    with pytest.raises(
-        ConfigError, match=r"backend is 'triton'; it must be one of kernels, native, chunked"
-    ):
+    with pytest.raises(ConfigError, match=r"backend is 'triton'; it must be one of kernels, native, chunked"):
         draw_problem().run("triton")
 
 
