@@ -1,5 +1,6 @@
 """The C++ form against the token loop and the PyTorch form; what it leaves to them."""
 
+import importlib.util
 import shutil
 import sys
 
@@ -142,7 +143,14 @@ def test_torch_compile_gets_the_form_that_it_can_trace() -> None:
 
     assert chosen(torch.zeros(1)) == 1
     assert choose_backend(MemorySpec(), CPU)[0] == "native"
-    assert choose_backend(MemorySpec(), torch.device("cuda"))[0] == "chunked"
+
+
+def test_a_gpu_gets_the_kernels_where_triton_is() -> None:
+    expected = "kernels" if importlib.util.find_spec("triton") else "chunked"
+    assert choose_backend(MemorySpec(), torch.device("cuda"))[0] == expected
+    for uncovered in ({"read_mode": "exclusive"}, {"grad_at": "post_decay"}, {"chunk_size": 48}):
+        backend, why = choose_backend(MemorySpec(**uncovered), torch.device("cuda"))
+        assert backend == "chunked" and (expected == "chunked" or next(iter(uncovered)) in why)
 
 
 @pytest.mark.parametrize("part", ["weights", "momentum", "anchor"])
