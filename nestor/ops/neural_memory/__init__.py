@@ -169,7 +169,7 @@ def neural_memory(
             fresh = MemoryState.fresh(initial, 1, eta is not None, spec, threshold_entries(delta))
             if start is not None:
                 fresh = fresh._replace(weights=start.weights, momentum=start.momentum, anchor=start.anchor)
-            state = state or _expand(fresh, q.shape[0])
+            state = state or fresh.expand(q.shape[0])
             state = state._replace(phase=state.phase.clone())
             gamma4, beta4 = (None if t is None else t[None] for t in (gamma, beta))
             y, after = neural_memory_reference(
@@ -226,11 +226,9 @@ def _on_gpu(
         return decode_token(q, k, v, theta, eta, alpha, initial, gamma, beta, state, spec)
     lowest, highest = (int(x) for x in torch.aminmax(state.phase))
     head = spec.chunk_size - lowest
-    if length == 1 or lowest != highest or (lowest and (mask is not None or head >= length)):
-        return part(slice(None), state, chunked=True)
-    if lowest == 0:
+    if length > 1 and highest == 0:
         return part(slice(None), state, chunked=False)
-    if resets is not None:
+    if lowest != highest or mask is not None or resets is not None or head >= length:
         return part(slice(None), state, chunked=True)
     first, state = part(slice(head), state, chunked=True)
     rest, state = part(slice(head, None), state, chunked=False)
@@ -265,21 +263,6 @@ def fast_weights(spec: MemorySpec, weights: Sequence[Tensor]) -> list[Tensor]:
     accumulates."""
     retention = make_retention(spec)
     return [retention.weights(w) for w in weights]
-
-
-def _expand(state: MemoryState, batch: int) -> MemoryState:
-    def grow(t: Tensor) -> Tensor:
-        return t.expand(batch, *t.shape[1:])
-
-    return MemoryState(
-        tuple(map(grow, state.weights)),
-        tuple(map(grow, state.momentum)),
-        tuple(map(grow, state.anchor)),
-        grow(state.phase),
-        tuple(map(grow, state.pending)),
-        None if state.pooled is None else grow(state.pooled),
-        tuple(map(grow, state.halo)),
-    )
 
 
 def _in_chunks(

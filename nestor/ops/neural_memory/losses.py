@@ -6,6 +6,7 @@ error, and the vector-Jacobian product of the error, which the outer backward ne
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,7 +117,7 @@ class DotProductLoss:
         return torch.zeros_like(threshold)
 
 
-class _ResidualLoss:
+class _ResidualLoss(ABC):
     """A loss of r = f - v: a potential, its slope e, and the product of a row with the slope's derivative,
     which is symmetric. All three are for c = 1; d is the threshold."""
 
@@ -146,14 +147,14 @@ class _ResidualLoss:
     def _delta(self, threshold: Tensor | None) -> Any:
         return self.settings.threshold if threshold is None else threshold
 
-    def _potential(self, r: Tensor, d: Any) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _potential(self, r: Tensor, d: Any) -> Tensor: ...
 
-    def _slope(self, r: Tensor, d: Any) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _slope(self, r: Tensor, d: Any) -> Tensor: ...
 
-    def _curve(self, g: Tensor, r: Tensor, d: Any) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _curve(self, g: Tensor, r: Tensor, d: Any) -> Tensor: ...
 
     def _along_delta(self, r: Tensor, d: Any) -> Tensor | None:
         """d e / d delta, element by element."""

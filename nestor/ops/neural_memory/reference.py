@@ -87,7 +87,9 @@ def neural_memory_reference(
     for t in range(q.shape[1]):
         token = everywhere if mask is None else mask[:, t]
         if resets is not None:
-            state = _choose(resets[:, t] & token, _expand(start, q.shape[0]), state)
+            state = _choose(
+                resets[:, t] & token, start._replace(anchor=start.weights).expand(q.shape[0]), state
+            )
         keep = [1 - a for a in _per_matrix(spec, spec.forget_gates, alpha, t, state)]
         steps = _per_matrix(spec, spec.step_sizes, theta, t, state)
         weights, momentum, anchor = state.weights, state.momentum, list(state.anchor)
@@ -208,23 +210,6 @@ def _window(
         limit = parts[3][:, :, i] if len(parts) == 4 else None
         learned.append((parts[0][:, :, i], parts[1][:, :, i], gate, limit))
     return learned, tuple(x[:, :, 1:] for x in parts)
-
-
-def _expand(state: MemoryState, batch: int) -> MemoryState:
-    """`start` for every sequence."""
-
-    def grow(t: Tensor) -> Tensor:
-        return t.expand(batch, *t.shape[1:])
-
-    return MemoryState(
-        tuple(map(grow, state.weights)),
-        tuple(map(grow, state.momentum)),
-        tuple(map(grow, state.weights)),
-        grow(state.phase),
-        tuple(map(grow, state.pending)),
-        None if state.pooled is None else grow(state.pooled),
-        tuple(map(grow, state.halo)),
-    )
 
 
 def _choose(condition: Tensor, new: MemoryState, old: MemoryState) -> MemoryState:

@@ -250,3 +250,15 @@ class MemoryState(NamedTuple):
             halo = (like.new_zeros(*place, width), like.new_zeros(*place, values), like.new_zeros(place))
             state = state._replace(halo=(*halo, like.new_ones(*place, threshold)) if threshold else halo)
         return state
+
+    def expand(self, batch: int) -> "MemoryState":
+        """A state of one sequence as that of `batch` sequences; views."""
+
+        def grow(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(t.expand(batch, *t.shape[1:]) for t in parts)
+
+        pooled = None if self.pooled is None else grow((self.pooled,))[0]
+        return MemoryState(
+            grow(self.weights), grow(self.momentum), grow(self.anchor), grow((self.phase,))[0],
+            grow(self.pending), pooled, grow(self.halo),
+        )  # fmt: skip
