@@ -35,6 +35,18 @@ CASES = {
 }
 
 
+def _draw(draw_problem, seed=0, **choices):
+    """A problem whose chunks reach each other: gates uniform in (0, 1) forget all within sixteen tokens."""
+    p = draw_problem(seed, **choices)
+
+    def mild(gate, low, high):
+        return None if gate is None else (low + (high - low) * gate.detach()).requires_grad_()
+
+    return p.replace(
+        theta=mild(p.theta, 0.0, 0.02), eta=mild(p.eta, 0.7, 0.9), alpha=mild(p.alpha, 0.0, 0.02)
+    )
+
+
 def _run(p, dtype):
     from nestor.ops.neural_memory import MemoryState
     from nestor.ops.neural_memory.kernels import neural_memory_kernels
@@ -60,7 +72,7 @@ def _run(p, dtype):
 
 
 def _compare(draw_problem, flat, gradients, dtype, seed=0, **choices) -> None:
-    p = draw_problem(seed, **choices)
+    p = _draw(draw_problem, seed, **choices)
     if dtype == torch.bfloat16:
         # Rounded once for both, so that the error is that of the kernels' own arithmetic.
         p = p.replace(**{n: getattr(p, n).detach().bfloat16().double().requires_grad_() for n in "qkv"})
@@ -83,12 +95,29 @@ def test_interpreted_kernels_equal_the_chunked_form(draw_problem, flat, gradient
     _compare(draw_problem, flat, gradients, torch.float32, **{**SMALL, **CASES[case]})
 
 
+@pytest.mark.skipif(HAS_TRITON and not INTERPRETED, reason="runs in a process of its own, see below")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_interpreted_kernels_are_an_operator_that_torch_compile_takes(draw_problem) -> None:
+    p = draw_problem(**{**SMALL, "length": 21, "dtype": torch.float32})
+
+    def output(*tokens):
+        return _run(p.replace(**dict(zip("qkv", tokens, strict=True))), torch.float32)[0]
+
+    compiled = torch.compile(output, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (output, compiled):
+        y = function(p.q, p.k, p.v)
+        results.append([y, *torch.autograd.grad((y * y).sum(), (p.q, p.k, p.v))])
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
+
+
 def _decode(draw_problem, flat, dtype, **choices) -> None:
     """Token after token, sequences at different places of their chunks."""
     from nestor.ops.neural_memory import MemoryState
     from nestor.ops.neural_memory.kernels import decode_token
 
-    p = draw_problem(**{"with_state": True, **choices})
+    p = _draw(draw_problem, **{"with_state": True, **choices})
     expected = p.run("chunked")
 
     def move(x):
@@ -143,7 +172,7 @@ def test_the_kernels_in_tritons_interpreter() -> None:
         [*command, "-k", "interpreted_kernels"], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert f"{len(CASES) + len(DECODE_CASES)} passed" in done.stdout, done.stdout[-500:]
+    assert f"{len(CASES) + len(DECODE_CASES) + 1} passed" in done.stdout, done.stdout[-500:]
 
 
 LARGE = {"batch": 2, "heads": 2, "width": 64, "hidden": 256, "chunk_size": 64, "length": 201, "step": 0.02}
