@@ -90,9 +90,11 @@ def streams_backward_kernel(
     x1 = _inputs(x_at, tail_at, begin - 1, channel, inside, xt, tokens, channels, K, HAS_TAIL)
     x2 = _inputs(x_at, tail_at, begin - 2, channel, inside, xt, tokens, channels, K, HAS_TAIL)
     x3 = _inputs(x_at, tail_at, begin - 3, channel, inside, xt, tokens, channels, K, HAS_TAIL)
-    d1 = tl.zeros((S, HB, P), tl.float32)
-    d2, d3 = d1, d1
-    sum0, sum1, sum2, sum3 = d1, d1, d1, d1
+    # Each its own zeros: Triton takes names that begin as one value, and trade it, for one that never changes.
+    d1, d2 = tl.zeros((S, HB, P), tl.float32), tl.zeros((S, HB, P), tl.float32)
+    d3 = tl.zeros((S, HB, P), tl.float32)
+    sum0, sum1 = tl.zeros((S, HB, P), tl.float32), tl.zeros((S, HB, P), tl.float32)
+    sum2, sum3 = tl.zeros((S, HB, P), tl.float32), tl.zeros((S, HB, P), tl.float32)
     # What a token needs is under way while the one before is worked on.
     here = inside & (begin < tokens)
     next_x = tl.load(x_at + begin * xt + channel, mask=here, other=0.0)

@@ -46,9 +46,9 @@ def decode_kernel(
     for low in range(0, HIDDEN, HS):
         first = at + p[:, None] * HIDDEN + (low + hs)[None, :]
         second = at + (low + hs)[:, None] * P + p[None, :]
-        x2, _ = _hidden(k, tl.load(A1 + first), ACTIVATION)
+        x2, slope = _hidden(k, tl.load(A1 + first), ACTIVATION)
         z2 += tl.sum(x2[:, None] * tl.load(A2 + second), 0)
-    u, _, _, _ = pull_back(
+    u, zh, r, along = pull_back(
         k[None, :], v[None, :], z2[None, :], gamma, beta, eps, scale, threshold, NORM, LOSS, P
     )
     u2 = tl.sum(u, 0)
@@ -87,9 +87,9 @@ def decode_kernel(
             w1, w2 = before1, before2
         if READ == 2:
             w1, w2 = a1, a2
-        x, _ = _hidden(q, w1, ACTIVATION)
+        x, x_slope = _hidden(q, w1, ACTIVATION)
         z += tl.sum(x[:, None] * w2, 0)
-    zh, _ = standardise(z[None, :], eps, NORM, P)
+    zh, r = standardise(z[None, :], eps, NORM, P)
     y = tl.sum(head(q[None, :], zh, gamma, beta, NORM), 0)
     tl.store(Y + m * P + p, y.to(Y.dtype.element_ty))
 
