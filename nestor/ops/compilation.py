@@ -61,8 +61,7 @@ def _load(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | str:
             [*shlex.split(compiler), "--version"], capture_output=True, check=True
         ).stdout
         key = b"\0".join([source.read_bytes(), " ".join(command).encode(), version, _processor()])
-        library = _cache_folder() / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
-        _own(library.parent)
+        library = cache_folder() / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
         if library.exists():
             with contextlib.suppress(OSError):  # damaged: made again
                 return ctypes.CDLL(str(library))
@@ -89,8 +88,11 @@ def _own(folder: Path) -> None:
         raise PermissionError(f"{folder} belongs to, or can be written by, another user; chmod go-w it")
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestor"
+def cache_folder() -> Path:
+    """Where compiled kernels are kept; it exists, and no other user can write to it."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestor"
+    _own(folder)
+    return folder
 
 
 def _processor() -> bytes:

@@ -48,7 +48,7 @@ def decode_kernel(
         second = at + (low + hs)[:, None] * P + p[None, :]
         x2, slope = _hidden(k, tl.load(A1 + first), ACTIVATION)
         z2 += tl.sum(x2[:, None] * tl.load(A2 + second), 0)
-    u, zh, r, along = pull_back(
+    u, _zh, _r, _along = pull_back(
         k[None, :], v[None, :], z2[None, :], gamma, beta, eps, scale, threshold, NORM, LOSS, P
     )
     u2 = tl.sum(u, 0)
@@ -87,9 +87,9 @@ def decode_kernel(
             w1, w2 = before1, before2
         if READ == 2:
             w1, w2 = a1, a2
-        x, x_slope = _hidden(q, w1, ACTIVATION)
+        x, _x_slope = _hidden(q, w1, ACTIVATION)
         z += tl.sum(x[:, None] * w2, 0)
-    zh, r = standardise(z[None, :], eps, NORM, P)
+    zh, _inverse = standardise(z[None, :], eps, NORM, P)
     y = tl.sum(head(q[None, :], zh, gamma, beta, NORM), 0)
     tl.store(Y + m * P + p, y.to(Y.dtype.element_ty))
 

@@ -1,28 +1,26 @@
 """The reads of a two-layer memory: each chunk by itself, once the writes have left its start state.
 
-    z~_l = x~_{l-1} M_l + A x~_{l-1} (W_l - M_l) + F x~_{l-1} S_l + (G * x~_{l-1} x_{l-1}^T) u_l
+    z~_l = x~_{l-1} M_l + A x~_{l-1} D_l + F x~_{l-1} S_l + (G * x~_{l-1} x_{l-1}^T) u_l
 
 One program a chunk of one sequence and head; it walks the hidden width in slices of HS. Layouts as in
-write.py; z ``[M, N, C, P]`` keeps the standardised output of the MLP and r ``[M, N, C]`` its 1/s.
+write.py (D = W - M where there are targets M, else W); z ``[M, N, C, P]`` keeps the standardised output of the MLP and r ``[M, N, C]`` its 1/s.
 """
 
 import triton
 import triton.language as tl
 
 from nestor.ops.neural_memory.kernels.primitives import activate, dot, head, standardise, through_norm
+from nestor.ops.neural_memory.kernels.write import weight
 
 
 @triton.jit
-def _mixed(A, F, x, dtype: tl.constexpr, MOMENTUM: tl.constexpr, TARGET: tl.constexpr):
-    """x scaled by A, F and 1 - A, in the operands' dtype."""
+def _mixed(A, F, x, dtype: tl.constexpr, MOMENTUM: tl.constexpr):
+    """x scaled by A and by F, in the operands' dtype."""
     ax = (x * A[:, None]).to(dtype)
     fx = ax
-    mx = ax
     if MOMENTUM:
         fx = (x * F[:, None]).to(dtype)
-    if TARGET:
-        mx = (x * (1.0 - A)[:, None]).to(dtype)
-    return ax, fx, mx
+    return ax, fx
 
 
 @triton.jit(do_not_specialize=["walks"])
@@ -59,31 +57,33 @@ def read_kernel(
         F = tl.load(ROWS + cell * 3 * C + C + i)
         g_at = G + cell * C * C + i[:, None] * C + i[None, :]
         weighted = (dot(q, tl.trans(k), PRECISION) * tl.load(g_at)).to(dtype)
-        aq, fq, mq = _mixed(A, F, q, dtype, MOMENTUM, TARGET)
+        aq, fq = _mixed(A, F, q, dtype, MOMENTUM)
         scores = tl.zeros((C, C), tl.float32)
     for low in range(0, HIDDEN, HS):
         first = p[:, None] * HIDDEN + (low + hs)[None, :]
         second = (low + hs)[:, None] * P + p[None, :]
         w1, w2 = tl.load(states + first), tl.load(states + SIZE + second)
+        full1 = weight(w1, targets, first, TARGET).to(dtype)
+        full2 = weight(w2, targets + SIZE, second, TARGET).to(dtype)
         if DUAL:
-            x2, slope, _ = activate(dot(k, w1, PRECISION), ACTIVATION)
-            u1 = (dot(u2, tl.trans(w2), PRECISION) * slope).to(dtype)
+            x2, slope, _ = activate(dot(k, full1, PRECISION), ACTIVATION)
+            u1 = (dot(u2, tl.trans(full2), PRECISION) * slope).to(dtype)
             z1 = dot(aq, w1, PRECISION) + dot(weighted, u1, PRECISION)
             if MOMENTUM:
                 z1 += dot(fq, tl.load(states + 2 * SIZE + first), PRECISION)
             if TARGET:
-                z1 += dot(mq, tl.load(targets + first).to(dtype), PRECISION)
+                z1 += dot(q, tl.load(targets + first).to(dtype), PRECISION)
             x, _, _ = activate(z1, ACTIVATION)
-            ax, fx, mx = _mixed(A, F, x, dtype, MOMENTUM, TARGET)
+            ax, fx = _mixed(A, F, x, dtype, MOMENTUM)
             z += dot(ax, w2, PRECISION)
             if MOMENTUM:
                 z += dot(fx, tl.load(states + 3 * SIZE + second), PRECISION)
             if TARGET:
-                z += dot(mx, tl.load(targets + SIZE + second).to(dtype), PRECISION)
+                z += dot(x.to(dtype), tl.load(targets + SIZE + second).to(dtype), PRECISION)
             scores += dot(x.to(dtype), tl.trans(x2.to(dtype)), PRECISION)
         else:
-            x, _, _ = activate(dot(q, w1, PRECISION), ACTIVATION)
-            z += dot(x.to(dtype), w2, PRECISION)
+            x, _, _ = activate(dot(q, full1, PRECISION), ACTIVATION)
+            z += dot(x.to(dtype), full2, PRECISION)
     if DUAL:
         z += dot((scores * tl.load(g_at)).to(dtype), u2, PRECISION)
     zh, r = standardise(z, eps, NORM, P)
@@ -108,7 +108,10 @@ def read_backward_kernel(
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, TARGET: tl.constexpr,
     DUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reverse of `read_kernel`. G_NORM ``[M, span, 2, P]``, G_K ``[M, span, C, P]``: each chunk's part."""
+    """Reverse of `read_kernel`. G_NORM ``[M, span, 2, P]``, G_K ``[M, span, C, P]``: each chunk's part.
+
+    G_TARGETS: what the gradient of the targets has beyond that of the state, which they are part of.
+    """
     SIZE: tl.constexpr = P * HIDDEN
     PARTS: tl.constexpr = 4 if MOMENTUM else 2
     m, at = tl.program_id(1), tl.program_id(0)
@@ -151,8 +154,9 @@ def read_backward_kernel(
         g_at = G + cell * C * C + i[:, None] * C + i[None, :]
         weighted = (dot(q, tl.trans(k), PRECISION) * tl.load(g_at)).to(dtype)
         g_scores2 = (dot(gz, tl.trans(u2), PRECISION) * tl.load(g_at)).to(dtype)
-        aq, fq, mq = _mixed(A, F, q, dtype, MOMENTUM, TARGET)
-        agz, fgz, mgz = _mixed(A, F, g_z, dtype, MOMENTUM, TARGET)
+        aq, fq = _mixed(A, F, q, dtype, MOMENTUM)
+        agz, fgz = _mixed(A, F, g_z, dtype, MOMENTUM)
+        mgz = (g_z * (1.0 - A)[:, None]).to(dtype)
         scores = tl.zeros((C, C), tl.float32)
         g_weighted1 = tl.zeros((C, C), tl.float32)
         g_A = tl.zeros((C,), tl.float32)
@@ -172,7 +176,7 @@ def read_backward_kernel(
             if TARGET:
                 m1 = tl.load(targets + first).to(dtype)
                 m2 = tl.load(targets + SIZE + second).to(dtype)
-                z1 += dot(mq, m1, PRECISION)
+                z1 += dot(q, m1, PRECISION)
             x, slope, _ = activate(z1, ACTIVATION)
             xb = x.to(dtype)
             # z~_2
@@ -186,15 +190,14 @@ def read_backward_kernel(
                 g_x += along * F[:, None]
                 tl.store(g_states + 3 * SIZE + second, dot(tl.trans(xb), fgz, PRECISION).to(dtype))
             if TARGET:
-                along = dot(gz, tl.trans(m2), PRECISION)
-                g_A -= tl.sum(x * along, 1)
-                g_x += along * (1.0 - A)[:, None]
+                g_x += dot(gz, tl.trans(m2), PRECISION)
                 tl.store(g_targets + SIZE + second, dot(tl.trans(xb), mgz, PRECISION).to(dtype))
             scores += dot(xb, tl.trans(x2), PRECISION)
             tl.store(G_X2 + here * C * HIDDEN + wide, dot(tl.trans(g_scores2), xb, PRECISION).to(dtype))
             # z~_1
             gz1 = g_x * slope
-            agz1, fgz1, mgz1 = _mixed(A, F, gz1, dtype, MOMENTUM, TARGET)
+            agz1, fgz1 = _mixed(A, F, gz1, dtype, MOMENTUM)
+            mgz1 = (gz1 * (1.0 - A)[:, None]).to(dtype)
             gz1 = gz1.to(dtype)
             along = dot(gz1, tl.trans(w1), PRECISION)
             g_A += tl.sum(q * along, 1)
@@ -206,18 +209,18 @@ def read_backward_kernel(
                 g_q += along * F[:, None]
                 tl.store(g_states + 2 * SIZE + first, dot(tl.trans(q), fgz1, PRECISION).to(dtype))
             if TARGET:
-                along = dot(gz1, tl.trans(m1), PRECISION)
-                g_A -= tl.sum(q * along, 1)
-                g_q += along * (1.0 - A)[:, None]
+                g_q += dot(gz1, tl.trans(m1), PRECISION)
                 tl.store(g_targets + first, dot(tl.trans(q), mgz1, PRECISION).to(dtype))
             g_weighted1 += dot(gz1, tl.trans(u1), PRECISION)
             tl.store(G_U1 + here * C * HIDDEN + wide, dot(tl.trans(weighted), gz1, PRECISION).to(dtype))
         else:
-            x, slope, _ = activate(dot(q, w1, PRECISION), ACTIVATION)
-            g_x = dot(gz, tl.trans(w2), PRECISION)
+            full1 = weight(w1, targets, first, TARGET).to(dtype)
+            full2 = weight(w2, targets + SIZE, second, TARGET).to(dtype)
+            x, slope, _ = activate(dot(q, full1, PRECISION), ACTIVATION)
+            g_x = dot(gz, tl.trans(full2), PRECISION)
             tl.store(g_states + SIZE + second, dot(tl.trans(x.to(dtype)), gz, PRECISION).to(dtype))
             gz1 = (g_x * slope).to(dtype)
-            g_q += dot(gz1, tl.trans(w1), PRECISION)
+            g_q += dot(gz1, tl.trans(full1), PRECISION)
             tl.store(g_states + first, dot(tl.trans(q), gz1, PRECISION).to(dtype))
     if DUAL:
         coefficients = tl.load(g_at)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestor.ops.neural_memory.kernels import tiled
 from nestor.ops.neural_memory.kernels.coefficients import coefficients_backward_kernel, coefficients_kernel
 from nestor.ops.neural_memory.kernels.read import read_backward_kernel, read_kernel
 from nestor.ops.neural_memory.kernels.write import (
@@ -52,7 +53,7 @@ class _Walk:
         eps: float, scale: float, threshold: float,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.theta, self.eta, self.alpha = q, k, v, theta, eta, alpha
-        self.targets, self.start, self.gamma, self.beta = targets, start, gamma, beta
+        self.targets, self.gamma, self.beta = targets, gamma, beta
         self.valid, self.resets, self.opened = valid, resets, opened
         self.batch, self.tokens, self.heads, self.width = q.shape
         self.chunk, self.hidden, self.dual = chunk, hidden, dual
@@ -75,13 +76,28 @@ class _Walk:
             )
         elif self.width > 64:
             self.slice = min(self.slice, 32)
+        self.tiled = tiled.covers(q.device, q.dtype, chunk, self.width, hidden)
+        if self.tiled:
+            self.slice = tiled.TILE
+            self.q, self.k, self.v = (tiled.aligned(x) for x in (q, k, v))
+        # Targets as operands.
+        self.rounded = targets if targets is None or not self.tiled else targets.to(q.dtype)
         self.split = hidden // self.slice
+        self.start = None if start is None else self.moved(start, -1)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.q.new_empty(shape, dtype=dtype or self.q.dtype)
 
     def floats(self, *shape: int) -> Tensor:
         return self.new(*shape, dtype=torch.float32)
+
+    def moved(self, state: Tensor, sign: int) -> Tensor:
+        """A state ``[rows, .., P HIDDEN]`` with W as the kernels keep it, W - M (sign -1), or back (1)."""
+        if self.targets is None:
+            return state.clone()
+        rows = state.view(-1, self.heads, *state.shape[1:])
+        weights = torch.add(rows[:, :, :2], self.targets, alpha=sign)
+        return torch.cat((weights, rows[:, :, 2:]), 2).view(state.shape)
 
     def meeting(self, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where the programs of a walk meet: exchange, arrivals, ticket."""
@@ -113,24 +129,32 @@ class _Walk:
             hidden, zh = self.new(4, m, span, c, self.hidden), self.new(m, span, c, p)
             norm = self.floats(m, span, 2, c)
         pieces = -(-min(span, self.chunks - first) // rows)
-        write_kernel[(m * pieces * self.split,)](
+        tensors = (
             self.k, self.v, ends, last, checkpoints, states, steps, hidden, zh, norm,
-            self.targets, self.gamma, self.beta, self.start, self.resets, self.opened, anchor,
-            *self.meeting(m * pieces), *_strides(self.k), *_strides(self.v), m, self.heads, self.chunks,
-            self.tokens, first, span, INTERVAL, rows, *self.numbers,
-            **self.shape, HS=self.slice, **self.network,
-            **{**self.loss, "HAS_OPEN": self.opened is not None and save}, SAVE=save,
-            num_warps=WARPS["write"], num_stages=1,
+            self.rounded, self.gamma, self.beta, self.start, self.resets, self.opened, anchor,
+        )  # fmt: skip
+        strides = (*_strides(self.k), *_strides(self.v))
+        sizes = (m, self.heads, self.chunks, self.tokens, first, span, INTERVAL, rows)
+        choices = {**self.network, **self.loss, "HAS_OPEN": self.opened is not None and save, "SAVE": save}
+        if self.tiled:
+            tiled.launch(
+                "write", (m * pieces * self.split,), 14 if self.momentum else 10,
+                {**choices, "SPLIT": self.split}, tensors, strides, sizes, self.numbers, self.q.device,
+            )  # fmt: skip
+            return states, steps, hidden, zh, norm
+        write_kernel[(m * pieces * self.split,)](
+            *tensors, *self.meeting(m * pieces), *strides, *sizes, *self.numbers,
+            **self.shape, HS=self.slice, **choices, num_warps=WARPS["write"], num_stages=1,
         )  # fmt: skip
         return states, steps, hidden, zh, norm
 
-    def forward(self, state: Tensor, keep: bool) -> tuple[Tensor, ...]:
-        """y, checkpoints, the anchor of open chunks, z and r (see read.py)."""
+    def forward(self, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """y, the final state, the anchor of open chunks, checkpoints, z and r (see read.py)."""
         m, n, c, p = self.walks, self.chunks, self.chunk, self.width
         rows, ends, last, G, _ = self.coefficients(keep=False)
         y = self.q.new_empty(self.q.shape)
         checkpoints = self.floats(-(-n // INTERVAL) + 1, m, self.parts, self.size)
-        checkpoints[0] = state
+        checkpoints[0] = self.moved(state, -1)
         anchor = self.floats(m, 2, self.size) if self.opened is not None else self.floats(0)
         z, r = (self.new(m, n, c, p), self.floats(m, n, c)) if keep else (self.new(0), self.floats(0))
         span = _span(FORWARD_SPAN, m, n)
@@ -142,7 +166,37 @@ class _Walk:
                 first, span, self.numbers[0], **self.shape, HS=self.read_slice,
                 **self.network, DUAL=self.dual, KEEP=keep, num_warps=WARPS["read"], num_stages=1,
             )  # fmt: skip
-        return y, checkpoints, anchor, z, r
+        if self.opened is not None:
+            anchor = self.moved(anchor, 1)
+        return y, self.moved(checkpoints[-1], 1), anchor, checkpoints, z, r
+
+    def write_backward(
+        self, ends: Tensor, last: Tensor, states: Tensor, steps: Tensor, hidden: Tensor, zh: Tensor,
+        norm: Tensor, g_states: Tensor, g_u1: Tensor, g_x2: Tensor, g_u2: Tensor, carried: Tensor,
+        after: Tensor, g_z1: Tensor, g_steps: Tensor, g_anchor: Tensor, g_start: Tensor,
+        first: int, span: int,
+    ) -> None:  # fmt: skip
+        """The serial part of the gradient in a span; fills after, g_z1, g_steps, moves carried."""
+        tensors = (
+            self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.rounded, self.gamma, self.beta,
+            self.resets, self.opened, g_states, g_u1, g_x2, g_u2, carried, after, g_z1, g_steps, g_anchor,
+            g_start,
+        )  # fmt: skip
+        strides = (*_strides(self.k), *_strides(self.v))
+        sizes = (self.walks, self.heads, self.chunks, self.tokens, first, span)
+        choices = {key: self.network[key] for key in ("NORM", "MOMENTUM", "TARGET")}
+        choices |= {**self.loss, "READS": self.dual}
+        if self.tiled:
+            tiled.launch(
+                "write_backward", (self.walks * self.split,), 14 if self.momentum else 12,
+                {**choices, "ACTIVATION": self.network["ACTIVATION"], "SPLIT": self.split},
+                tensors, strides, sizes, self.numbers[1:], self.q.device,
+            )  # fmt: skip
+            return
+        write_backward_kernel[(self.walks * self.split,)](
+            *tensors, *self.meeting(self.walks), *strides, *sizes, *self.numbers[1:], **self.shape,
+            HS=self.slice, **choices, num_warps=WARPS["write_backward"], num_stages=1,
+        )  # fmt: skip
 
     def backward(
         self, checkpoints: Tensor, z: Tensor, r: Tensor, g_y: Tensor, g_final: Tensor, g_anchor: Tensor
@@ -155,6 +209,7 @@ class _Walk:
         g_q, g_k, g_v = (self.q.new_empty(self.q.shape) for _ in range(3))
         g_gates = [nothing if g is None else g.new_empty(g.shape) for g in (self.theta, self.eta, self.alpha)]
         carried = g_final.clone()
+        g_y = tiled.aligned(g_y) if self.tiled else g_y
         has_targets, has_norm = self.targets is not None, self.gamma is not None
         g_targets = (
             torch.zeros(m, 2 * size, dtype=torch.float32, device=g_y.device) if has_targets else nothing
@@ -178,30 +233,35 @@ class _Walk:
                 self.floats(m, span, 2, c),
                 self.floats(m, span, 2, p),
             )
-            read_backward_kernel[(here, m)](
-                self.q, self.k, rows, G, states, steps, hidden, self.targets, self.gamma, z, r, g_y,
+            tensors = (
+                self.q, self.k, rows, G, states, steps, hidden, self.rounded, self.gamma, z, r, g_y,
                 g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms,
-                *_strides(self.q), *_strides(self.k), *_strides(g_y), *_strides(g_q), m, heads, n,
-                self.tokens, first, span, **self.shape, HS=self.chunk_slice, **self.network,
-                DUAL=self.dual, num_warps=WARPS["read_backward"], num_stages=1,
             )  # fmt: skip
+            strides = (*_strides(self.q), *_strides(self.k), *_strides(g_y), *_strides(g_q))
+            sizes = (m, heads, n, self.tokens, first, span)
+            if self.tiled and self.dual:
+                tiled.launch(
+                    "read_backward", (here, m), 20 + 4 * self.momentum + 4 * has_targets,
+                    {**self.network, "SPLIT": self.split}, tensors, strides, sizes, (), self.q.device,
+                )  # fmt: skip
+            else:
+                read_backward_kernel[(here, m)](
+                    *tensors, *strides, *sizes, **self.shape, HS=self.chunk_slice, **self.network,
+                    DUAL=self.dual, num_warps=WARPS["read_backward"], num_stages=1,
+                )  # fmt: skip
             g_z1, g_steps = self.new(m, span, c, self.hidden), self.floats(m, span, c, p)
-            choices: dict[str, Any] = {key: self.network[key] for key in ("NORM", "MOMENTUM")}
+            choices: dict[str, Any] = {key: self.network[key] for key in ("NORM", "MOMENTUM", "TARGET")}
             choices |= {"READS": self.dual, "LOSS": self.loss["LOSS"], **self.shape}
-            write_backward_kernel[(m * self.split,)](
-                self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.gamma, self.beta,
-                self.resets, self.opened, g_states, g_u1, g_x2, g_u2, carried, after, g_z1, g_steps, g_anchor,
-                g_start, *self.meeting(m), *_strides(self.k), *_strides(self.v), m, heads, n, self.tokens,
-                first, span, *self.numbers[1:], **choices, HS=self.slice,
-                HAS_RESETS=self.loss["HAS_RESETS"], HAS_OPEN=self.loss["HAS_OPEN"],
-                num_warps=WARPS["write_backward"], num_stages=1,
+            self.write_backward(
+                ends, last, states, steps, hidden, zh, norm, g_states, g_u1, g_x2, g_u2,
+                carried, after, g_z1, g_steps, g_anchor, g_start, first, span,
             )  # fmt: skip
             g_ends, g_last = self.floats(m, span, 2, c), self.floats(m, span, 4)
             write_gradients_kernel[(here, m)](
                 self.k, self.v, ends, states, steps, hidden, zh, norm, self.targets, self.gamma, self.beta,
                 after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms,
                 *_strides(self.k), *_strides(self.v), *_strides(g_k), m, heads, n, self.tokens, first, span,
-                *self.numbers[1:], **choices, TARGET=has_targets, HS=self.chunk_slice,
+                *self.numbers[1:], **choices, HS=self.chunk_slice,
                 num_warps=WARPS["write_gradients"], num_stages=1,
             )  # fmt: skip
             if has_norm:
@@ -242,8 +302,7 @@ def memory_walk(
         q, k, v, theta, eta, alpha, targets, start, gamma, beta, valid, resets, opened,
         chunk, hidden, activation, norm, loss, dual, eps, scale, threshold,
     )  # fmt: skip
-    y, checkpoints, anchor, z, r = walk.forward(state, keep)
-    return y, checkpoints[-1].clone(), anchor, checkpoints, z, r
+    return walk.forward(state, keep)
 
 
 @torch.library.custom_op("nestor::memory_walk_backward", mutates_args=())

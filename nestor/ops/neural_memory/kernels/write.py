@@ -4,6 +4,9 @@ A walk is one sequence and head; SPLIT programs share it, each with HS columns o
 which it keeps in registers from chunk to chunk with their momentum. Only z2 and its gradient are sums over
 the hidden width, so the programs of a walk meet once a chunk (`sum_over_slices`).
 
+Where the weights decay to targets M ``[heads, 2, P HIDDEN]``, a state holds D = W - M instead of W: the decay is
+D' = A D, and the gradient of A, a sum of dW * D, keeps its digits in states of 16 bits.
+
 Layouts (M walks, m = b heads + h; Q = 4 parts W1, W2, S1, S2 with momentum, else 2; P x HIDDEN numbers each):
     checkpoints float32 ``[K, M, Q, P HIDDEN]``: the state every `interval` chunks and at the end
 In the operands' dtype:
@@ -58,6 +61,15 @@ def _store_state(base, first, second, W1, W2, S1, S2, SIZE: tl.constexpr, MOMENT
         tl.store(base + 3 * SIZE + second, S2.to(dtype))
 
 
+@triton.jit
+def weight(D, targets, place, TARGET: tl.constexpr):
+    """W from what a state holds of it."""
+    if TARGET:
+        return D.to(tl.float32) + tl.load(targets + place)
+    else:
+        return D
+
+
 @triton.jit(do_not_specialize=["walks"])
 def write_kernel(
     K, V, ENDS, LAST, CHECKPOINTS, STATES, STEPS, HIDDENS, ZH, NORMS, TARGETS, GAMMA, BETA,
@@ -93,6 +105,9 @@ def write_kernel(
     first, second = _slice_cells(s, HIDDEN, HS, P)
     state = CHECKPOINTS + ((begin // interval) * walks + m).to(tl.int64) * PARTS * SIZE
     W1, W2, S1, S2 = _load_state(state, first, second, SIZE, MOMENTUM)
+    targets = CHECKPOINTS
+    if TARGET:
+        targets = TARGETS + h * 2 * SIZE
     gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
     if NORM == 2:
         gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
@@ -120,8 +135,9 @@ def write_kernel(
         here = m.to(tl.int64) * span + n - first_chunk
         _store_state(STATES + here * PARTS * SIZE, first, second, W1, W2, S1, S2, SIZE, MOMENTUM)
 
-        w2 = W2.to(dtype)
-        x2, slope, curvature = activate(dot(k, W1.to(dtype), PRECISION), ACTIVATION)
+        w1 = weight(W1, targets, first, TARGET).to(dtype)
+        w2 = weight(W2, targets + SIZE, second, TARGET).to(dtype)
+        x2, slope, curvature = activate(dot(k, w1, PRECISION), ACTIVATION)
         x2, slope, curvature = x2.to(dtype), slope.to(dtype), curvature.to(dtype)
         part = dot(x2, w2, PRECISION)
         turn = n - begin
@@ -151,9 +167,6 @@ def write_kernel(
         g_end = tl.load(ENDS + cell * 2 * C + i)
         A, F, mom = tl.load(LAST + cell * 4), tl.load(LAST + cell * 4 + 1), tl.load(LAST + cell * 4 + 2)
         W1, W2 = A * W1, A * W2
-        if TARGET:
-            W1 += (1.0 - A) * tl.load(TARGETS + h * 2 * SIZE + first)
-            W2 += (1.0 - A) * tl.load(TARGETS + h * 2 * SIZE + SIZE + second)
         if MOMENTUM:
             e_end = tl.load(ENDS + cell * 2 * C + C + i)
             W1 += F * S1
@@ -170,13 +183,13 @@ def write_kernel(
 
 @triton.jit(do_not_specialize=["walks"])
 def write_backward_kernel(
-    K, V, ENDS, LAST, STATES, STEPS, HIDDENS, ZH, NORMS, GAMMA, BETA, RESETS, OPEN,
+    K, V, ENDS, LAST, STATES, STEPS, HIDDENS, ZH, NORMS, TARGETS, GAMMA, BETA, RESETS, OPEN,
     G_STATES, G_U1, G_X2, G_U2, CARRIED, AFTER, G_Z1, G_STEPS, G_ANCHOR, G_START,
     EXCHANGE, ARRIVALS, TICKET,
     kb, kt, kh, vb, vt, vh, walks, heads, chunks, tokens, first_chunk, span,
     scale, threshold,
     C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, HS: tl.constexpr,
-    NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr,
+    NORM: tl.constexpr, LOSS: tl.constexpr, MOMENTUM: tl.constexpr, TARGET: tl.constexpr,
     HAS_RESETS: tl.constexpr, HAS_OPEN: tl.constexpr, READS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reverse of `write_kernel` on the chunks first_chunk .. first_chunk + span - 1, last one first: what the
@@ -203,6 +216,9 @@ def write_backward_kernel(
     kind = walks.to(tl.int64) * span * C * HIDDEN
     carried = CARRIED + m.to(tl.int64) * PARTS * SIZE
     dW1, dW2, dS1, dS2 = _load_state(carried, first, second, SIZE, MOMENTUM)
+    targets = CARRIED
+    if TARGET:
+        targets = TARGETS + h * 2 * SIZE
     gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
     if NORM == 2:
         gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
@@ -225,6 +241,7 @@ def write_backward_kernel(
         x2, slope = tl.load(hidden), tl.load(hidden + kind)
         u2 = tl.load(STEPS + here * C * P + narrow)
         w2 = tl.load(STATES + here * PARTS * SIZE + SIZE + second)
+        w2 = weight(w2, targets + SIZE, second, TARGET).to(dtype)
         _store_state(AFTER + here * PARTS * SIZE, first, second, dW1, dW2, dS1, dS2, SIZE, MOMENTUM)
 
         # The steps, as the state takes them and as the reads see them.
@@ -356,6 +373,9 @@ def write_gradients_kernel(
     if MOMENTUM:
         e_end = tl.load(ENDS + cell * 2 * C + C + i)
     u2 = tl.load(STEPS + here * C * P + narrow)
+    targets = NORMS
+    if TARGET:
+        targets = TARGETS + h * 2 * SIZE
     g_g, g_s = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     g_A, g_F, g_m = 0.0, 0.0, 0.0
     for low in range(0, HIDDEN, HS):
@@ -365,18 +385,13 @@ def write_gradients_kernel(
         states, after = STATES + here * PARTS * SIZE, AFTER + here * PARTS * SIZE
         w1, w2 = tl.load(states + first), tl.load(states + SIZE + second)
         x2, u1 = tl.load(HIDDENS + wide).to(tl.float32), tl.load(HIDDENS + wide + 2 * kind)
-        g_k += dot(tl.load(G_Z1 + wide), tl.trans(w1), PRECISION)
+        full = weight(w1, targets, first, TARGET).to(u1.dtype)
+        g_k += dot(tl.load(G_Z1 + wide), tl.trans(full), PRECISION)
         dw1, dw2 = tl.load(after + first), tl.load(after + SIZE + second)
         along = dot(u1, tl.trans(dw1), PRECISION)
         g_g += tl.sum(k * along, 1) + tl.sum(x2 * dot(u2, tl.trans(dw2), PRECISION), 1)
         g_k += along * g_end[:, None]
-        if TARGET:
-            targets = TARGETS + h * 2 * SIZE
-            g_A += tl.sum(dw1.to(tl.float32) * (w1.to(tl.float32) - tl.load(targets + first)))
-            g_A += tl.sum(dw2.to(tl.float32) * (w2.to(tl.float32) - tl.load(targets + SIZE + second)))
-        else:
-            g_A += tl.sum(dw1.to(tl.float32) * w1.to(tl.float32))
-            g_A += tl.sum(dw2.to(tl.float32) * w2.to(tl.float32))
+        g_A += tl.sum(dw1.to(tl.float32) * w1.to(tl.float32)) + tl.sum(dw2.to(tl.float32) * w2.to(tl.float32))
         if MOMENTUM:
             s1, s2 = tl.load(states + 2 * SIZE + first), tl.load(states + 3 * SIZE + second)
             s1, s2 = s1.to(tl.float32), s2.to(tl.float32)

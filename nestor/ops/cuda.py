@@ -1,0 +1,152 @@
+"""CUDA kernels, compiled by NVRTC on first use and kept in the user's cache folder.
+
+NVRTC and the driver are reached through cuda-bindings, which comes with PyTorch's CUDA builds. A kernel's
+arguments are pointers, then 64-bit integers, 32-bit integers and floats.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.files import atomic_write
+from nestor.ops.compilation import CompilationError, cache_folder
+
+logger = logging.getLogger(__name__)
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why CUDA kernels with clusters cannot run on this device; None: they can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"CUDA kernels run on NVIDIA GPUs, not on {device.type}"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "they need a GPU of compute capability 9.0 or later"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "they need cuda-bindings (pip install cuda-bindings)"
+    return None
+
+
+def architecture(device: int) -> str:
+    """What to compile for; on Hopper with the instructions that only it has."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
+class CudaKernel:
+    """A kernel on one device."""
+
+    def __init__(self, function: Any, threads: int, shared: int) -> None:
+        from cuda.bindings import driver
+
+        self._function, self._threads, self._shared, self._driver = function, threads, shared, driver
+        kinds = driver.CUfunction_attribute
+        size = kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        # All the room there is: as many blocks to a multiprocessor as fit.
+        room = kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        for kind, value in ((size, shared), (room, 100)):
+            _check(driver.cuFuncSetAttribute(function, kind, value))
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        tensors: Sequence[Tensor | None],
+        longs: Sequence[int],
+        ints: Sequence[int],
+        floats: Sequence[float],
+    ) -> None:
+        """Queue the kernel on PyTorch's current stream. None is a null pointer."""
+        values: list[Any] = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+        values += [ctypes.c_int64(x) for x in longs]
+        values += [ctypes.c_int32(x) for x in ints]
+        values += [ctypes.c_float(x) for x in floats]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+        grid = (*grid, 1, 1)[:3]
+        stream = torch.cuda.current_stream().cuda_stream
+        _check(
+            self._driver.cuLaunchKernel(
+                self._function,
+                *grid,
+                *(self._threads, 1, 1),
+                self._shared,
+                stream,
+                ctypes.addressof(addresses),
+                0,
+            )
+        )
+
+
+@functools.cache
+def load_kernel(
+    sources: tuple[Path, ...],
+    name: str,
+    definitions: tuple[tuple[str, int], ...],
+    threads: int,
+    shared: int,
+    device: int,
+) -> CudaKernel:
+    """The kernel `name` of the sources, one after another, with the definitions before them.
+
+    Args:
+        threads: of a block. shared: bytes of dynamic shared memory of a block.
+        device: index of the CUDA device.
+
+    Raises:
+        CompilationError: NVRTC refuses it.
+    """
+    from cuda.bindings import driver
+
+    code = "".join(f"#define {key} {value}\n" for key, value in definitions)
+    code += "".join(source.read_text() for source in sources)
+    image = _image(code, name, architecture(device))
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()
+        module = _check(driver.cuModuleLoadData(image))
+        return CudaKernel(_check(driver.cuModuleGetFunction(module, name.encode())), threads, shared)
+
+
+def _image(code: str, name: str, target: str) -> bytes:
+    """The compiled kernel, from the cache folder if it has been compiled before."""
+    from cuda.bindings import nvrtc
+
+    version = _check(nvrtc.nvrtcVersion())
+    key = "\0".join((code, target, str(version))).encode()
+    kept = cache_folder() / f"{name}-{hashlib.sha256(key).hexdigest()[:20]}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    logger.info("compiling %s for %s", name, target)
+    image = _compile(code, name, target)
+    with atomic_write(kept) as made:
+        made.write_bytes(image)
+    return image
+
+
+def _compile(code: str, name: str, target: str) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _check(nvrtc.nvrtcCreateProgram(code.encode(), f"{name}.cu".encode(), 0, [], []))
+    options = [f"--gpu-architecture={target}".encode(), b"--device-as-default-execution-space"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytes(_check(nvrtc.nvrtcGetProgramLogSize(program)))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise CompilationError(f"NVRTC fails on {name}: {log.decode(errors='replace').strip(chr(0))}")
+    image = bytes(_check(nvrtc.nvrtcGetCUBINSize(program)))
+    _check(nvrtc.nvrtcGetCUBIN(program, image))
+    return image
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """What a call of cuda-bindings returns beside its status."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"CUDA: {status!r}")
+    if len(values) == 1:
+        return values[0]
+    return tuple(values)
