@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nestor.ops.neural_memory.kernels.decode import READS, memory_decode
+from nestor.ops.neural_memory.kernels.linear_decode import linear_memory_decode
+from nestor.ops.neural_memory.kernels.linear_walk import linear_memory_walk
 from nestor.ops.neural_memory.kernels.primitives import ACTIVATIONS, LOSSES, NORMS
 from nestor.ops.neural_memory.kernels.walk import memory_walk
 from nestor.ops.neural_memory.layout import chunk_grid
@@ -36,12 +38,14 @@ def obstacle(spec: MemorySpec, initial: Sequence[Tensor] | None, dtype: torch.dt
             return f"the kernels do not cover {name} = {value!r}"
     if initial is None:
         return None
-    if len(initial) != 2:
-        return f"the kernels cover memories of two layers, not of {len(initial)}"
+    if len(initial) > 2:
+        return f"the kernels cover memories of one and two layers, not of {len(initial)}"
     width, hidden = initial[0].shape[-2:]
     if width not in WIDTHS:
         return f"the kernels do not cover heads of width {width}; it must be one of {WIDTHS}"
-    if hidden % 32 and hidden != 16:
+    if len(initial) == 1 and dtype == torch.float32 and (width, spec.chunk_size) == (128, 128):
+        return "the kernels of one layer do not cover chunks of 128 with heads of width 128 in float32"
+    if len(initial) == 2 and hidden % 32 and hidden != 16:
         return f"the kernels do not cover a hidden width of {hidden}; it must be a multiple of 32"
     return None
 
@@ -53,8 +57,8 @@ def neural_memory_kernels(
     mask: Tensor | None, resets: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """`neural_memory` for sequences that stand at a chunk's start: q, k, v bfloat16 or float32."""
-    batch, length, heads, width = q.shape
-    hidden, chunk = initial[0].shape[-1], spec.chunk_size
+    batch, length, heads, _ = q.shape
+    depth, hidden, chunk = len(initial), initial[0].shape[-1], spec.chunk_size
     begin = start or MemoryState.fresh(tuple(initial), 1, eta is not None)
     opening = state or begin
     ragged = mask is not None or resets is not None
@@ -101,30 +105,37 @@ def neural_memory_kernels(
     first = pack(begin, 1).contiguous() if row_resets is not None else None
     inputs = (*tokens, packed, targets, first, gamma, beta)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, final, anchor, *_ = memory_walk(
-        *inputs, valid, row_resets, opened, chunk, hidden, ACTIVATIONS.index(spec.activation),
+    choices = (
         NORMS.index(spec.norm), LOSSES.index(spec.inner_loss), spec.read_mode == "inclusive",
         spec.norm_eps, spec.loss_scale, spec.loss_threshold, keep,
     )  # fmt: skip
+    if depth == 1:
+        y, final, anchor, *_ = linear_memory_walk(*inputs, valid, row_resets, opened, chunk, *choices)
+    else:
+        y, final, anchor, *_ = memory_walk(
+            *inputs, valid, row_resets, opened, chunk, hidden, ACTIVATIONS.index(spec.activation), *choices
+        )
     if grid is not None:
         y = grid.scatter(y.unflatten(1, (grid.rows, chunk))[:, :, : grid.width], length)
 
     def unpack(part: Tensor) -> tuple[Tensor, ...]:
-        parts = part.view(batch, heads, 2, -1)
-        return (
-            parts[:, :, 0].unflatten(-1, (width, hidden)),
-            parts[:, :, 1].unflatten(-1, (hidden, width)),
-        )
+        layers = part.view(batch, heads, depth, -1).unbind(2)
+        return tuple(x.unflatten(-1, w.shape[-2:]) for x, w in zip(layers, initial, strict=True))
 
-    weights = unpack(final[:, :2])
-    momentum = unpack(final[:, 2:]) if eta is not None else ()
+    weights = unpack(final[:, :depth])
+    momentum = unpack(final[:, depth:]) if eta is not None else ()
+    silent = None if mask is None else (~mask.any(1))[:, None, None, None]
+    if silent is not None:
+        # The way over W - M rounds; a sequence without a token keeps every bit.
+        weights = tuple(
+            torch.where(silent, b.float(), w) for b, w in zip(opening.weights, weights, strict=True)
+        )
     anchors = weights
     if opened is not None:
         # Where the call ends inside a chunk, its anchor is what the chunk began with.
         inside = (opened >= 0)[:, None, None, None]
         held = unpack(anchor)
         before = opening.anchor
-        silent = None if mask is None else (~mask.any(1))[:, None, None, None]
         anchors = tuple(
             torch.where(inside, a, w) if silent is None else
             torch.where(silent, b.float(), torch.where(inside, a, w))
@@ -144,16 +155,23 @@ def decode_token(
         return None if x is None else x.float().contiguous()
 
     has_target = spec.decay == "initial" and alpha is not None
-    targets = [floats(w) for w in initial] if has_target else [None, None]
-    momentum = [floats(x) for x in state.momentum] if eta is not None else [None, None]
+    depth = len(initial)
+    targets = [floats(w) for w in initial] if has_target else [None] * depth
+    momentum = [floats(x) for x in state.momentum] if eta is not None else [None] * depth
     weights, anchor = ([x.float().contiguous() for x in part] for part in (state.weights, state.anchor))
-    y, *parts = memory_decode(
+    inputs = (
         q.contiguous(), k.contiguous(), v.contiguous(),
         theta.float().contiguous(), floats(eta), floats(alpha),
-        state.phase, *weights, *momentum, *anchor, *targets, floats(gamma), floats(beta),
-        spec.chunk_size, ACTIVATIONS.index(spec.activation), NORMS.index(spec.norm),
-        LOSSES.index(spec.inner_loss), READS.index(spec.read_mode),
+        state.phase, *weights, *momentum, *anchor, *targets, floats(gamma), floats(beta), spec.chunk_size,
+    )  # fmt: skip
+    choices = (
+        NORMS.index(spec.norm), LOSSES.index(spec.inner_loss), READS.index(spec.read_mode),
         spec.norm_eps, spec.loss_scale, spec.loss_threshold,
     )  # fmt: skip
+    if depth == 1:
+        y, *parts = linear_memory_decode(*inputs, *choices)
+    else:
+        y, *parts = memory_decode(*inputs, ACTIVATIONS.index(spec.activation), *choices)
     phase = (state.phase + 1) % spec.chunk_size
-    return y, MemoryState(tuple(parts[:2]), tuple(parts[4:]), tuple(parts[2:4]), phase)
+    new_weights, new_anchor, new_momentum = parts[:depth], parts[depth : 2 * depth], parts[2 * depth :]
+    return y, MemoryState(tuple(new_weights), tuple(new_momentum), tuple(new_anchor), phase)
