@@ -33,7 +33,8 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-def architecture(device: int) -> str:
+@functools.cache
+def architecture(device: torch.device) -> str:
     """What to compile for; on Hopper with the instructions that only it has."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
@@ -89,13 +90,12 @@ def load_kernel(
     definitions: tuple[tuple[str, int], ...],
     threads: int,
     shared: int,
-    device: int,
+    device: torch.device,
 ) -> CudaKernel:
     """The kernel `name` of the sources, one after another, with the definitions before them.
 
     Args:
         threads: of a block. shared: bytes of dynamic shared memory of a block.
-        device: index of the CUDA device.
 
     Raises:
         CompilationError: NVRTC refuses it.

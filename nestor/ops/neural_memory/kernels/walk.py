@@ -9,15 +9,18 @@ Fast weights are packed: ``[M, Q, P HIDDEN]`` for M = sequences x heads and the 
 (without momentum W1, W2). ``[H, ...]`` is shared by the sequences.
 """
 
+import functools
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from nestor.ops.neural_memory.kernels import tiled
 from nestor.ops.neural_memory.kernels.coefficients import coefficients_backward_kernel, coefficients_kernel
 from nestor.ops.neural_memory.kernels.read import read_backward_kernel, read_kernel
 from nestor.ops.neural_memory.kernels.write import (
+    target_gradients_kernel,
     write_backward_kernel,
     write_gradients_kernel,
     write_kernel,
@@ -26,8 +29,15 @@ from nestor.ops.neural_memory.kernels.write import (
 INTERVAL = 8
 # Hidden width of one program of a walk, of one turn of a read, and of one turn of the other kernels.
 SLICES = {"write": 64, "read": 64, "chunk": 64}
-# Warps of each kernel's programs.
-WARPS = {"write": 8, "read": 4, "read_backward": 8, "write_backward": 8, "write_gradients": 8}
+# Each kernel, the warps of its programs, and the name of its slices.
+KERNELS: dict[str, tuple[Any, int, str]] = {
+    "write": (write_kernel, 8, "write"),
+    "read": (read_kernel, 4, "read"),
+    "read_backward": (read_backward_kernel, 8, "chunk"),
+    "write_backward": (write_backward_kernel, 8, "write"),
+    "write_gradients": (write_gradients_kernel, 8, "chunk"),
+}
+TARGET_BLOCK = 1024
 # Chunks of one head that a span holds, over all sequences and heads.
 FORWARD_SPAN = 4096
 BACKWARD_SPAN = 1024
@@ -68,21 +78,17 @@ class _Walk:
         self.loss = {"LOSS": loss, "HAS_RESETS": resets is not None, "HAS_OPEN": opened is not None}
         self.gates = {"C": chunk, "MOMENTUM": self.momentum, "FORGET": alpha is not None}
         self.gates["MASKED"] = valid is not None
-        self.slice = min(SLICES["write"], hidden)
-        self.read_slice, self.chunk_slice = min(SLICES["read"], hidden), min(SLICES["chunk"], hidden)
-        if q.dtype == torch.float32:
-            self.slice, self.read_slice, self.chunk_slice = (
-                min(x, 32) for x in (self.slice, self.read_slice, self.chunk_slice)
-            )
-        elif self.width > 64:
-            self.slice = min(self.slice, 32)
-        self.tiled = tiled.covers(q.device, q.dtype, chunk, self.width, hidden)
+        self.tiled = tiled.covers(q.device, q.dtype, chunk, self.width, hidden, dual)
         if self.tiled:
-            self.slice = tiled.TILE
             self.q, self.k, self.v = (tiled.aligned(x) for x in (q, k, v))
-        # Targets as operands.
-        self.rounded = targets if targets is None or not self.tiled else targets.to(q.dtype)
-        self.split = hidden // self.slice
+        # Targets as the kernels want them.
+        self.operands = tiled.targets_as_tiles(targets) if self.tiled and targets is not None else targets
+        self.slices = {name: min(width, hidden) for name, width in SLICES.items()}
+        if q.dtype == torch.float32:
+            self.slices = {name: min(width, 32) for name, width in self.slices.items()}
+        elif self.width > 64:
+            self.slices["write"] = min(self.slices["write"], 32)
+        self.split = hidden // (tiled.TILE if self.tiled else self.slices["write"])
         self.start = None if start is None else self.moved(start, -1)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -117,6 +123,25 @@ class _Walk:
         )  # fmt: skip
         return rows, ends, last, G, E
 
+    def launch(
+        self, name: str, grid: tuple[int, ...], tensors: tuple[Any, ...], of: tuple[Tensor, ...],
+        sizes: tuple[int, ...], numbers: tuple[float, ...] = (), **choices: Any,
+    ) -> None:  # fmt: skip
+        """Queue a kernel, in CUDA or Triton: tensors, strides of some, sizes, numbers, compile-time choices."""
+        strides = tuple(stride for x in of for stride in _strides(x))
+        choices = {key: self.network[key] for key in ("NORM", "MOMENTUM", "TARGET")} | choices
+        if self.tiled:
+            choices |= {"SPLIT": self.split, "ACTIVATION": self.network["ACTIVATION"]}
+            tiled.launch(name, grid, choices, tensors, strides, sizes, numbers, self.q.device)
+            return
+        kernel, warps, width = KERNELS[name]
+        if name in tiled.WALKS:
+            tensors += self.meeting(grid[0] // self.split)
+        kernel[grid](
+            *tensors, *strides, *sizes, *numbers, **self.shape, HS=self.slices[width], **choices,
+            num_warps=warps, num_stages=1,
+        )  # fmt: skip
+
     def write(
         self, checkpoints: Tensor, ends: Tensor, last: Tensor, anchor: Tensor | None,
         first: int, span: int, rows: int, save: bool,
@@ -129,22 +154,13 @@ class _Walk:
             hidden, zh = self.new(4, m, span, c, self.hidden), self.new(m, span, c, p)
             norm = self.floats(m, span, 2, c)
         pieces = -(-min(span, self.chunks - first) // rows)
-        tensors = (
-            self.k, self.v, ends, last, checkpoints, states, steps, hidden, zh, norm,
-            self.rounded, self.gamma, self.beta, self.start, self.resets, self.opened, anchor,
-        )  # fmt: skip
-        strides = (*_strides(self.k), *_strides(self.v))
-        sizes = (m, self.heads, self.chunks, self.tokens, first, span, INTERVAL, rows)
-        choices = {**self.network, **self.loss, "HAS_OPEN": self.opened is not None and save, "SAVE": save}
-        if self.tiled:
-            tiled.launch(
-                "write", (m * pieces * self.split,), 14 if self.momentum else 10,
-                {**choices, "SPLIT": self.split}, tensors, strides, sizes, self.numbers, self.q.device,
-            )  # fmt: skip
-            return states, steps, hidden, zh, norm
-        write_kernel[(m * pieces * self.split,)](
-            *tensors, *self.meeting(m * pieces), *strides, *sizes, *self.numbers,
-            **self.shape, HS=self.slice, **choices, num_warps=WARPS["write"], num_stages=1,
+        self.launch(
+            "write", (m * pieces * self.split,),
+            (self.k, self.v, ends, last, checkpoints, states, steps, hidden, zh, norm, self.operands,
+             self.gamma, self.beta, self.start, self.resets, self.opened, anchor),
+            (self.k, self.v), (m, self.heads, self.chunks, self.tokens, first, span, INTERVAL, rows),
+            self.numbers, ACTIVATION=self.network["ACTIVATION"],
+            **{**self.loss, "HAS_OPEN": self.opened is not None and save}, SAVE=save,
         )  # fmt: skip
         return states, steps, hidden, zh, norm
 
@@ -160,43 +176,15 @@ class _Walk:
         span = _span(FORWARD_SPAN, m, n)
         for first in range(0, n, span):
             states, steps, *_ = self.write(checkpoints, ends, last, anchor, first, span, span, True)
-            read_kernel[(min(span, n - first), m)](
-                self.q, self.k, rows, G, states, steps, self.targets, self.gamma, self.beta, y, z, r,
-                *_strides(self.q), *_strides(self.k), *_strides(y), m, self.heads, n, self.tokens,
-                first, span, self.numbers[0], **self.shape, HS=self.read_slice,
-                **self.network, DUAL=self.dual, KEEP=keep, num_warps=WARPS["read"], num_stages=1,
+            self.launch(
+                "read", (min(span, n - first), m),
+                (self.q, self.k, rows, G, states, steps, self.operands, self.gamma, self.beta, y, z, r),
+                (self.q, self.k, y), (m, self.heads, n, self.tokens, first, span), self.numbers[:1],
+                ACTIVATION=self.network["ACTIVATION"], DUAL=self.dual, KEEP=keep,
             )  # fmt: skip
         if self.opened is not None:
             anchor = self.moved(anchor, 1)
         return y, self.moved(checkpoints[-1], 1), anchor, checkpoints, z, r
-
-    def write_backward(
-        self, ends: Tensor, last: Tensor, states: Tensor, steps: Tensor, hidden: Tensor, zh: Tensor,
-        norm: Tensor, g_states: Tensor, g_u1: Tensor, g_x2: Tensor, g_u2: Tensor, carried: Tensor,
-        after: Tensor, g_z1: Tensor, g_steps: Tensor, g_anchor: Tensor, g_start: Tensor,
-        first: int, span: int,
-    ) -> None:  # fmt: skip
-        """The serial part of the gradient in a span; fills after, g_z1, g_steps, moves carried."""
-        tensors = (
-            self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.rounded, self.gamma, self.beta,
-            self.resets, self.opened, g_states, g_u1, g_x2, g_u2, carried, after, g_z1, g_steps, g_anchor,
-            g_start,
-        )  # fmt: skip
-        strides = (*_strides(self.k), *_strides(self.v))
-        sizes = (self.walks, self.heads, self.chunks, self.tokens, first, span)
-        choices = {key: self.network[key] for key in ("NORM", "MOMENTUM", "TARGET")}
-        choices |= {**self.loss, "READS": self.dual}
-        if self.tiled:
-            tiled.launch(
-                "write_backward", (self.walks * self.split,), 14 if self.momentum else 12,
-                {**choices, "ACTIVATION": self.network["ACTIVATION"], "SPLIT": self.split},
-                tensors, strides, sizes, self.numbers[1:], self.q.device,
-            )  # fmt: skip
-            return
-        write_backward_kernel[(self.walks * self.split,)](
-            *tensors, *self.meeting(self.walks), *strides, *sizes, *self.numbers[1:], **self.shape,
-            HS=self.slice, **choices, num_warps=WARPS["write_backward"], num_stages=1,
-        )  # fmt: skip
 
     def backward(
         self, checkpoints: Tensor, z: Tensor, r: Tensor, g_y: Tensor, g_final: Tensor, g_anchor: Tensor
@@ -211,14 +199,14 @@ class _Walk:
         carried = g_final.clone()
         g_y = tiled.aligned(g_y) if self.tiled else g_y
         has_targets, has_norm = self.targets is not None, self.gamma is not None
-        g_targets = (
-            torch.zeros(m, 2 * size, dtype=torch.float32, device=g_y.device) if has_targets else nothing
-        )
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=g_y.device)
+        g_targets = zeros(2, m, 2 * size) if has_targets else nothing
         g_start = torch.zeros_like(g_final) if self.resets is not None else nothing
-        g_norm = torch.zeros(m, 2, p, dtype=torch.float32, device=g_y.device)
+        g_norm = zeros(m, 2, p)
         span = _span(BACKWARD_SPAN, m, n)
         for first in reversed(range(0, n, span)):
             here = min(span, n - first)
+            sizes = (m, heads, n, self.tokens, first, span)
             states, steps, hidden, zh, norm = self.write(
                 checkpoints, ends, last, None, first, span, INTERVAL, False
             )
@@ -228,50 +216,36 @@ class _Walk:
             if self.dual:
                 g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
                 g_u2, g_G = self.new(m, span, c, p), self.floats(m, span, c, c)
-            read_k, g_rows, g_norms = (
-                self.new(m, span, c, p),
-                self.floats(m, span, 2, c),
-                self.floats(m, span, 2, p),
-            )
-            tensors = (
-                self.q, self.k, rows, G, states, steps, hidden, self.rounded, self.gamma, z, r, g_y,
-                g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms,
+            read_k, g_rows = self.new(m, span, c, p), self.floats(m, span, 2, c)
+            g_norms = self.floats(m, span, 2, p)
+            self.launch(
+                "read_backward", (here, m),
+                (self.q, self.k, rows, G, states, steps, hidden, self.operands, self.gamma, z, r, g_y,
+                 g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms),
+                (self.q, self.k, g_y, g_q), sizes, ACTIVATION=self.network["ACTIVATION"], DUAL=self.dual,
             )  # fmt: skip
-            strides = (*_strides(self.q), *_strides(self.k), *_strides(g_y), *_strides(g_q))
-            sizes = (m, heads, n, self.tokens, first, span)
-            if self.tiled and self.dual:
-                tiled.launch(
-                    "read_backward", (here, m), 20 + 4 * self.momentum + 4 * has_targets,
-                    {**self.network, "SPLIT": self.split}, tensors, strides, sizes, (), self.q.device,
-                )  # fmt: skip
-            else:
-                read_backward_kernel[(here, m)](
-                    *tensors, *strides, *sizes, **self.shape, HS=self.chunk_slice, **self.network,
-                    DUAL=self.dual, num_warps=WARPS["read_backward"], num_stages=1,
-                )  # fmt: skip
             g_z1, g_steps = self.new(m, span, c, self.hidden), self.floats(m, span, c, p)
-            choices: dict[str, Any] = {key: self.network[key] for key in ("NORM", "MOMENTUM", "TARGET")}
-            choices |= {"READS": self.dual, "LOSS": self.loss["LOSS"], **self.shape}
-            self.write_backward(
-                ends, last, states, steps, hidden, zh, norm, g_states, g_u1, g_x2, g_u2,
-                carried, after, g_z1, g_steps, g_anchor, g_start, first, span,
+            self.launch(
+                "write_backward", (m * self.split,),
+                (self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.operands,
+                 self.gamma, self.beta, self.resets, self.opened, g_states, g_u1, g_x2, g_u2,
+                 carried, after, g_z1, g_steps, g_anchor, g_start),
+                (self.k, self.v), sizes, self.numbers[1:], **self.loss, READS=self.dual,
             )  # fmt: skip
             g_ends, g_last = self.floats(m, span, 2, c), self.floats(m, span, 4)
-            write_gradients_kernel[(here, m)](
-                self.k, self.v, ends, states, steps, hidden, zh, norm, self.targets, self.gamma, self.beta,
-                after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms,
-                *_strides(self.k), *_strides(self.v), *_strides(g_k), m, heads, n, self.tokens, first, span,
-                *self.numbers[1:], **choices, HS=self.chunk_slice,
-                num_warps=WARPS["write_gradients"], num_stages=1,
+            self.launch(
+                "write_gradients", (here, m),
+                (self.k, self.v, ends, states, steps, hidden, zh, norm, self.operands, self.gamma, self.beta,
+                 after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms),
+                (self.k, self.v, g_k), sizes, self.numbers[1:], LOSS=self.loss["LOSS"], READS=self.dual,
             )  # fmt: skip
             if has_norm:
                 g_norm += g_norms[:, :here].sum(1)
             if has_targets:
-                # W' = A W + (1 - A) M + ..., and the reads' own.
-                lost = (1.0 - last[:, first : first + here, :1]).to(after.dtype)
-                g_targets += torch.bmm(lost.mT, after[:, :here, :2].flatten(2)).squeeze(1)
-                if self.dual:
-                    g_targets += g_targets_here[:, :here].sum(1, dtype=torch.float32)
+                target_gradients_kernel[(triton.cdiv(2 * size, TARGET_BLOCK), m)](
+                    last, after, g_targets_here, g_targets, m, n, first, here, span, 2 * size, parts * size,
+                    BLOCK=TARGET_BLOCK, READS=self.dual,
+                )  # fmt: skip
             coefficients_backward_kernel[(here, m)](
                 self.theta, self.eta, self.alpha, self.valid, rows, G, E, g_rows, g_ends, g_last, g_G,
                 *g_gates, *_strides(self.theta), *_strides(g_gates[0]), heads, n, first, span, self.tokens,
@@ -282,7 +256,9 @@ class _Walk:
             total = g_norm.view(self.batch, heads, 2, p).sum(0)
             g_shared = [total[:, 0].clone(), total[:, 1].clone()]
         if has_targets:
-            g_targets = g_targets.view(self.batch, heads, 2, size).sum(0)
+            parts_of = g_targets.view(2, self.batch, heads, 2 * size).sum(1)
+            whole = tiled.targets_from_tiles(*parts_of) if self.tiled else parts_of.sum(0)
+            g_targets = whole.unflatten(1, (2, size))
         if self.resets is not None:
             g_start = g_start.view(self.batch, heads, parts, size).sum(0)
         return (g_q, g_k, g_v, *g_gates, carried, g_targets, g_start, *g_shared)

@@ -407,3 +407,29 @@ def write_gradients_kernel(
     tl.store(G_LAST + here * 4, g_A)
     tl.store(G_LAST + here * 4 + 1, g_F)
     tl.store(G_LAST + here * 4 + 2, g_m)
+
+
+@triton.jit
+def target_gradients_kernel(
+    LAST, AFTER, READS_AT, G_TARGETS, walks, chunks, first_chunk, here, span, size, state_size,
+    BLOCK: tl.constexpr, READS: tl.constexpr,
+):  # fmt: skip
+    """Add the gradient of the targets, from `here` chunks, to G_TARGETS, float32 ``[2, M, size]``.
+
+    W' = A W + (1 - A) M + ..: (1 - A) of the gradient of the state after each chunk, the first `size` of its
+    `state_size` numbers; and with READS the reads' own, ``[M, span, size]``, apart, for their order may differ.
+    """
+    m = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    out = G_TARGETS + m * size + place
+    total = tl.load(out, mask=inside)
+    by_reads = tl.load(out + walks * size, mask=inside)
+    for at in range(here):
+        lost = 1.0 - tl.load(LAST + (m * chunks + first_chunk + at) * 4)
+        after = tl.load(AFTER + (m * span + at) * state_size + place, mask=inside)
+        total += lost * after.to(tl.float32)
+        if READS:
+            by_reads += tl.load(READS_AT + (m * span + at) * size + place, mask=inside).to(tl.float32)
+    tl.store(out, total, mask=inside)
+    tl.store(out + walks * size, by_reads, mask=inside)

@@ -1,9 +1,11 @@
-"""The kernels that most memories run on, again in CUDA: chunks of 64 tokens, heads of width 64, bfloat16.
+"""The kernels that most memories run on, again in CUDA: chunks of 64 tokens, heads of 64, bfloat16, inclusive reads.
 
-Triton cannot keep the state of a walk in shared memory from chunk to chunk, nor let the programs of a walk meet
-in it. The functions here take the places of the launches in `walk.py`, on the same tensors.
+Triton cannot keep the state of a walk in registers and shared memory as these do, nor let the programs of a walk
+trade sums through shared memory. They take the places of Triton's kernels in `walk.py`, on the same tensors; what
+only kernels read lies in the order in which they want it (see tiles.cuh).
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,30 @@ from torch import Tensor
 from nestor.ops import cuda
 
 TILE = 64
+#: Slices of 64 of the hidden width; each is a program of a walk.
 SPLITS = (1, 2, 4)
 THREADS = 256
-# Bytes of a program's shared memory besides its tiles: the norm's parameters, two barriers.
-SMALL = 2 * TILE * 4 + 2 * 8
+# Bytes of a program's shared memory besides its tiles: the norm's parameters and barriers.
+SMALL = 2 * TILE * 4 + 4 * 8
 FOLDER = Path(__file__).parent
+# Tiles of 64 x 64 bfloat16 numbers in a program's shared memory: always, with targets, with momentum.
+TILES = {
+    "write": (9, 2, 3),
+    "read": (11, 4, 4),
+    "read_backward": (20, 4, 4),
+    "write_backward": (10, 1, 2),
+    "write_gradients": (8, 1, 4),
+}
+WALKS = ("write", "write_backward")
 #: False: all kernels are Triton's.
 ENABLED = True
 
 
-def covers(device: torch.device, dtype: torch.dtype, chunk: int, width: int, hidden: int) -> bool:
+def covers(device: torch.device, dtype: torch.dtype, chunk: int, width: int, hidden: int, dual: bool) -> bool:
     """Whether these kernels compute such a memory here."""
     return (
         ENABLED
+        and dual
         and dtype == torch.bfloat16
         and chunk == width == TILE
         and hidden % TILE == 0
@@ -42,24 +55,62 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def launch(
-    name: str, blocks: tuple[int, ...], tiles: int, definitions: dict[str, Any],
-    tensors: Sequence[Tensor | None], longs: Sequence[int], ints: Sequence[int], floats: Sequence[float],
-    device: torch.device,
+    name: str, grid: tuple[int, ...], choices: dict[str, Any], tensors: Sequence[Tensor | None],
+    strides: Sequence[int], sizes: Sequence[int], numbers: Sequence[float], device: torch.device,
 ) -> None:  # fmt: skip
     """Queue the kernel `name` of the file of that name.
 
     Args:
-        tiles: of 64 x 64 bfloat16 numbers, in shared memory, besides SMALL bytes.
-        definitions: compile-time choices; booleans as 0 and 1.
+        choices: compile-time definitions; booleans as 0 and 1.
     """
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    definitions = {**definitions, "WGMMA": cuda.architecture(index) == "sm_90a"}
+    always, targets, momentum = TILES[name]
+    tiles = always + targets * choices["TARGET"] + momentum * choices["MOMENTUM"]
+    choices = {**choices, "WGMMA": cuda.architecture(device) == "sm_90a"}
+    sources = ["tiles.cuh", f"{name}.cu"]
+    if name in WALKS:
+        sources.insert(1, "cluster.cuh")
+        # Where the programs of all walks have a multiprocessor each, they get all of it.
+        crowded = grid[0] > 0.75 * torch.cuda.get_device_properties(device).multi_processor_count
+        choices["BLOCKS"] = 2 if crowded else 1
     kernel = cuda.load_kernel(
-        (FOLDER / "tiles.cuh", FOLDER / f"{name}.cu"),
+        tuple(FOLDER / source for source in sources),
         f"{name}_kernel",
-        tuple((key, int(value)) for key, value in sorted(definitions.items())),
+        tuple((key, int(value)) for key, value in sorted(choices.items())),
         THREADS,
         tiles * TILE * TILE * 2 + SMALL,
-        index,
+        device,
     )
-    kernel(blocks, tensors, longs, ints, floats)
+    kernel(grid, tensors, strides, sizes, numbers)
+
+
+@functools.cache
+def _orders(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The place in memory of each number of a tile ``[64, 64]``, as a tile and as a fragment."""
+    row, column = (x.flatten() for x in torch.meshgrid(torch.arange(TILE), torch.arange(TILE), indexing="ij"))
+    tile = row * TILE + ((column // 8) ^ (row % 8)) * 8 + column % 8
+    group = column % 32 // 8
+    thread = row // 16 * 32 + column // 32 * 128 + row % 8 * 4 + column % 8 // 2
+    word = group % 2 * 2 + row % 16 // 8
+    fragment = group // 2 * THREADS * 8 + thread * 8 + word * 2 + column % 2
+    return tile.to(device), fragment.to(device)
+
+
+def targets_as_tiles(targets: Tensor) -> Tensor:
+    """``[H, 2, P HIDDEN]`` float32 as bfloat16 tiles ``[H, 2, SPLIT, P P]``."""
+    w1, w2 = targets.unbind(1)
+    slices = torch.stack(
+        (w1.unflatten(1, (TILE, -1, TILE)).transpose(1, 2).flatten(2), w2.unflatten(1, (-1, TILE * TILE))), 1
+    )
+    made = torch.empty_like(slices, dtype=torch.bfloat16)
+    made[..., _orders(targets.device)[0]] = slices.to(torch.bfloat16)
+    return made
+
+
+def targets_from_tiles(tiles: Tensor, fragments: Tensor) -> Tensor:
+    """The sum of two ``[M, 2 P HIDDEN]``, one as tiles and one as fragments, in the order of `targets_as_tiles`'s
+    argument."""
+    by_tile, by_fragment = _orders(tiles.device)
+    shape = (2, -1, TILE * TILE)
+    total = tiles.unflatten(1, shape)[..., by_tile] + fragments.unflatten(1, shape)[..., by_fragment]
+    w1 = total[:, 0].unflatten(2, (TILE, TILE)).transpose(1, 2).flatten(1)
+    return torch.cat((w1, total[:, 1].flatten(1)), 1)

@@ -1,18 +1,23 @@
 // Tiles of 64 x 64 numbers, and the products of two of them, for programs of 8 warps.
 //
-// A tile of operands lies in shared memory as bfloat16, its 16-byte pieces swizzled so that neither the matrix
-// loads nor the stores of a fragment meet in a bank. A tile of sums is a fragment: warp w has the rows
-// 16 (w % 4) .. + 16 and the columns 32 (w / 4) .. + 32, and of these thread 4 g + t of the warp has
-// f[j][0..3] = (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1) with c = 8 j + 2 t. Work on elements needs no
-// exchange then: all tiles of a program are cut alike.
+// A tile of operands lies in shared memory as bfloat16, its 16-byte pieces swizzled as the matrix units want them, and in
+// global memory in the same order ("as a tile"): copies of 8 KiB in one piece. A tile of sums is a fragment: warp w has
+// the rows 16 (w % 4) .. + 16 and the columns 32 (w / 4) .. + 32, and of these thread 4 g + t of the warp has
+// f[j][0..3] = (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1) with c = 8 j + 2 t. Work on elements needs no exchange
+// then: all tiles of a program are cut alike. What only such work reads again lies in global memory "as a fragment".
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;
 
 static const int TILE = 64;
-static const int TILE_BYTES = TILE * TILE * 2;
+static const int NUMBERS = TILE * TILE;
+static const int TILE_BYTES = NUMBERS * 2;
 static const int THREADS = 256;
+// Slices of 64 of the hidden width.
+static const int HIDDEN = SPLIT * TILE;
+static const int SIZE = TILE * HIDDEN;
+static const int PARTS = MOMENTUM ? 4 : 2;
 
 struct Fragment {
     float f[4][4];
@@ -21,6 +26,8 @@ struct Fragment {
 struct Packed {
     u32 w[4][2];
 };
+
+#define FOR_EACH _Pragma("unroll") for (int j = 0; j < 4; ++j) _Pragma("unroll") for (int r = 0; r < 4; ++r)
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_row() { return (threadIdx.x >> 5 & 3) * 16; }
@@ -52,88 +59,93 @@ __device__ __forceinline__ float at(const Packed& x, int j, int r) {
     u32 w = x.w[j][r >> 1];
     return r & 1 ? high_half(w) : low_half(w);
 }
-__device__ __forceinline__ Fragment unpacked(const Packed& x) {
-    Fragment y;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) y.f[j][r] = at(x, j, r);
-    return y;
-}
-__device__ __forceinline__ void clear(Fragment& x) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x.f[j][r] = 0.f;
-}
-
-__device__ __forceinline__ void scale_rows(Fragment& x, const float (&by)[2]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x.f[j][r] *= by[r >> 1];
-}
-__device__ __forceinline__ void add(Fragment& x, const Fragment& y) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x.f[j][r] += y.f[j][r];
-}
-__device__ __forceinline__ void add(Fragment& x, const Packed& y) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x.f[j][r] += at(y, j, r);
-}
-__device__ __forceinline__ void multiply(Fragment& x, float by) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x.f[j][r] *= by;
-}
+__device__ __forceinline__ void clear(Fragment& x) { FOR_EACH x.f[j][r] = 0.f; }
+__device__ __forceinline__ void multiply(Fragment& x, float by) { FOR_EACH x.f[j][r] *= by; }
+__device__ __forceinline__ void scale_rows(Fragment& x, const float (&by)[2]) { FOR_EACH x.f[j][r] *= by[r >> 1]; }
+__device__ __forceinline__ void add(Fragment& x, const Fragment& y) { FOR_EACH x.f[j][r] += y.f[j][r]; }
+__device__ __forceinline__ void add(Fragment& x, const Packed& y) { FOR_EACH x.f[j][r] += at(y, j, r); }
 // x = a x + b y.
 __device__ __forceinline__ void combine(Fragment& x, float a, float b, const Fragment& y) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x.f[j][r] = a * x.f[j][r] + b * y.f[j][r];
+    FOR_EACH x.f[j][r] = a * x.f[j][r] + b * y.f[j][r];
 }
-__device__ __forceinline__ Packed times(const Fragment& x, const Packed& y) {
+__device__ __forceinline__ Fragment times(const Fragment& x, const Fragment& y) {
     Fragment z;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) z.f[j][r] = x.f[j][r] * at(y, j, r);
-    return packed(z);
+    FOR_EACH z.f[j][r] = x.f[j][r] * y.f[j][r];
+    return z;
 }
+__device__ __forceinline__ Fragment times(const Fragment& x, const Packed& y) {
+    Fragment z;
+    FOR_EACH z.f[j][r] = x.f[j][r] * at(y, j, r);
+    return z;
+}
+__device__ __forceinline__ Fragment rows_scaled(const Packed& x, const float (&by)[2]) {
+    Fragment z;
+    FOR_EACH z.f[j][r] = at(x, j, r) * by[r >> 1];
+    return z;
+}
+// The sum over the thread's own columns of row g + 8 h.
+__device__ __forceinline__ float row_part(const Fragment& x, int h) {
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum += x.f[j][2 * h] + x.f[j][2 * h + 1];
+    return sum;
+}
+// The same over the columns of the thread's warp.
+__device__ __forceinline__ float warp_sum_of_four(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// --- shared memory ---
+
 // Byte of element (row, column) of a tile; columns of one piece of 8 lie together.
 __device__ __forceinline__ u32 tile_byte(int row, int column) {
     return row * 128 + (((column >> 3) ^ (row & 7)) << 4) + (column & 7) * 2;
 }
-
 __device__ __forceinline__ void store_tile(char* tile, const Packed& x) {
-    int g = own_row();
+    u32 base = shared_address(tile);
+    int i = lane_id() >> 3, row = warp_row() + (i & 1) * 8 + (lane_id() & 7);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        int c = own_column(j);
-        *(u32*)(tile + tile_byte(g, c)) = x.w[j][0];
-        *(u32*)(tile + tile_byte(g + 8, c)) = x.w[j][1];
-    }
+    for (int j = 0; j < 4; j += 2)
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                         base + tile_byte(row, warp_column() + 8 * (j + (i >> 1)))),
+                     "r"(x.w[j][0]), "r"(x.w[j][1]), "r"(x.w[j + 1][0]), "r"(x.w[j + 1][1]) : "memory");
 }
-
-// Writes to tiles by the threads, seen by the matrix units after the barrier.
+__device__ __forceinline__ Packed load_tile(const char* tile) {
+    Packed x;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) x.w[j][h] = *(const u32*)(tile + tile_byte(own_row() + 8 * h, own_column(j)));
+    return x;
+}
+// Writes to tiles by the threads, seen by the matrix and copy units after the barrier.
 __device__ __forceinline__ void tiles_ready() {
-#if WGMMA
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
     __syncthreads();
 }
+// Four columns of a row.
+__device__ __forceinline__ float4 four(uint2 w) {
+    return make_float4(low_half(w.x), high_half(w.x), low_half(w.y), high_half(w.y));
+}
+__device__ __forceinline__ float4 load_four(const char* tile, int row, int column) {
+    return four(*(const uint2*)(tile + tile_byte(row, column)));
+}
+__device__ __forceinline__ uint2 pack_four(float4 x, float by = 1.f) {
+    return make_uint2(pack(x.x * by, x.y * by), pack(x.z * by, x.w * by));
+}
+__device__ __forceinline__ void store_four(char* tile, int row, int column, float4 x, float by = 1.f) {
+    *(uint2*)(tile + tile_byte(row, column)) = pack_four(x, by);
+}
+
+// --- products ---
 
 #if WGMMA
 // The place of a tile, for the matrix units: 128-byte rows swizzled in groups of 8 rows, 1024 bytes apart.
 __device__ __forceinline__ u64 describe(const char* tile) {
     return (u64)((shared_address(tile) & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
 }
+// Products work on these registers: not to be moved meanwhile.
 __device__ __forceinline__ void settle(Fragment& x) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
@@ -151,7 +163,7 @@ __device__ __forceinline__ void matrix_step(Fragment& d, u64 a, u64 b, int add) 
         : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
 }
 // Begin sum = A B or, with ADD, sum += A B, where A is tile a or, with TA, its transpose; B likewise.
-template <bool TA, bool TB, bool ADD = true>
+template <bool TA, bool TB, bool ADD>
 __device__ __forceinline__ void begin_product(Fragment& sum, const char* a, const char* b) {
     u64 x = describe(a), y = describe(b) + (TB ? 32 * 128 : 32 * 2) / 16 * (threadIdx.x >> 7);
     settle(sum);
@@ -162,7 +174,7 @@ __device__ __forceinline__ void begin_product(Fragment& sum, const char* a, cons
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     settle(sum);
 }
-// All products that were begun are there.
+// All products that were begun are there; each fragment is to be settled before it is used.
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 #else
 template <bool TRANSPOSED>
@@ -180,7 +192,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], u
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-template <bool TA, bool TB, bool ADD = true>
+template <bool TA, bool TB, bool ADD>
 __device__ __forceinline__ void begin_product(Fragment& sum, const char* a, const char* b) {
     int lane = lane_id(), i = lane >> 3, r = lane & 7;
     u32 a0 = shared_address(a), b0 = shared_address(b);
@@ -208,98 +220,60 @@ __device__ __forceinline__ void begin_product(Fragment& sum, const char* a, cons
 __device__ __forceinline__ void end_products() {}
 __device__ __forceinline__ void settle(Fragment&) {}
 #endif
-template <bool TA, bool TB, bool ADD = false>
-__device__ __forceinline__ void product(Fragment& sum, const char* a, const char* b) {
-    begin_product<TA, TB, ADD>(sum, a, b);
-    end_products();
-    settle(sum);
-}
 
-// Four threads that share rows trade words, so that thread t has the four of group t, and back.
-__device__ __forceinline__ void turn(u32 (&w)[4]) {
-    int t = lane_id() & 3;
-    bool odd = t & 1, high = t & 2;
-    u32 x = odd ? w[0] : w[1], y = odd ? w[2] : w[3];
-    x = __shfl_xor_sync(0xffffffffu, x, 1);
-    y = __shfl_xor_sync(0xffffffffu, y, 1);
-    if (odd) { w[0] = x; w[2] = y; } else { w[1] = x; w[3] = y; }
-    x = high ? w[0] : w[2];
-    y = high ? w[1] : w[3];
-    x = __shfl_xor_sync(0xffffffffu, x, 2);
-    y = __shfl_xor_sync(0xffffffffu, y, 2);
-    if (high) { w[0] = x; w[1] = y; } else { w[2] = x; w[3] = y; }
-}
+// --- global memory ---
 
-// A fragment in global memory, rows `stride` numbers apart: 16 bytes to a thread and row.
-__device__ __forceinline__ void store_global(bf16* base, int stride, const Packed& x) {
-    int column = warp_column() + 8 * (lane_id() & 3);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        u32 w[4] = {x.w[0][h], x.w[1][h], x.w[2][h], x.w[3][h]};
-        turn(w);
-        // In so many words, or the compiler makes four stores of it.
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(base + (own_row() + 8 * h) * stride + column),
-                     "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
-    }
+// bfloat16 as a fragment.
+__device__ __forceinline__ void store_fragment(bf16* base, const Packed& x) {
+    uint4* place = (uint4*)base + threadIdx.x;
+    place[0] = make_uint4(x.w[0][0], x.w[0][1], x.w[1][0], x.w[1][1]);
+    place[THREADS] = make_uint4(x.w[2][0], x.w[2][1], x.w[3][0], x.w[3][1]);
 }
-struct Lines {
-    uint4 row[2];
-};
-__device__ __forceinline__ Lines load_lines(const bf16* base, int stride) {
-    Lines x;
-    int column = warp_column() + 8 * (lane_id() & 3);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) x.row[h] = *(const uint4*)(base + (own_row() + 8 * h) * stride + column);
+__device__ __forceinline__ Packed load_fragment(const bf16* base) {
+    const uint4* place = (const uint4*)base + threadIdx.x;
+    uint4 a = place[0], b = place[THREADS];
+    Packed x;
+    x.w[0][0] = a.x, x.w[0][1] = a.y, x.w[1][0] = a.z, x.w[1][1] = a.w;
+    x.w[2][0] = b.x, x.w[2][1] = b.y, x.w[3][0] = b.z, x.w[3][1] = b.w;
     return x;
 }
-__device__ __forceinline__ Packed from_lines(const Lines& x) {
-    Packed y;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        u32 w[4] = {x.row[h].x, x.row[h].y, x.row[h].z, x.row[h].w};
-        turn(w);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) y.w[j][h] = w[j];
-    }
-    return y;
-}
+// float32 in rows `stride` numbers apart.
 __device__ __forceinline__ void store_floats(float* base, int stride, const Fragment& x) {
-    int g = own_row();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        int c = own_column(j);
-        *(float2*)(base + g * stride + c) = make_float2(x.f[j][0], x.f[j][1]);
-        *(float2*)(base + (g + 8) * stride + c) = make_float2(x.f[j][2], x.f[j][3]);
-    }
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            *(float2*)(base + (own_row() + 8 * h) * stride + own_column(j)) = make_float2(x.f[j][2 * h], x.f[j][2 * h + 1]);
 }
 __device__ __forceinline__ Fragment load_floats(const float* base, int stride) {
     Fragment x;
-    int g = own_row();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        int c = own_column(j);
-        float2 a = *(const float2*)(base + g * stride + c), b = *(const float2*)(base + (g + 8) * stride + c);
-        x.f[j][0] = a.x; x.f[j][1] = a.y; x.f[j][2] = b.x; x.f[j][3] = b.y;
-    }
-    return x;
-}
-// A fragment that only its own thread reads again, in 16 KiB of shared memory.
-__device__ __forceinline__ void store_private(float* place, const Fragment& x) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-        *(float4*)(place + (j * THREADS + threadIdx.x) * 4) = make_float4(x.f[j][0], x.f[j][1], x.f[j][2], x.f[j][3]);
-}
-__device__ __forceinline__ Fragment load_private(const float* place) {
-    Fragment x;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        float4 v = *(const float4*)(place + (j * THREADS + threadIdx.x) * 4);
-        x.f[j][0] = v.x; x.f[j][1] = v.y; x.f[j][2] = v.z; x.f[j][3] = v.w;
-    }
+        for (int h = 0; h < 2; ++h) {
+            float2 v = *(const float2*)(base + (own_row() + 8 * h) * stride + own_column(j));
+            x.f[j][2 * h] = v.x, x.f[j][2 * h + 1] = v.y;
+        }
     return x;
 }
-
-// Rows of 64 numbers from global memory, a tile's two pieces of 16 bytes to a thread; rows from `rows` on are 0.
+// bfloat16 in rows `stride` numbers apart, the first `rows` of them.
+__device__ __forceinline__ void store_rows(bf16* base, long stride, int rows, const Packed& x) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+        if (own_row() + 8 * h < rows)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) *(u32*)(base + (own_row() + 8 * h) * stride + own_column(j)) = x.w[j][h];
+}
+__device__ __forceinline__ Packed load_rows(const bf16* base, long stride, int rows) {
+    Packed x;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            x.w[j][h] = own_row() + 8 * h < rows ? *(const u32*)(base + (own_row() + 8 * h) * stride + own_column(j)) : 0;
+    return x;
+}
+// bfloat16 in rows `stride` numbers apart, a tile's two pieces of 16 bytes to a thread; rows from `rows` on are 0.
 struct Pieces {
     uint4 piece[2];
 };
@@ -320,33 +294,45 @@ __device__ __forceinline__ void store_pieces(char* tile, const Pieces& x) {
         *(uint4*)(tile + tile_byte(place >> 3, (place & 7) * 8)) = x.piece[h];
     }
 }
-// The same without registers in between, in the background; the rows are all there.
-__device__ __forceinline__ void copy_pieces(char* tile, const bf16* base, int stride) {
-    u32 address = shared_address(tile);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        int place = threadIdx.x + h * THREADS, row = place >> 3, column = (place & 7) * 8;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address + tile_byte(row, column)),
-                     "l"(base + row * stride + column) : "memory");
-    }
+
+// --- copies in the background, of whole tiles; by thread 0 ---
+
+// What a program waits for: bytes that come into its shared memory, from copies or from other programs.
+struct Arrival {
+    u64* barrier;
+    u32 bytes, parity;
+};
+__device__ __forceinline__ void prepare(const Arrival& x) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(x.barrier)) : "memory");
 }
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// All but the last `but` groups of copies are there.
-template <int but>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(but) : "memory");
+__device__ __forceinline__ void prepared() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void expect(const Arrival& x) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(x.barrier)), "r"(x.bytes)
+                 : "memory");
 }
-__device__ __forceinline__ u32 sum_words(u32 x, u32 y) {
-    return pack(low_half(x) + low_half(y), high_half(x) + high_half(y));
+__device__ __forceinline__ void await(Arrival& x) {
+    asm volatile("{\n.reg .pred p;\nWAIT:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra WAIT;\n}" ::"r"(shared_address(x.barrier)), "r"(x.parity) : "memory");
+    x.parity ^= 1;
 }
-__device__ __forceinline__ Pieces sum_pieces(const Pieces& x, const Pieces& y) {
-    Pieces z;
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-        z.piece[h] = make_uint4(sum_words(x.piece[h].x, y.piece[h].x), sum_words(x.piece[h].y, y.piece[h].y),
-                                sum_words(x.piece[h].z, y.piece[h].z), sum_words(x.piece[h].w, y.piece[h].w));
-    return z;
+// A tile on its way into shared memory; `arrival` counts its bytes.
+__device__ __forceinline__ void fetch(char* tile, const bf16* from, const Arrival& arrival) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(tile)), "l"(from), "r"(TILE_BYTES), "r"(shared_address(arrival.barrier)) : "memory");
 }
+// A tile on its way to global memory; it is not to be written before `sent`.
+__device__ __forceinline__ void send(bf16* to, const char* tile) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+                 "r"(shared_address(tile)), "r"(TILE_BYTES) : "memory");
+}
+__device__ __forceinline__ void sent() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// A tile from memory to the cache.
+__device__ __forceinline__ void bring(const bf16* from) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(TILE_BYTES) : "memory");
+}
+
+// --- elements ---
 
 // phi(z), phi'(z), phi''(z). The normal distribution by Abramowitz and Stegun's 7.1.26, exact to 1e-7, whose
 // exponential is that of the density.
@@ -367,94 +353,77 @@ __device__ __forceinline__ void activate(float z, float& value, float& slope, fl
     }
 }
 
-// --- the programs of one walk: a cluster, SPLIT of them ---
-
-// What a program waits for: bytes that others put into its shared memory.
-struct Arrival {
-    u64* barrier;
-    u32 bytes, parity;
-};
-__device__ __forceinline__ void expect(const Arrival& x) {
-    if (threadIdx.x == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(x.barrier)),
-                     "r"(x.bytes) : "memory");
-}
-// Once in a kernel, by all programs of the cluster.
-__device__ __forceinline__ void prepare(Arrival& x, Arrival& y) {
-    if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(x.barrier)) : "memory");
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(y.barrier)) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+// The sum of x over the columns of each of the thread's two rows; `sums`: 128 numbers of shared memory.
+__device__ __forceinline__ void sum_rows(float (&x)[2], float* sums) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        x[h] = warp_sum_of_four(x[h]);
+        if ((lane_id() & 3) == 0) sums[(threadIdx.x >> 7) * TILE + own_row() + 8 * h] = x[h];
     }
     __syncthreads();
-    expect(x);
-    expect(y);
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Wait, and expect the next. The sender of the next has, by then, something from all threads of this program.
-__device__ __forceinline__ void await(Arrival& x) {
-    asm volatile("{\n.reg .pred p;\nWAIT:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@!p bra WAIT;\n}" ::"r"(shared_address(x.barrier)), "r"(x.parity) : "memory");
-    x.parity ^= 1;
-    expect(x);
-}
-// What has arrived is for the matrix units, too.
-__device__ __forceinline__ void arrived() {
-#if WGMMA
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-// The address of `p`, a place in shared memory, in the program `rank` of the cluster.
-__device__ __forceinline__ u32 remote(const void* p, int rank) {
-    u32 r;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared_address(p)), "r"(rank));
-    return r;
-}
-__device__ __forceinline__ void push(u32 address, u32 x, u32 y, u32 barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
-                 "r"(x), "r"(y), "r"(barrier) : "memory");
+#pragma unroll
+    for (int h = 0; h < 2; ++h) x[h] = sums[own_row() + 8 * h] + sums[TILE + own_row() + 8 * h];
+    __syncthreads();
 }
 
-// Sums over the hidden width: each program has the sum's rows s ROWS .. + ROWS to itself. An inbox is float32
-// [SPLIT, ROWS, 64], its pieces of 32 bytes swizzled.
-static const int ROWS = TILE / SPLIT;
-
-__device__ __forceinline__ int inbox_float(int source, int row, int column) {
-    return (source * ROWS + row) * TILE + (((column >> 3) ^ (row & 7)) << 3) + (column & 7);
-}
-__device__ __forceinline__ void push_rows(const float* inbox, const Arrival& arrival, int source, const Fragment& x) {
-    int owner = warp_row() / ROWS, g = own_row() - owner * ROWS;
-    u32 base = remote(inbox, owner), barrier = remote(arrival.barrier, owner);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            push(base + 4 * inbox_float(source, g + 8 * h, own_column(j)), __float_as_uint(x.f[j][2 * h]),
-                 __float_as_uint(x.f[j][2 * h + 1]), barrier);
-}
-// Four columns of a row to each thread, sixteen threads to a row: the sum over the sources.
-__device__ __forceinline__ float4 gather_row(const float* inbox, int row, int column) {
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int source = 0; source < SPLIT; ++source) {
-        float4 x = *(const float4*)(inbox + inbox_float(source, row, column));
-        sum.x += x.x; sum.y += x.y; sum.z += x.z; sum.w += x.w;
-    }
-    return sum;
-}
-__device__ __forceinline__ void push_everywhere(char* tile, const Arrival& arrival, int row, int column, u32 x, u32 y) {
-    u32 offset = tile_byte(row, column);
-#pragma unroll
-    for (int rank = 0; rank < SPLIT; ++rank)
-        push(remote(tile, rank) + offset, x, y, remote(arrival.barrier, rank));
-}
+// Rows with sixteen threads to each, four columns to a thread.
 __device__ __forceinline__ float row_sum(float x) {
 #pragma unroll
     for (int d = 1; d < 16; d *= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
     return x;
 }
 __device__ __forceinline__ float row_sum(float4 x) { return row_sum(x.x + x.y + x.z + x.w); }
-__device__ __forceinline__ float4 four(u32 x, u32 y) {
-    return make_float4(low_half(x), high_half(x), low_half(y), high_half(y));
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
+__device__ __forceinline__ float4 operator-(float4 a, float4 b) {
+    return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
+}
+__device__ __forceinline__ float4 operator*(float4 a, float4 b) {
+    return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+__device__ __forceinline__ float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
+__device__ __forceinline__ float4 operator-(float4 a, float b) { return make_float4(a.x - b, a.y - b, a.z - b, a.w - b); }
+__device__ __forceinline__ float4 all_of(float x) { return make_float4(x, x, x, x); }
+
+// The standardised row, and 1/s; without a layer norm the row and 1.
+__device__ __forceinline__ float4 standardise(float4 z, float eps, float& inverse) {
+    inverse = 1.f;
+    if (NORM != 2) return z;
+    z = z - row_sum(z) * (1.f / TILE);
+    inverse = rsqrtf(row_sum(z * z) * (1.f / TILE) + eps);
+    return z * inverse;
+}
+// The derivative of `standardise`, which is symmetric: P w / s.
+__device__ __forceinline__ float4 through_norm(float4 w, float4 zh, float inverse) {
+    if (NORM != 2) return w;
+    float mean = row_sum(w) * (1.f / TILE), along = row_sum(w * zh) * (1.f / TILE);
+    return (w - mean - zh * along) * inverse;
+}
+// f(x) from the standardised output of the MLP.
+__device__ __forceinline__ float4 head(float4 x, float4 zh, float4 gamma, float4 beta) {
+    if (NORM == 2) return x + gamma * zh + beta;
+    if (NORM == 1) return x + zh;
+    return zh;
+}
+#ifdef LOSS
+// d loss / d f.
+__device__ __forceinline__ float4 loss_error(float4 f, float4 v, float scale, float threshold) {
+    if (LOSS == 1) return v * -scale;
+    float4 e = f - v;
+    if (LOSS == 2)
+        e = make_float4(fminf(fmaxf(e.x, -threshold), threshold), fminf(fmaxf(e.y, -threshold), threshold),
+                        fminf(fmaxf(e.z, -threshold), threshold), fminf(fmaxf(e.w, -threshold), threshold));
+    return e * scale;
+}
+// The gradient of f from that of the error; f and v only with Huber's loss.
+__device__ __forceinline__ float4 output_gradient(float4 g, float4 f, float4 v, float scale, float threshold) {
+    if (LOSS == 1) return all_of(0.f);
+    if (LOSS == 2) {
+        float4 miss = f - v;
+        return make_float4(fabsf(miss.x) < threshold ? g.x * scale : 0.f, fabsf(miss.y) < threshold ? g.y * scale : 0.f,
+                           fabsf(miss.z) < threshold ? g.z * scale : 0.f, fabsf(miss.w) < threshold ? g.w * scale : 0.f);
+    }
+    return g * scale;
+}
+#endif
