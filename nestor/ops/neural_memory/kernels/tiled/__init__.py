@@ -31,6 +31,7 @@ TILES = {
     "write_gradients": (8, 1, 4),
 }
 WALKS = ("write", "write_backward")
+CROWDED = {"write": 1, "write_backward": 1}
 #: False: all kernels are Triton's.
 ENABLED = True
 
@@ -71,7 +72,7 @@ def launch(
         sources.insert(1, "cluster.cuh")
         # Where the programs of all walks have a multiprocessor each, they get all of it.
         crowded = grid[0] > 0.75 * torch.cuda.get_device_properties(device).multi_processor_count
-        choices["BLOCKS"] = 2 if crowded else 1
+        choices["BLOCKS"] = CROWDED[name] if crowded else 1
     kernel = cuda.load_kernel(
         tuple(FOLDER / source for source in sources),
         f"{name}_kernel",

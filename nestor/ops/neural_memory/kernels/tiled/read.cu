@@ -20,6 +20,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
     long kb, long kt, long kh, long yb, long yt, long yh, int walks, int heads, int chunks, int tokens, int first_chunk,
     int span, float eps) {
     extern __shared__ __align__(1024) char shared[];
+    const int side = side_of_warp();
     char *q_tile = shared, *k_tile = q_tile + TILE_BYTES, *u2_tile = k_tile + TILE_BYTES,
          *weighted_tile = u2_tile + TILE_BYTES, *x2_tile = weighted_tile + TILE_BYTES, *u1_tile = x2_tile + TILE_BYTES,
          *x_tile = u1_tile + TILE_BYTES, *operands = x_tile + TILE_BYTES;
@@ -34,6 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
 
     // By thread 0.
     auto fetch_slice = [&](int i) {
+        opaque(i);
         const Arrival& arrival = slices[i & 1];
         Slice x = slice_at(operands + (i & 1) * OPERANDS * TILE_BYTES);
         int tile = i * NUMBERS;
@@ -67,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
     }
     tiles_ready();
     Fragment coefficients = load_floats(G + cell * NUMBERS, TILE), scores;
-    begin_product<false, true, false>(scores, q_tile, k_tile);
+    begin_product<false, true, false>(scores, q_tile, k_tile, side);
     end_products();
     settle(scores);
     store_tile(weighted_tile, packed(times(scores, coefficients)));
@@ -82,13 +84,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
         tiles_ready();
         Slice o = slice_at(operands + (i & 1) * OPERANDS * TILE_BYTES);
         Fragment z, zw, zs, x2, u1;
-        begin_product<false, false, false>(x2, k_tile, o.w1);
-        if (TARGET) begin_product<false, false, true>(x2, k_tile, o.m1);
-        begin_product<false, true, false>(u1, u2_tile, o.w2);
-        if (TARGET) begin_product<false, true, true>(u1, u2_tile, o.m2);
-        begin_product<false, false, false>(zw, q_tile, o.w1);
-        if (MOMENTUM) begin_product<false, false, false>(zs, q_tile, o.s1);
-        if (TARGET) begin_product<false, false, false>(z, q_tile, o.m1);
+        begin_product<false, false, false>(x2, k_tile, o.w1, side);
+        if (TARGET) begin_product<false, false, true>(x2, k_tile, o.m1, side);
+        begin_product<false, true, false>(u1, u2_tile, o.w2, side);
+        if (TARGET) begin_product<false, true, true>(u1, u2_tile, o.m2, side);
+        begin_product<false, false, false>(zw, q_tile, o.w1, side);
+        if (MOMENTUM) begin_product<false, false, false>(zs, q_tile, o.s1, side);
+        if (TARGET) begin_product<false, false, false>(z, q_tile, o.m1, side);
         end_products();
         settle(x2), settle(u1), settle(zw);
         if (MOMENTUM) settle(zs);
@@ -101,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
         store_tile(x2_tile, packed(x2));
         store_tile(u1_tile, packed(u1));
         tiles_ready();
-        begin_product<false, false, TARGET>(z, weighted_tile, u1_tile);
+        begin_product<false, false, TARGET>(z, weighted_tile, u1_tile, side);
         end_products();
         settle(z);
         FOR_EACH {
@@ -112,10 +114,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
         }
         store_tile(x_tile, packed(z));
         tiles_ready();
-        begin_product<false, true, true>(scores, x_tile, x2_tile);
-        begin_product<false, false, true>(through_w, x_tile, o.w2);
-        if (MOMENTUM) begin_product<false, false, true>(through_s, x_tile, o.s2);
-        if (TARGET) begin_product<false, false, true>(through_m, x_tile, o.m2);
+        begin_product<false, true, true>(scores, x_tile, x2_tile, side);
+        begin_product<false, false, true>(through_w, x_tile, o.w2, side);
+        if (MOMENTUM) begin_product<false, false, true>(through_s, x_tile, o.s2, side);
+        if (TARGET) begin_product<false, false, true>(through_m, x_tile, o.m2, side);
         end_products();
         settle(scores), settle(through_w), settle(through_s), settle(through_m);
         if (i + 2 < SPLIT) {
@@ -127,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
     store_tile(x_tile, packed(times(scores, coefficients)));
     tiles_ready();
     Fragment z;
-    begin_product<false, false, false>(z, x_tile, u2_tile);
+    begin_product<false, false, false>(z, x_tile, u2_tile, side);
     end_products();
     settle(z);
     scale_rows(through_w, A);

@@ -26,6 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
     bf16* G_U2, float* G_NORM, long qb, long qt, long qh, long kb, long kt, long kh, long yb, long yt, long yh,
     long gb, long gt, long gh, int walks, int heads, int chunks, int tokens, int first_chunk, int span) {
     extern __shared__ __align__(1024) char shared[];
+    const int side = side_of_warp();
     char *q_tile = shared, *aq_tile = q_tile + TILE_BYTES, *fq_tile = aq_tile + TILE_BYTES,
          *mq_tile = fq_tile + TILE_BYTES, *gz_tile = mq_tile + TILE_BYTES, *agz_tile = gz_tile + TILE_BYTES,
          *fgz_tile = agz_tile + TILE_BYTES, *mgz_tile = fgz_tile + TILE_BYTES, *weighted_tile = mgz_tile + TILE_BYTES,
@@ -45,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
 
     // By thread 0.
     auto fetch_slice = [&](int i) {
+        opaque(i);
         const Arrival& arrival = slices[i & 1];
         Slice x = slice_at(operands + (i & 1) * OPERANDS * TILE_BYTES);
         int tile = i * NUMBERS;
@@ -79,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         const bf16 *q_at = Q + b * qb + h * qh, *y_at = G_Y + b * yb + h * yh;
         float4 gamma = all_of(1.f), by_norm = all_of(0.f), by_shift = by_norm;
         if (NORM == 2) gamma = *(const float4*)(GAMMA + h * TILE + column);
-#pragma unroll
+#pragma unroll 1
         for (int r = 0; r < 4; ++r) {
             int t = r * 16 + own;
             float4 q = all_of(0.f), g = q, zh = q;
@@ -125,8 +127,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
     tiles_ready();
     {
         Fragment x, y, coefficients = load_floats(g_at, TILE);
-        begin_product<false, true, false>(x, q_tile, x_tile);
-        begin_product<false, true, false>(y, gz_tile, z_tile);
+        begin_product<false, true, false>(x, q_tile, x_tile, side);
+        begin_product<false, true, false>(y, gz_tile, z_tile, side);
         end_products();
         settle(x), settle(y);
         store_tile(weighted_tile, packed(times(x, coefficients)));
@@ -149,14 +151,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         Slice o = slice_at(operands + (i & 1) * OPERANDS * TILE_BYTES);
         {
             Fragment z, g, gw, gs;
-            begin_product<false, false, false>(z, weighted_tile, o.u1);
-            begin_product<false, false, true>(z, aq_tile, o.w1);
-            if (MOMENTUM) begin_product<false, false, true>(z, fq_tile, o.s1);
-            if (TARGET) begin_product<false, false, true>(z, q_tile, o.m1);
-            begin_product<false, false, false>(g, scores_tile, o.x2);
-            begin_product<false, true, false>(gw, gz_tile, o.w2);
-            if (MOMENTUM) begin_product<false, true, false>(gs, gz_tile, o.s2);
-            if (TARGET) begin_product<false, true, true>(g, gz_tile, o.m2);
+            begin_product<false, false, false>(z, weighted_tile, o.u1, side);
+            begin_product<false, false, true>(z, aq_tile, o.w1, side);
+            if (MOMENTUM) begin_product<false, false, true>(z, fq_tile, o.s1, side);
+            if (TARGET) begin_product<false, false, true>(z, q_tile, o.m1, side);
+            begin_product<false, false, false>(g, scores_tile, o.x2, side);
+            begin_product<false, true, false>(gw, gz_tile, o.w2, side);
+            if (MOMENTUM) begin_product<false, true, false>(gs, gz_tile, o.s2, side);
+            if (TARGET) begin_product<false, true, true>(g, gz_tile, o.m2, side);
             end_products();
             settle(z), settle(g), settle(gw);
             if (MOMENTUM) settle(gs);
@@ -177,15 +179,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         bf16 *out = G_STATES + here * PARTS * SIZE + i * NUMBERS, *more = G_TARGETS + here * 2 * SIZE + i * NUMBERS;
         {
             Fragment x1, x2, x3, x4;
-            begin_product<false, true, true>(scores, x_tile, o.x2);
-            begin_product<false, true, true>(g_weighted, z_tile, o.u1);
-            begin_product<false, true, true>(through_w, z_tile, o.w1);
-            if (MOMENTUM) begin_product<false, true, true>(through_s, z_tile, o.s1);
-            if (TARGET) begin_product<false, true, true>(through_m, z_tile, o.m1);
-            begin_product<true, false, false>(x1, x_tile, agz_tile);
-            begin_product<true, false, false>(x2, aq_tile, z_tile);
-            begin_product<true, false, false>(x3, scores_tile, x_tile);
-            begin_product<true, false, false>(x4, weighted_tile, z_tile);
+            begin_product<false, true, true>(scores, x_tile, o.x2, side);
+            begin_product<false, true, true>(g_weighted, z_tile, o.u1, side);
+            begin_product<false, true, true>(through_w, z_tile, o.w1, side);
+            if (MOMENTUM) begin_product<false, true, true>(through_s, z_tile, o.s1, side);
+            if (TARGET) begin_product<false, true, true>(through_m, z_tile, o.m1, side);
+            begin_product<true, false, false>(x1, x_tile, agz_tile, side);
+            begin_product<true, false, false>(x2, aq_tile, z_tile, side);
+            begin_product<true, false, false>(x3, scores_tile, x_tile, side);
+            begin_product<true, false, false>(x4, weighted_tile, z_tile, side);
             end_products();
             settle(scores), settle(g_weighted), settle(through_w), settle(through_s), settle(through_m);
             settle(x1), settle(x2), settle(x3), settle(x4);
@@ -198,12 +200,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         {
             Fragment x1, x2, x3, x4;
             if (MOMENTUM) {
-                begin_product<true, false, false>(x1, x_tile, fgz_tile);
-                begin_product<true, false, false>(x2, fq_tile, z_tile);
+                begin_product<true, false, false>(x1, x_tile, fgz_tile, side);
+                begin_product<true, false, false>(x2, fq_tile, z_tile, side);
             }
             if (TARGET) {
-                begin_product<true, false, false>(x3, x_tile, mgz_tile);
-                begin_product<true, false, false>(x4, mq_tile, z_tile);
+                begin_product<true, false, false>(x3, x_tile, mgz_tile, side);
+                begin_product<true, false, false>(x4, mq_tile, z_tile, side);
             }
             end_products();
             if (MOMENTUM) {
@@ -234,18 +236,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
     }
     await(step);
     tiles_ready();
-    Fragment qk, zu, g_q, by_q, by_z;
-    begin_product<false, true, false>(qk, q_tile, x_tile);
-    begin_product<false, true, false>(zu, gz_tile, z_tile);
-    begin_product<false, false, false>(g_q, weighted_tile, x_tile);
-    begin_product<true, false, false>(by_q, weighted_tile, q_tile);
-    begin_product<true, false, false>(by_z, scores_tile, gz_tile);
-    end_products();
-    settle(qk), settle(zu), settle(g_q), settle(by_q), settle(by_z);
-    store_rows(G_U2 + here * NUMBERS, TILE, TILE, packed(by_z));
-    store_fragment(G_K + here * NUMBERS, packed(by_q));
-    FOR_EACH qk.f[j][r] = scores.f[j][r] * zu.f[j][r] + qk.f[j][r] * g_weighted.f[j][r];
-    store_floats(G_G + here * NUMBERS, TILE, qk);
+    {
+        Fragment qk, zu;
+        begin_product<false, true, false>(qk, q_tile, x_tile, side);
+        begin_product<false, true, false>(zu, gz_tile, z_tile, side);
+        end_products();
+        settle(qk), settle(zu);
+        FOR_EACH qk.f[j][r] = scores.f[j][r] * zu.f[j][r] + qk.f[j][r] * g_weighted.f[j][r];
+        store_floats(G_G + here * NUMBERS, TILE, qk);
+    }
+    Fragment g_q;
+    {
+        Fragment by_q, by_z;
+        begin_product<false, false, false>(g_q, weighted_tile, x_tile, side);
+        begin_product<true, false, false>(by_q, weighted_tile, q_tile, side);
+        begin_product<true, false, false>(by_z, scores_tile, gz_tile, side);
+        end_products();
+        settle(g_q), settle(by_q), settle(by_z);
+        store_rows(G_U2 + here * NUMBERS, TILE, TILE, packed(by_z));
+        store_fragment(G_K + here * NUMBERS, packed(by_q));
+    }
 
     Packed q = load_tile(q_tile);
     float* sums = (float*)operands;

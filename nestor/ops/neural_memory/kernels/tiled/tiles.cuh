@@ -32,6 +32,8 @@ struct Packed {
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_row() { return (threadIdx.x >> 5 & 3) * 16; }
 __device__ __forceinline__ int warp_column() { return (threadIdx.x >> 7) * 32; }
+// Which half of the columns the warp has, as a value that the compiler knows to be the warp's.
+__device__ __forceinline__ int side_of_warp() { return __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0); }
 // The thread's first row, and its first column in the columns of group j.
 __device__ __forceinline__ int own_row() { return warp_row() + (lane_id() >> 2); }
 __device__ __forceinline__ int own_column(int j) { return warp_column() + 8 * j + 2 * (lane_id() & 3); }
@@ -164,8 +166,8 @@ __device__ __forceinline__ void matrix_step(Fragment& d, u64 a, u64 b, int add) 
 }
 // Begin sum = A B or, with ADD, sum += A B, where A is tile a or, with TA, its transpose; B likewise.
 template <bool TA, bool TB, bool ADD>
-__device__ __forceinline__ void begin_product(Fragment& sum, const char* a, const char* b) {
-    u64 x = describe(a), y = describe(b) + (TB ? 32 * 128 : 32 * 2) / 16 * (threadIdx.x >> 7);
+__device__ __forceinline__ void begin_product(Fragment& sum, const char* a, const char* b, int side) {
+    u64 x = describe(a), y = describe(b) + (TB ? 32 * 128 : 32 * 2) / 16 * side;
     settle(sum);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -193,10 +195,10 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], u
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <bool TA, bool TB, bool ADD>
-__device__ __forceinline__ void begin_product(Fragment& sum, const char* a, const char* b) {
+__device__ __forceinline__ void begin_product(Fragment& sum, const char* a, const char* b, int side) {
     int lane = lane_id(), i = lane >> 3, r = lane & 7;
     u32 a0 = shared_address(a), b0 = shared_address(b);
-    int m = warp_row(), n = warp_column();
+    int m = warp_row(), n = 32 * side;
     if (!ADD) clear(sum);
 #pragma unroll
     for (int k = 0; k < TILE; k += 16) {
@@ -321,6 +323,8 @@ __device__ __forceinline__ void fetch(char* tile, const bf16* from, const Arriva
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(tile)), "l"(from), "r"(TILE_BYTES), "r"(shared_address(arrival.barrier)) : "memory");
 }
+// Keeps the compiler from holding a register for every address that follows from i.
+__device__ __forceinline__ void opaque(int& i) { asm volatile("" : "+r"(i)); }
 // A tile on its way to global memory; it is not to be written before `sent`.
 __device__ __forceinline__ void send(bf16* to, const char* tile) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),

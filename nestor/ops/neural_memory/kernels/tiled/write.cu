@@ -34,6 +34,7 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     long kb, long kt, long kh, long vb, long vt, long vh, int walks, int heads, int chunks, int tokens,
     int first_chunk, int span, int interval, int rows, float eps, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
+    const int side = side_of_warp();
     char *k_tile = shared, *u2_tile = k_tile + TILE_BYTES, *w1_tile = u2_tile + TILE_BYTES,
          *w2_tile = w1_tile + TILE_BYTES, *x_tile = w2_tile + TILE_BYTES, *xg_tile = x_tile + TILE_BYTES,
          *u_tile = xg_tile + TILE_BYTES, *end = u_tile + TILE_BYTES;
@@ -100,8 +101,8 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
             }
         }
         Fragment z;
-        begin_product<false, false, false>(z, k_tile, w1_tile);
-        if (TARGET) begin_product<false, false, true>(z, k_tile, m1_tile);
+        begin_product<false, false, false>(z, k_tile, w1_tile, side);
+        if (TARGET) begin_product<false, false, true>(z, k_tile, m1_tile, side);
         // What comes from memory is under way meanwhile.
         uint2 values[TURNS];
 #pragma unroll
@@ -130,8 +131,8 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
         store_tile(xg_tile, packed(rows_scaled(x, g_end)));
         if (MOMENTUM) store_tile(xe_tile, packed(rows_scaled(x, e_end)));
         tiles_ready();
-        begin_product<false, false, false>(z, x_tile, w2_tile);
-        if (TARGET) begin_product<false, false, true>(z, x_tile, m2_tile);
+        begin_product<false, false, false>(z, x_tile, w2_tile, side);
+        if (TARGET) begin_product<false, false, true>(z, x_tile, m2_tile, side);
         long kind = (long)walks * span * SIZE;
         bf16* hidden = HIDDENS + (here * SPLIT + s) * NUMBERS;
         if (!SAVE) {
@@ -167,8 +168,8 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
         await_and_expect(steps);
         arrived();
 
-        begin_product<false, true, false>(z, u2_tile, w2_tile);
-        if (TARGET) begin_product<false, true, true>(z, u2_tile, m2_tile);
+        begin_product<false, true, false>(z, u2_tile, w2_tile, side);
+        if (TARGET) begin_product<false, true, true>(z, u2_tile, m2_tile, side);
         end_products();
         settle(z);
         if (!SAVE) store_fragment(hidden + 3 * kind, packed(times(z, curvature)));
@@ -183,14 +184,14 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
             combine(state.w2, A, F, state.s2);
             multiply(state.s1, decay);
             multiply(state.s2, decay);
-            begin_product<true, false, true>(state.s1, k_tile, ue_tile);
-            begin_product<true, false, true>(state.s2, xe_tile, u2_tile);
+            begin_product<true, false, true>(state.s1, k_tile, ue_tile, side);
+            begin_product<true, false, true>(state.s2, xe_tile, u2_tile, side);
         } else {
             multiply(state.w1, A);
             multiply(state.w2, A);
         }
-        begin_product<true, false, true>(state.w1, k_tile, u_tile);
-        begin_product<true, false, true>(state.w2, xg_tile, u2_tile);
+        begin_product<true, false, true>(state.w1, k_tile, u_tile, side);
+        begin_product<true, false, true>(state.w2, xg_tile, u2_tile, side);
         if (threadIdx.x == 0) sent();
         end_products();
         settle(state.w1), settle(state.w2);

@@ -5,10 +5,10 @@
 // g (a B) + e (a C), rows scaled by g and e.
 template <bool TB>
 __device__ __forceinline__ Fragment through_steps(const char* a, const char* b, const char* c, const float (&g)[2],
-                                                  const float (&e)[2]) {
+                                                  const float (&e)[2], int side) {
     Fragment x, y;
-    begin_product<false, TB, false>(x, a, b);
-    if (MOMENTUM) begin_product<false, TB, false>(y, a, c);
+    begin_product<false, TB, false>(x, a, b, side);
+    if (MOMENTUM) begin_product<false, TB, false>(y, a, c, side);
     end_products();
     settle(x);
     scale_rows(x, g);
@@ -33,6 +33,7 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     const float* G_ANCHOR, float* G_START, long kb, long kt, long kh, long vb, long vt, long vh, int walks,
     int heads, int chunks, int tokens, int first_chunk, int span, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
+    const int side = side_of_warp();
     char *k_tile = shared, *u_tile = k_tile + TILE_BYTES, *z2_tile = u_tile + TILE_BYTES,
          *x_tile = z2_tile + TILE_BYTES, *w_tile = x_tile + TILE_BYTES, *dw1_tile = w_tile + TILE_BYTES,
          *dw2_tile = dw1_tile + TILE_BYTES, *pulled_tile = dw2_tile + TILE_BYTES, *end = pulled_tile + TILE_BYTES;
@@ -127,21 +128,21 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
         }
 
         // The steps, as the state takes them and as the reads see them; u_1 = (u_2 W2^T) phi'(z_1).
-        Fragment g = through_steps<false>(k_tile, dw1_tile, ds1_tile, g_end, e_end);
+        Fragment g = through_steps<false>(k_tile, dw1_tile, ds1_tile, g_end, e_end, side);
         if (READS) add(g, extra);
         Packed g_z1 = packed(times(g, bend));
         store_tile(pulled_tile, packed(times(g, slope)));
-        g = through_steps<false>(x_tile, dw2_tile, ds2_tile, g_end, e_end);
+        g = through_steps<false>(x_tile, dw2_tile, ds2_tile, g_end, e_end, side);
         if (READS) extra = load_fragment(G_X2 + wide);
         tiles_ready();
-        begin_product<false, false, true>(g, pulled_tile, w_tile);
-        if (TARGET) begin_product<false, false, true>(g, pulled_tile, m_tile);
+        begin_product<false, false, true>(g, pulled_tile, w_tile, side);
+        if (TARGET) begin_product<false, false, true>(g, pulled_tile, m_tile, side);
         end_products();
         settle(g);
         push_rows(inbox, parts, s, g);
         // While the parts travel: the gradient of x_2 from its steps, and what the state passes on.
         Packed more1 = load_fragment(reads), more2 = load_fragment(reads + SIZE);
-        g = through_steps<true>(u_tile, dw2_tile, ds2_tile, g_end, e_end);
+        g = through_steps<true>(u_tile, dw2_tile, ds2_tile, g_end, e_end, side);
         if (READS) add(g, extra);
         if (MOMENTUM) {
             combine(ds1, decay, F, dw1);
@@ -155,7 +156,7 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
             add(ds1, load_fragment(reads + 2 * SIZE));
             add(ds2, load_fragment(reads + 3 * SIZE));
         }
-        begin_product<true, false, true>(dw2, pulled_tile, u_tile);
+        begin_product<true, false, true>(dw2, pulled_tile, u_tile, side);
         end_products();
         settle(dw2);
         if (threadIdx.x == 0) sent();
@@ -193,9 +194,9 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
         await_and_expect(steps);
         arrived();
 
-        begin_product<false, true, true>(g, z2_tile, w_tile);
-        if (TARGET) begin_product<false, true, true>(g, z2_tile, m_tile);
-        begin_product<true, false, true>(dw2, x_tile, z2_tile);
+        begin_product<false, true, true>(g, z2_tile, w_tile, side);
+        if (TARGET) begin_product<false, true, true>(g, z2_tile, m_tile, side);
+        begin_product<true, false, true>(dw2, x_tile, z2_tile, side);
         if (n > first_chunk) keys = load_pieces(k_at + (long)(n - 1) * TILE * kt, kt, TILE);
         end_products();
         settle(g), settle(dw2);
@@ -207,7 +208,7 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
             // All have read what comes as tiles.
             if (n > first_chunk) fetch_chunk(n - 1);
         }
-        begin_product<true, false, true>(dw1, k_tile, dw1_tile);
+        begin_product<true, false, true>(dw1, k_tile, dw1_tile, side);
         if (threadIdx.x == 0) sent();
         end_products();
         settle(dw1);

@@ -7,18 +7,11 @@ struct Slice {
 };
 static const int OPERANDS = 7 + (TARGET ? 1 : 0) + (MOMENTUM ? 4 : 0);
 
-// The sum of the products of a tile's numbers, the thread's share.
 __device__ __forceinline__ float dot_words(u32 x, u32 y) {
     return low_half(x) * low_half(y) + high_half(x) * high_half(y);
 }
-__device__ __forceinline__ float dot_tiles(const char* x, const char* y) {
-    float sum = 0.f;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        uint4 a = ((const uint4*)x)[threadIdx.x + h * THREADS], b = ((const uint4*)y)[threadIdx.x + h * THREADS];
-        sum += dot_words(a.x, b.x) + dot_words(a.y, b.y) + dot_words(a.z, b.z) + dot_words(a.w, b.w);
-    }
-    return sum;
+__device__ __forceinline__ float dot_pieces(uint4 a, uint4 b) {
+    return dot_words(a.x, b.x) + dot_words(a.y, b.y) + dot_words(a.z, b.z) + dot_words(a.w, b.w);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) write_gradients_kernel(
@@ -28,6 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) write_gradients_kernel(
     float* G_NORM, long kb, long kt, long kh, long vb, long vt, long vh, long gb, long gt, long gh, int walks, int heads,
     int chunks, int tokens, int first_chunk, int span, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
+    const int side = side_of_warp();
     char *u2_tile = shared, *end = u2_tile + TILE_BYTES;
     Slice o;
     o.w1 = end, o.dw1 = end + TILE_BYTES, o.dw2 = end + 2 * TILE_BYTES, o.g_z1 = end + 3 * TILE_BYTES;
@@ -50,6 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) write_gradients_kernel(
 
     // By thread 0.
     auto fetch_slice = [&](int i) {
+        opaque(i);
         int tile = i * NUMBERS;
         expect(slice);
         fetch(o.w1, states + tile, slice);
@@ -86,16 +81,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) write_gradients_kernel(
         await(slice);
         tiles_ready();
         Fragment x, y;
-        begin_product<false, true, false>(x, u2_tile, o.dw2);
-        if (MOMENTUM) begin_product<false, true, false>(y, u2_tile, o.ds2);
-        begin_product<false, true, true>(g_k, o.g_z1, o.w1);
-        if (TARGET) begin_product<false, true, true>(g_k, o.g_z1, o.m1);
-        begin_product<false, true, true>(by_w, o.u1, o.dw1);
-        if (MOMENTUM) begin_product<false, true, true>(by_s, o.u1, o.ds1);
-        g_A += dot_tiles(o.w1, o.dw1) + dot_tiles(o.w2, o.dw2);
-        if (MOMENTUM) {
-            g_F += dot_tiles(o.s1, o.dw1) + dot_tiles(o.s2, o.dw2);
-            g_m += dot_tiles(o.s1, o.ds1) + dot_tiles(o.s2, o.ds2);
+        begin_product<false, true, false>(x, u2_tile, o.dw2, side);
+        if (MOMENTUM) begin_product<false, true, false>(y, u2_tile, o.ds2, side);
+        begin_product<false, true, true>(g_k, o.g_z1, o.w1, side);
+        if (TARGET) begin_product<false, true, true>(g_k, o.g_z1, o.m1, side);
+        begin_product<false, true, true>(by_w, o.u1, o.dw1, side);
+        if (MOMENTUM) begin_product<false, true, true>(by_s, o.u1, o.ds1, side);
+        // The thread's share of dW * D, dW * S and dS * S; one piece after the other, to spare registers.
+#pragma unroll 1
+        for (int piece = 0; piece < 4; ++piece) {
+            int place = threadIdx.x * 16 + (piece & 1) * THREADS * 16;
+            bool lower = piece < 2;
+            uint4 dw = *(const uint4*)((lower ? o.dw1 : o.dw2) + place);
+            g_A += dot_pieces(*(const uint4*)((lower ? o.w1 : o.w2) + place), dw);
+            if (MOMENTUM) {
+                uint4 momentum = *(const uint4*)((lower ? o.s1 : o.s2) + place);
+                g_F += dot_pieces(momentum, dw);
+                g_m += dot_pieces(momentum, *(const uint4*)((lower ? o.ds1 : o.ds2) + place));
+            }
         }
         Packed x2 = load_tile(o.x2);
         end_products();
@@ -119,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) write_gradients_kernel(
         float4 gamma = all_of(1.f), beta = all_of(0.f), g_gamma = beta, g_beta = beta;
         if (NORM == 2)
             gamma = *(const float4*)(GAMMA + h * TILE + column), beta = *(const float4*)(BETA + h * TILE + column);
-#pragma unroll
+#pragma unroll 1
         for (int r = 0; r < 4; ++r) {
             int t = r * 16 + own;
             long narrow = here * NUMBERS + t * TILE + column;
