@@ -14,9 +14,9 @@ from nestor.cli.loading import pick_device
 
 PACKAGES = (
     "nestor", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "datasets", "numpy",
-    "triton", "flash-linear-attention", "lm-eval", "wandb", "peft",
+    "triton", "flash-linear-attention", "liger-kernel", "lm-eval", "wandb", "peft",
 )  # fmt: skip
-OPTIONAL = {"triton", "flash-linear-attention", "lm-eval", "wandb", "peft"}
+OPTIONAL = {"triton", "flash-linear-attention", "liger-kernel", "lm-eval", "wandb", "peft"}
 
 
 @dataclass

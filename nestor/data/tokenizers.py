@@ -260,6 +260,14 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_text` of every text; in parallel, and without holding the interpreter, where that can be."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [encode_text(tokenizer, text) for text in texts]
+    return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
 def tokenizer_identity(tokenizer: Any) -> str:
     """A short string that changes whenever the ids of some text would change."""
     if isinstance(tokenizer, ByteTokenizer):

@@ -18,7 +18,6 @@ fact needs at least log2(values) bits on average, however it guesses: what is be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nestor.data.tasks.facts import TEMPLATES, Fact, FactSpec
+from nestor.data.tasks.facts import Fact, FactSpec, guess_bits
 from nestor.data.tasks.haystack import Haystack, exact_tokens
 from nestor.data.tokenizers import encode_text
 from nestor.errors import ConfigError
@@ -96,7 +95,9 @@ def draw_documents(
         raise ConfigError(f"distances are {list(distances)} and repeats {count}; all must be at least 1")
     chosen = spec or FactSpec()
     chosen = FactSpec(chosen.templates, chosen.digits, held_out or chosen.held_out)
-    stated = _BEFORE + n_facts * _longest_statement(chosen, haystack.tokenizer)
+    # Room for the longest, so that all documents state their fact before the same place.
+    longest = chosen.longest(lambda statement: len(encode_text(haystack.tokenizer, statement)))
+    stated = _BEFORE + n_facts * longest
     return [
         _document(haystack, rng, chosen, n_facts, stated, sorted(set(distances)))
         for seed in seeds
@@ -163,7 +164,7 @@ def measure_recall(
     return {
         "task": "facts",
         "distances": table,
-        "guess_bits": _guess_bits(len(documents[0].fact.value)),
+        "guess_bits": float(np.mean([guess_bits(document.fact.value) for document in documents])),
         "control": {"asked": len(fitting) * len(documents), "right": leaks},
         "samples": _samples(subject, documents[0], fitting, piece),
         "exact": exact,
@@ -230,20 +231,6 @@ def _document(
             ids += waiting.pop(0)
         ids += exact_tokens(haystack, rng, room)
     return RecallDocument(np.asarray(ids, dtype=np.int64), stated, facts[target], unstated, tuple(distances))
-
-
-def _guess_bits(digits: int) -> float:
-    """Bits of a value drawn uniformly, as `FactSpec` draws them."""
-    return math.log2(9 * 10 ** (digits - 1) if digits > 1 else 10)
-
-
-def _longest_statement(spec: FactSpec, tokenizer: Any) -> int:
-    """Tokens kept free for each statement, so that all documents state their fact before the same place."""
-    value = "8" * spec.digits
-    statements = (
-        TEMPLATES[t].statement.format(name=n, value=value) for t in spec.templates for n in spec.names
-    )
-    return max(len(encode_text(tokenizer, statement)) for statement in statements)
 
 
 def _questions(subject: Subject, document: RecallDocument, distances: Sequence[int]) -> list[Branch]:

@@ -17,7 +17,7 @@ from nestor.layers.span import Span
 from nestor.layers.writes import record_writes
 from nestor.models.configuration import NestorConfig
 from nestor.models.generation import StatefulGeneration
-from nestor.models.loss import next_token_loss, next_token_targets
+from nestor.models.loss import hidden_loss, next_token_loss, next_token_targets
 from nestor.models.padding import Padding
 from nestor.models.state import LayerState, State
 
@@ -114,6 +114,7 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_only: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -134,10 +135,11 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             shift_labels: `[B, T]` int64 targets of each position, already shifted; -100 is ignored.
             loss_weights: `[B, T]` float, how much the loss on each of `shift_labels` counts; None: equally.
             num_items_in_batch: divide the summed loss by this number instead of taking the mean.
+            loss_only: return no logits, which a GPU can then do without (`nestor.ops.linear_cross_entropy`).
             output_hidden_states: return the residual stream before each layer and after the last norm.
 
         Returns:
-            Loss (float32), logits `[B, kept, vocab_size]`, State, hidden states.
+            Loss (float32), logits `[B, kept, vocab_size]` (None with `loss_only`), State, hidden states.
 
         Raises:
             ShapeError: inputs do not fit each other or the vocabulary.
@@ -164,6 +166,8 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             raise ShapeError(
                 f"logits_to_keep is {logits_to_keep!r}, but a loss needs all logits; leave it out"
             )
+        if loss_only and labels is None and shift_labels is None:
+            raise ShapeError("loss_only is set, but there is nothing to predict; give labels or shift_labels")
 
         padding = Padding.build(attention_mask, batch, length)
         ordered_resets = None if resets is None else padding.justify(resets.bool())
@@ -186,20 +190,22 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             )
         x = padding.restore(self.norm(x))
 
-        kept = x
-        if isinstance(logits_to_keep, Tensor):
-            kept = x[:, logits_to_keep]
-        elif logits_to_keep:
-            kept = x[:, -logits_to_keep:]
-        logits = self.lm_head(kept)
-
         if labels is not None and shift_labels is None:
             shift_labels = padding.restore(next_token_targets(padding.justify(labels), span), fill=-100)
         elif shift_labels is not None:
             shift_labels = padding.ignore(shift_labels)
-        loss = None
-        if shift_labels is not None:
-            loss = next_token_loss(logits, shift_labels, num_items_in_batch, loss_weights)
+        loss = logits = None
+        if loss_only:
+            loss = hidden_loss(x, self.lm_head, shift_labels, num_items_in_batch, loss_weights)
+        else:
+            kept = x
+            if isinstance(logits_to_keep, Tensor):
+                kept = x[:, logits_to_keep]
+            elif logits_to_keep:
+                kept = x[:, -logits_to_keep:]
+            logits = self.lm_head(kept)
+            if shift_labels is not None:
+                loss = next_token_loss(logits, shift_labels, num_items_in_batch, loss_weights)
         keep_state = self.config.use_cache if use_cache is None else use_cache
         output = CausalLMOutputWithPast(
             loss=loss,

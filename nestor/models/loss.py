@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.layers.span import Span
-
-IGNORED = -100
+from nestor.ops.linear_cross_entropy import IGNORED, choose_backend, linear_cross_entropy
 
 
 def next_token_targets(labels: Tensor, span: Span) -> Tensor:
@@ -51,3 +52,26 @@ def next_token_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
+
+
+def hidden_loss(
+    x: Tensor,
+    head: Any,
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """`next_token_loss` of the logits `head(x)`, x `[B, T, d]`, for callers that want no logits.
+
+    Where a kernel can compute the unweighted loss of a plain linear head, the logits are never all in memory.
+    """
+    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.bias is None
+    if weights is not None or not plain or choose_backend(x.device, x.dtype, len(head.weight))[0] == "torch":
+        return next_token_loss(head(x), targets, num_items_in_batch, weights)
+    targets = targets.to(x.device)
+    total = linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
+    if num_items_in_batch is None:
+        return total / (targets != IGNORED).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch

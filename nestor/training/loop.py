@@ -203,14 +203,16 @@ class Run:
         inputs = {
             "input_ids": part["input_ids"],
             "shift_labels": part["labels"],
-            "loss_weights": part["weights"],
         }
+        if bool((part["weights"] != 1).any()):
+            inputs["loss_weights"] = part["weights"]
         if bool(resets.any()):
             inputs["resets"] = resets
         with self.autocast():
             output = self.model(
                 **{name: to_device(tensor, device) for name, tensor in inputs.items()},
                 num_items_in_batch=targets,
+                loss_only=True,
                 past_key_values=state,
                 use_cache=self.config.run.state_mode != "reset",
             )

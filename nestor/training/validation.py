@@ -50,6 +50,7 @@ def validate(
                 input_ids=inputs["input_ids"],
                 shift_labels=inputs["labels"],
                 num_items_in_batch=1,
+                loss_only=True,
                 resets=inputs["resets"],
                 past_key_values=state,
                 use_cache=carry,

@@ -17,7 +17,7 @@ from nestor.data.tasks.stream import (
     check_loss_on,
     loss_weights,
 )
-from nestor.data.tokenizers import encode_text, tokenizer_identity
+from nestor.data.tokenizers import encode_text, encode_texts, tokenizer_identity
 from nestor.errors import ConfigError
 
 
@@ -116,9 +116,12 @@ class RecallTask:
     def document(self, rng: np.random.Generator) -> TaskDocument:
         """Draw one document of `document_length` tokens."""
         facts = self.spec.draw(rng, self.n_facts)
-        statements = [encode_text(self.tokenizer, fact.statement) for fact in facts]
-        questions = [encode_text(self.tokenizer, fact.question) for fact in facts]
-        replies = [encode_text(self.tokenizer, fact.answer) for fact in facts]
+        wordings = [(fact.statement, fact.question, fact.answer) for fact in facts]
+        encoded = encode_texts(
+            self.tokenizer, [part for wording in zip(*wordings, strict=True) for part in wording]
+        )
+        n = self.n_facts
+        statements, questions, replies = encoded[:n], encoded[n : 2 * n], encoded[2 * n :]
         asked = np.resize(rng.permutation(self.n_facts), self.n_questions)
         planted = sum(map(len, statements)) + sum(
             len(questions[f]) + len(replies[f]) + len(self._line_end) for f in asked
@@ -148,17 +151,18 @@ class RecallTask:
         text = self.haystack.text(rng, room + room // 8 + 64)
         allowed = breaks(text)
         clauses = [text[start:end] for start, end in pairwise(allowed.tolist())]
-        tokens_before = np.cumsum([0, *(len(encode_text(self.tokenizer, clause)) for clause in clauses)])
+        tokens_before = np.cumsum([0, *map(len, encode_texts(self.tokenizer, clauses))])
         # A break beyond the room would push the last lines off the document's end.
         tokens_before = tokens_before[tokens_before <= room]
+        cuts = [int(allowed[_nearest(tokens_before, event.place)]) for event in events]
+        # Places are in order, and so are the cuts.
+        pieces = [as_lines(text[start:end]) for start, end in pairwise([0, *cuts])] + [text[cuts[-1] :]]
+        *between, rest = encode_texts(self.tokenizer, pieces)
         ids: list[int] = []
         answers: list[Answer] = []
         last_said: dict[int, int] = {}
-        before = 0
-        for event in events:
-            cut = int(allowed[_nearest(tokens_before, event.place)])
-            ids += encode_text(self.tokenizer, as_lines(text[before:cut]))
-            before = max(before, cut)
+        for event, piece in zip(events, between, strict=True):
+            ids += piece
             question_start = len(ids)
             ids += event.head
             start = len(ids)
@@ -167,7 +171,7 @@ class RecallTask:
                 answers.append(Answer(start, len(ids), question_start - last_said[event.fact]))
             ids += event.tail
             last_said[event.fact] = len(ids)
-        ids += encode_text(self.tokenizer, text[before:])
+        ids += rest
         whole = whole_characters(self.tokenizer, ids, self.document_length)
         # Clauses may take more tokens together than alone and so move the last answer off the end.
         inside = tuple(answer for answer in answers if answer.end <= self.document_length)

@@ -1,5 +1,7 @@
 """Names and nouns for the synthetic tasks: common given names, family names and things, all single words."""
 
+import numpy as np
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -55,7 +57,37 @@ NOUNS = _words("""
     winter
 """)
 
+#: What a speaker may call their own: "My dog's name is Rex."
+RELATIONS = (
+    "name",
+    *(
+        f"{one}'s name"
+        for one in _words("""
+            dog cat horse donkey parrot ship boat house farm village school street sister brother mother
+            father son daughter uncle aunt cousin friend neighbour teacher doctor lawyer baker tailor cook
+        """)
+    ),
+)
+
 _ALL_NAMES = tuple(sorted({*GIVEN_NAMES, *FAMILY_NAMES}))
 #: Every fifth name in alphabetical order is kept out of training, for questions about names never seen there.
 HELD_OUT_NAMES = _ALL_NAMES[::5]
 TRAIN_NAMES = tuple(name for name in _ALL_NAMES if name not in set(HELD_OUT_NAMES))
+
+_ONSETS = (
+    "",
+    *_words(
+        "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sh sl st t th tr v w wh y z"
+    ),
+)
+_VOWELS = _words("a e i o u y ai au ea ee ei ia ie io oa oo ou")
+_CODAS = ("", *_words("b ck d l ld ll lm m n nd ng nt r rd rn rt s sh ss st t th tt v w x"))
+#: In how many ways `invented_name` can draw.
+INVENTED_NAMES = (len(_ONSETS) * len(_VOWELS) * len(_CODAS)) ** 2
+
+
+def invented_name(rng: np.random.Generator) -> str:
+    """A name of two syllables that nobody has. Of a name out of a list a model can guess the rest; of this it
+    has to remember every letter."""
+    parts = (_ONSETS, _VOWELS, _CODAS) * 2
+    return "".join(part[rng.integers(len(part))] for part in parts).capitalize()

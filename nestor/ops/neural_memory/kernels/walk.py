@@ -135,7 +135,7 @@ class _Walk:
             tiled.launch(name, grid, choices, tensors, strides, sizes, numbers, self.q.device)
             return
         kernel, warps, width = KERNELS[name]
-        if name in tiled.WALKS:
+        if name in tiled.WALK_TILES:
             tensors += self.meeting(grid[0] // self.split)
         kernel[grid](
             *tensors, *strides, *sizes, *numbers, **self.shape, HS=self.slices[width], **choices,

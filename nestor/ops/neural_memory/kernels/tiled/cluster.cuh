@@ -1,8 +1,10 @@
-// The programs of one walk: a cluster, SPLIT of them. A sum over the hidden width is a sum over the programs: each has
-// ROWS rows of the sum to itself, which the others send to its inbox, float32 [SPLIT, ROWS, 64] with its pieces of
+// The programs of one walk: a cluster; each has SLICES of the hidden width's SPLIT slices. A sum over the hidden width is a sum over the programs: each has
+// ROWS rows of the sum to itself, which the others send to its inbox, float32 [CLUSTER, ROWS, 64] with its pieces of
 // 32 bytes swizzled. Sixteen threads work on a row.
 
-static const int ROWS = TILE / SPLIT;
+#define EACH_SLICE _Pragma("unroll") for (int i = 0; i < SLICES; ++i)
+static const int CLUSTER = SPLIT / SLICES;
+static const int ROWS = TILE / CLUSTER;
 static const int TURNS = ROWS / 16;
 static const int INBOX_BYTES = NUMBERS * 4;
 
@@ -48,13 +50,13 @@ __device__ __forceinline__ void push_rows(const float* inbox, const Arrival& arr
 __device__ __forceinline__ float4 gather_row(const float* inbox, int row, int column) {
     float4 sum = *(const float4*)(inbox + inbox_float(0, row, column));
 #pragma unroll
-    for (int source = 1; source < SPLIT; ++source) sum = sum + *(const float4*)(inbox + inbox_float(source, row, column));
+    for (int source = 1; source < CLUSTER; ++source) sum = sum + *(const float4*)(inbox + inbox_float(source, row, column));
     return sum;
 }
 __device__ __forceinline__ void push_everywhere(char* tile, const Arrival& arrival, int row, int column, uint2 x) {
     u32 offset = tile_byte(row, column);
 #pragma unroll
-    for (int rank = 0; rank < SPLIT; ++rank) push(remote(tile, rank) + offset, x.x, x.y, remote(arrival.barrier, rank));
+    for (int rank = 0; rank < CLUSTER; ++rank) push(remote(tile, rank) + offset, x.x, x.y, remote(arrival.barrier, rank));
 }
 // What has arrived is for the matrix units, too.
 __device__ __forceinline__ void arrived() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -25,7 +25,42 @@ __device__ __forceinline__ void add_floats(float* base, int stride, const Fragme
     store_floats(base, stride, y);
 }
 
-extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, BLOCKS) write_backward_kernel(
+// The tiles of one slice.
+static const int SLICE_TILES = 5 + (TARGET ? 1 : 0) + (MOMENTUM ? 2 : 0);
+struct Slice {
+    char *x, *w, *dw1, *dw2, *pulled, *m, *ds1, *ds2;
+};
+__device__ __forceinline__ Slice slice_at(char* tiles) {
+    Slice o;
+    o.x = tiles, o.w = o.x + TILE_BYTES, o.dw1 = o.w + TILE_BYTES, o.dw2 = o.dw1 + TILE_BYTES;
+    o.pulled = o.dw2 + TILE_BYTES, o.m = o.pulled + TILE_BYTES;
+    o.ds1 = o.pulled + (TARGET ? 2 : 1) * TILE_BYTES, o.ds2 = o.ds1 + TILE_BYTES;
+    return o;
+}
+// Gradients of the state. With two slices the registers are too few for all: that of S2 lies in shared memory.
+static const bool APART = MOMENTUM && SLICES == 2;
+struct State {
+    Fragment w1, w2, s1, own_s2;
+    float* place;
+    __device__ __forceinline__ Fragment s2() const {
+        if (!APART) return own_s2;
+        Fragment x;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float4 v = ((const float4*)place)[j * THREADS + threadIdx.x];
+            x.f[j][0] = v.x, x.f[j][1] = v.y, x.f[j][2] = v.z, x.f[j][3] = v.w;
+        }
+        return x;
+    }
+    __device__ __forceinline__ void set_s2(const Fragment& x) {
+        if (!APART) own_s2 = x;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            if (APART) ((float4*)place)[j * THREADS + threadIdx.x] = make_float4(x.f[j][0], x.f[j][1], x.f[j][2], x.f[j][3]);
+    }
+};
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) write_backward_kernel(
     const bf16* K, const bf16* V, const float* ENDS, const float* LAST, const bf16* STATES, const bf16* STEPS,
     const bf16* HIDDENS, const bf16* ZH, const float* NORMS, const bf16* TARGETS, const float* GAMMA,
     const float* BETA, const unsigned char* RESETS, const int* OPEN, const bf16* G_STATES, const bf16* G_U1,
@@ -34,18 +69,15 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     int heads, int chunks, int tokens, int first_chunk, int span, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
-    char *k_tile = shared, *u_tile = k_tile + TILE_BYTES, *z2_tile = u_tile + TILE_BYTES,
-         *x_tile = z2_tile + TILE_BYTES, *w_tile = x_tile + TILE_BYTES, *dw1_tile = w_tile + TILE_BYTES,
-         *dw2_tile = dw1_tile + TILE_BYTES, *pulled_tile = dw2_tile + TILE_BYTES, *end = pulled_tile + TILE_BYTES;
-    char* m_tile = end;
-    if (TARGET) end += TILE_BYTES;
-    char *ds1_tile = end, *ds2_tile = end + TILE_BYTES;
-    if (MOMENTUM) end += 2 * TILE_BYTES;
-    float *inbox = (float*)end, *norm = inbox + NUMBERS;
+    int rank = blockIdx.x % CLUSTER, m = blockIdx.x / CLUSTER, b = m / heads, h = m % heads;
+    char *k_tile = shared, *u_tile = k_tile + TILE_BYTES, *z2_tile = u_tile + TILE_BYTES;
+    Slice o[SLICES];
+    EACH_SLICE o[i] = slice_at(shared + (3 + i * SLICE_TILES) * TILE_BYTES);
+    float *inbox = (float*)(shared + (3 + SLICES * SLICE_TILES) * TILE_BYTES), *places = inbox + NUMBERS, *norm = places + (APART ? SLICES * NUMBERS : 0);
     Arrival parts = {(u64*)(norm + 2 * TILE), INBOX_BYTES, 0}, steps = {parts.barrier + 1, TILE_BYTES, 0};
-    Arrival operands = {parts.barrier + 2, 3 * TILE_BYTES, 0}, targets = {parts.barrier + 3, TILE_BYTES, 0};
+    Arrival operands = {parts.barrier + 2, (1 + 2 * SLICES) * TILE_BYTES, 0};
+    Arrival targets = {parts.barrier + 3, SLICES * TILE_BYTES, 0};
 
-    int s = blockIdx.x % SPLIT, m = blockIdx.x / SPLIT, b = m / heads, h = m % heads;
     const bf16 *k_at = K + b * kb + h * kh, *v_at = V + b * vb + h * vh;
     float* carried = CARRIED + (long)m * PARTS * SIZE;
     long kind = (long)walks * span * SIZE;
@@ -54,20 +86,47 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
         norm[threadIdx.x] = GAMMA[h * TILE + threadIdx.x];
         norm[TILE + threadIdx.x] = BETA[h * TILE + threadIdx.x];
     }
-    int first = s * TILE, second = SIZE + s * NUMBERS;
-    Fragment dw1 = load_floats(carried + first, HIDDEN), dw2 = load_floats(carried + second, TILE), ds1, ds2;
-    if (MOMENTUM) {
-        ds1 = load_floats(carried + 2 * SIZE + first, HIDDEN);
-        ds2 = load_floats(carried + 2 * SIZE + second, TILE);
+    State d[SLICES];
+    EACH_SLICE {
+        int first = (rank * SLICES + i) * TILE, second = SIZE + (rank * SLICES + i) * NUMBERS;
+        d[i].place = places + i * NUMBERS;
+        d[i].w1 = load_floats(carried + first, HIDDEN);
+        d[i].w2 = load_floats(carried + second, TILE);
+        if (MOMENTUM) {
+            d[i].s1 = load_floats(carried + 2 * SIZE + first, HIDDEN);
+            d[i].set_s2(load_floats(carried + 2 * SIZE + second, TILE));
+        }
     }
     int last = min(first_chunk + span, chunks) - 1;
     // What comes as tiles for chunk n, by thread 0.
     auto fetch_chunk = [&](int n) {
         long here = (long)m * span + n - first_chunk;
         expect(operands);
-        fetch(x_tile, HIDDENS + (here * SPLIT + s) * NUMBERS, operands);
-        fetch(w_tile, STATES + (here * PARTS * SPLIT + SPLIT + s) * NUMBERS, operands);
+        EACH_SLICE {
+            int s = rank * SLICES + i;
+            fetch(o[i].x, HIDDENS + (here * SPLIT + s) * NUMBERS, operands);
+            fetch(o[i].w, STATES + (here * PARTS * SPLIT + SPLIT + s) * NUMBERS, operands);
+        }
         fetch(u_tile, STEPS + here * NUMBERS, operands);
+    };
+    // What chunk n needs besides, from memory to the cache.
+    auto bring_chunk = [&](int n) {
+        long here = (long)m * span + n - first_chunk, wide = (here * SPLIT + rank * SLICES) * NUMBERS;
+        EACH_SLICE {
+            long s = wide + i * NUMBERS;
+            bring(HIDDENS + s);
+            bring(HIDDENS + kind + s);
+            bring(HIDDENS + 3 * kind + s);
+            bring(STATES + (here * PARTS * SPLIT + SPLIT + rank * SLICES + i) * NUMBERS);
+            for (int part = 0; part < PARTS; ++part)
+                bring(G_STATES + (here * PARTS * SPLIT + rank * SLICES + i) * NUMBERS + part * SIZE);
+            if (READS) {
+                bring(G_U1 + s);
+                bring(G_X2 + s);
+            }
+        }
+        bring(STEPS + here * NUMBERS);
+        if (READS) bring(G_U2 + here * NUMBERS);
     };
     Pieces keys = load_pieces(k_at + (long)last * TILE * kt, kt, tokens - last * TILE);
     if (threadIdx.x == 0) {
@@ -79,93 +138,118 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     if (TARGET) {
         if (threadIdx.x == 0) {
             expect(targets);
-            fetch(m_tile, TARGETS + ((long)h * 2 * SPLIT + SPLIT + s) * NUMBERS, targets);
+            EACH_SLICE fetch(o[i].m, TARGETS + ((long)h * 2 * SPLIT + SPLIT + rank * SLICES + i) * NUMBERS, targets);
         }
         await(targets);
     }
 
     for (int n = last; n >= first_chunk; --n) {
-        long cell = (long)m * chunks + n, here = (long)m * span + n - first_chunk, wide = (here * SPLIT + s) * NUMBERS;
-        const bf16* reads = G_STATES + (here * PARTS * SPLIT + s) * NUMBERS;
-        Packed slope = load_fragment(HIDDENS + kind + wide), bend = load_fragment(HIDDENS + 3 * kind + wide), extra;
-        if (READS) extra = load_fragment(G_U1 + wide);
+        long cell = (long)m * chunks + n, here = (long)m * span + n - first_chunk;
+        long wide = (here * SPLIT + rank * SLICES) * NUMBERS;
+        const bf16* reads = G_STATES + (here * PARTS * SPLIT + rank * SLICES) * NUMBERS;
+        Packed slope[SLICES], bend[SLICES], extra[SLICES];
+        EACH_SLICE {
+            slope[i] = load_fragment(HIDDENS + kind + wide + i * NUMBERS);
+            bend[i] = load_fragment(HIDDENS + 3 * kind + wide + i * NUMBERS);
+            if (READS) extra[i] = load_fragment(G_U1 + wide + i * NUMBERS);
+        }
         const float* ends = ENDS + cell * 2 * TILE;
         float g_end[2] = {ends[own_row()], ends[own_row() + 8]}, e_end[2] = {0.f, 0.f};
         if (MOMENTUM) e_end[0] = ends[TILE + own_row()], e_end[1] = ends[TILE + own_row() + 8];
         float A = LAST[cell * 4], F = LAST[cell * 4 + 1], decay = LAST[cell * 4 + 2];
         store_pieces(k_tile, keys);
-        store_tile(dw1_tile, packed(dw1));
-        store_tile(dw2_tile, packed(dw2));
-        if (MOMENTUM) {
-            store_tile(ds1_tile, packed(ds1));
-            store_tile(ds2_tile, packed(ds2));
+        EACH_SLICE {
+            store_tile(o[i].dw1, packed(d[i].w1));
+            store_tile(o[i].dw2, packed(d[i].w2));
+            if (MOMENTUM) {
+                store_tile(o[i].ds1, packed(d[i].s1));
+                store_tile(o[i].ds2, packed(d[i].s2()));
+            }
         }
         await(operands);
         tiles_ready();
         if (threadIdx.x == 0) {
-            bf16* after = AFTER + (here * PARTS * SPLIT + s) * NUMBERS;
-            send(after, dw1_tile);
-            send(after + SIZE, dw2_tile);
-            if (MOMENTUM) {
-                send(after + 2 * SIZE, ds1_tile);
-                send(after + 3 * SIZE, ds2_tile);
-            }
-            if (n > first_chunk) {
-                long before = here - 1, wide = (before * SPLIT + s) * NUMBERS;
-                bring(HIDDENS + wide);
-                bring(HIDDENS + kind + wide);
-                bring(HIDDENS + 3 * kind + wide);
-                bring(STATES + (before * PARTS * SPLIT + SPLIT + s) * NUMBERS);
-                bring(STEPS + before * NUMBERS);
-                for (int part = 0; part < PARTS; ++part)
-                    bring(G_STATES + (before * PARTS * SPLIT + s) * NUMBERS + part * SIZE);
-                if (READS) {
-                    bring(G_U1 + wide);
-                    bring(G_X2 + wide);
-                    bring(G_U2 + before * NUMBERS);
+            EACH_SLICE {
+                bf16* after = AFTER + (here * PARTS * SPLIT + rank * SLICES + i) * NUMBERS;
+                send(after, o[i].dw1);
+                send(after + SIZE, o[i].dw2);
+                if (MOMENTUM) {
+                    send(after + 2 * SIZE, o[i].ds1);
+                    send(after + 3 * SIZE, o[i].ds2);
                 }
             }
+            if (n > first_chunk) bring_chunk(n - 1);
         }
 
         // The steps, as the state takes them and as the reads see them; u_1 = (u_2 W2^T) phi'(z_1).
-        Fragment g = through_steps<false>(k_tile, dw1_tile, ds1_tile, g_end, e_end, side);
-        if (READS) add(g, extra);
-        Packed g_z1 = packed(times(g, bend));
-        store_tile(pulled_tile, packed(times(g, slope)));
-        g = through_steps<false>(x_tile, dw2_tile, ds2_tile, g_end, e_end, side);
-        if (READS) extra = load_fragment(G_X2 + wide);
+        Packed g_z1[SLICES];
+        EACH_SLICE {
+            Fragment g = through_steps<false>(k_tile, o[i].dw1, o[i].ds1, g_end, e_end, side);
+            if (READS) add(g, extra[i]);
+            g_z1[i] = packed(times(g, bend[i]));
+            store_tile(o[i].pulled, packed(times(g, slope[i])));
+        }
+        Fragment part;
+        {
+            Fragment y;
+            EACH_SLICE {
+                if (i == 0) {
+                    begin_product<false, false, false>(part, o[i].x, o[i].dw2, side);
+                    if (MOMENTUM) begin_product<false, false, false>(y, o[i].x, o[i].ds2, side);
+                } else {
+                    begin_product<false, false, true>(part, o[i].x, o[i].dw2, side);
+                    if (MOMENTUM) begin_product<false, false, true>(y, o[i].x, o[i].ds2, side);
+                }
+            }
+            end_products();
+            settle(part);
+            scale_rows(part, g_end);
+            if (MOMENTUM) {
+                settle(y);
+                scale_rows(y, e_end);
+                add(part, y);
+            }
+        }
+        EACH_SLICE if (READS) extra[i] = load_fragment(G_X2 + wide + i * NUMBERS);
         tiles_ready();
-        begin_product<false, false, true>(g, pulled_tile, w_tile, side);
-        if (TARGET) begin_product<false, false, true>(g, pulled_tile, m_tile, side);
+        EACH_SLICE {
+            begin_product<false, false, true>(part, o[i].pulled, o[i].w, side);
+            if (TARGET) begin_product<false, false, true>(part, o[i].pulled, o[i].m, side);
+        }
         end_products();
-        settle(g);
-        push_rows(inbox, parts, s, g);
+        settle(part);
+        push_rows(inbox, parts, rank, part);
         // While the parts travel: the gradient of x_2 from its steps, and what the state passes on.
-        Packed more1 = load_fragment(reads), more2 = load_fragment(reads + SIZE);
-        g = through_steps<true>(u_tile, dw2_tile, ds2_tile, g_end, e_end, side);
-        if (READS) add(g, extra);
-        if (MOMENTUM) {
-            combine(ds1, decay, F, dw1);
-            combine(ds2, decay, F, dw2);
+        Fragment g[SLICES];
+        EACH_SLICE {
+            Packed more1 = load_fragment(reads + i * NUMBERS), more2 = load_fragment(reads + SIZE + i * NUMBERS);
+            g[i] = through_steps<true>(u_tile, o[i].dw2, o[i].ds2, g_end, e_end, side);
+            if (READS) add(g[i], extra[i]);
+            if (MOMENTUM) {
+                Fragment s2 = d[i].s2();
+                combine(d[i].s1, decay, F, d[i].w1);
+                combine(s2, decay, F, d[i].w2);
+                if (READS) {
+                    add(d[i].s1, load_fragment(reads + 2 * SIZE + i * NUMBERS));
+                    add(s2, load_fragment(reads + 3 * SIZE + i * NUMBERS));
+                }
+                d[i].set_s2(s2);
+            }
+            multiply(d[i].w1, A);
+            multiply(d[i].w2, A);
+            add(d[i].w1, more1);
+            add(d[i].w2, more2);
+            begin_product<true, false, true>(d[i].w2, o[i].pulled, u_tile, side);
         }
-        multiply(dw1, A);
-        multiply(dw2, A);
-        add(dw1, more1);
-        add(dw2, more2);
-        if (MOMENTUM && READS) {
-            add(ds1, load_fragment(reads + 2 * SIZE));
-            add(ds2, load_fragment(reads + 3 * SIZE));
-        }
-        begin_product<true, false, true>(dw2, pulled_tile, u_tile, side);
         end_products();
-        settle(dw2);
+        EACH_SLICE settle(d[i].w2);
         if (threadIdx.x == 0) sent();
         await_and_expect(parts);
 
         // u_2 from z_2, in the rows that this program owns.
 #pragma unroll
         for (int r = 0; r < TURNS; ++r) {
-            int row = r * 16 + own, t = s * ROWS + row;
+            int row = r * 16 + own, t = rank * ROWS + row;
             long narrow = here * NUMBERS + t * TILE + column;
             float4 g_u = gather_row(inbox, row, column);
             if (READS) g_u = g_u + four(*(const uint2*)(G_U2 + narrow));
@@ -194,48 +278,58 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
         await_and_expect(steps);
         arrived();
 
-        begin_product<false, true, true>(g, z2_tile, w_tile, side);
-        if (TARGET) begin_product<false, true, true>(g, z2_tile, m_tile, side);
-        begin_product<true, false, true>(dw2, x_tile, z2_tile, side);
+        EACH_SLICE {
+            begin_product<false, true, true>(g[i], z2_tile, o[i].w, side);
+            if (TARGET) begin_product<false, true, true>(g[i], z2_tile, o[i].m, side);
+            begin_product<true, false, true>(d[i].w2, o[i].x, z2_tile, side);
+        }
         if (n > first_chunk) keys = load_pieces(k_at + (long)(n - 1) * TILE * kt, kt, TILE);
         end_products();
-        settle(g), settle(dw2);
-        FOR_EACH g.f[j][r] = at(g_z1, j, r) + g.f[j][r] * at(slope, j, r);
-        store_tile(dw1_tile, packed(g));
+        EACH_SLICE {
+            settle(g[i]), settle(d[i].w2);
+            FOR_EACH g[i].f[j][r] = at(g_z1[i], j, r) + g[i].f[j][r] * at(slope[i], j, r);
+            store_tile(o[i].dw1, packed(g[i]));
+        }
         tiles_ready();
         if (threadIdx.x == 0) {
-            send(G_Z1 + wide, dw1_tile);
+            EACH_SLICE send(G_Z1 + wide + i * NUMBERS, o[i].dw1);
             // All have read what comes as tiles.
             if (n > first_chunk) fetch_chunk(n - 1);
         }
-        begin_product<true, false, true>(dw1, k_tile, dw1_tile, side);
+        EACH_SLICE begin_product<true, false, true>(d[i].w1, k_tile, o[i].dw1, side);
         if (threadIdx.x == 0) sent();
         end_products();
-        settle(dw1);
-        if (HAS_OPEN && n == OPEN[b]) {
-            const float* anchor = G_ANCHOR + (long)m * 2 * SIZE;
-            add(dw1, load_floats(anchor + first, HIDDEN));
-            add(dw2, load_floats(anchor + second, TILE));
-        }
-        if (HAS_RESETS && RESETS[b * chunks + n]) {
-            float* start = G_START + (long)m * PARTS * SIZE;
-            add_floats(start + first, HIDDEN, dw1);
-            add_floats(start + second, TILE, dw2);
-            clear(dw1);
-            clear(dw2);
-            if (MOMENTUM) {
-                add_floats(start + 2 * SIZE + first, HIDDEN, ds1);
-                add_floats(start + 2 * SIZE + second, TILE, ds2);
-                clear(ds1);
-                clear(ds2);
+        EACH_SLICE {
+            settle(d[i].w1);
+            int first = (rank * SLICES + i) * TILE, second = SIZE + (rank * SLICES + i) * NUMBERS;
+            if (HAS_OPEN && n == OPEN[b]) {
+                const float* anchor = G_ANCHOR + (long)m * 2 * SIZE;
+                add(d[i].w1, load_floats(anchor + first, HIDDEN));
+                add(d[i].w2, load_floats(anchor + second, TILE));
+            }
+            if (HAS_RESETS && RESETS[b * chunks + n]) {
+                float* start = G_START + (long)m * PARTS * SIZE;
+                add_floats(start + first, HIDDEN, d[i].w1);
+                add_floats(start + second, TILE, d[i].w2);
+                clear(d[i].w1);
+                clear(d[i].w2);
+                if (MOMENTUM) {
+                    add_floats(start + 2 * SIZE + first, HIDDEN, d[i].s1);
+                    add_floats(start + 2 * SIZE + second, TILE, d[i].s2());
+                    clear(d[i].s1);
+                    d[i].set_s2(d[i].s1);
+                }
             }
         }
         __syncthreads();
     }
-    store_floats(carried + first, HIDDEN, dw1);
-    store_floats(carried + second, TILE, dw2);
-    if (MOMENTUM) {
-        store_floats(carried + 2 * SIZE + first, HIDDEN, ds1);
-        store_floats(carried + 2 * SIZE + second, TILE, ds2);
+    EACH_SLICE {
+        int first = (rank * SLICES + i) * TILE, second = SIZE + (rank * SLICES + i) * NUMBERS;
+        store_floats(carried + first, HIDDEN, d[i].w1);
+        store_floats(carried + second, TILE, d[i].w2);
+        if (MOMENTUM) {
+            store_floats(carried + 2 * SIZE + first, HIDDEN, d[i].s1);
+            store_floats(carried + 2 * SIZE + second, TILE, d[i].s2());
+        }
     }
 }
