@@ -238,7 +238,11 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         if span is None:
             span = Span.build(None, x.shape[0], x.shape[1], x.device)
-        q, k, v, tails = self.project(x, state, span, start)
+        low = x
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            # Once for all projections; autocast would do it for each.
+            low = x.to(torch.get_autocast_dtype("cuda"))
+        q, k, v, tails = self.project(low, state, span, start)
         gates = self.gates(x)
         opening = None if state is None else unpack(state)
         begin = None if start is None else unpack(start)
@@ -254,7 +258,7 @@ class NeuralMemory(nn.Module):
             theta = gates.theta.detach()
             report_write((theta if theta.dim() == 3 else theta.mean(-1)) * result[2])
         # A GPU's operations take and give half precision; elsewhere the memory is float32 at least.
-        return self._output(y if y.is_cuda else y.to(x.dtype), x), {**pack(after), **tails}
+        return self._output(y if y.is_cuda else y.to(x.dtype), low), {**pack(after), **tails}
 
     def project(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None

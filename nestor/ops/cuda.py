@@ -22,6 +22,7 @@ from nestor.ops.compilation import CompilationError, cache_folder
 logger = logging.getLogger(__name__)
 
 
+@functools.cache
 def obstacle(device: torch.device) -> str | None:
     """Why CUDA kernels with clusters cannot run on this device; None: they can."""
     if device.type != "cuda" or torch.version.cuda is None:
@@ -46,7 +47,8 @@ class CudaKernel:
     def __init__(self, function: Any, threads: int, shared: int) -> None:
         from cuda.bindings import driver
 
-        self._function, self._threads, self._shared, self._driver = function, threads, shared, driver
+        self._function, self._threads, self._shared = function, threads, shared
+        self._launch = driver.cuLaunchKernel
         kinds = driver.CUfunction_attribute
         size = kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         # All the room there is: as many blocks to a multiprocessor as fit.
@@ -63,24 +65,23 @@ class CudaKernel:
         floats: Sequence[float],
     ) -> None:
         """Queue the kernel on PyTorch's current stream. None is a null pointer."""
-        values: list[Any] = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-        values += [ctypes.c_int64(x) for x in longs]
-        values += [ctypes.c_int32(x) for x in ints]
-        values += [ctypes.c_float(x) for x in floats]
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-        grid = (*grid, 1, 1)[:3]
-        stream = torch.cuda.current_stream().cuda_stream
-        _check(
-            self._driver.cuLaunchKernel(
-                self._function,
-                *grid,
-                *(self._threads, 1, 1),
-                self._shared,
-                stream,
-                ctypes.addressof(addresses),
-                0,
-            )
-        )
+        wide = [0 if x is None else x.data_ptr() for x in tensors]
+        wide += longs
+        words = (ctypes.c_int64 * len(wide))(*wide)
+        halves = (ctypes.c_int32 * len(ints))(*ints)
+        reals = (ctypes.c_float * len(floats))(*floats)
+        places: list[int] = []
+        for values, size in ((words, 8), (halves, 4), (reals, 4)):
+            start = ctypes.addressof(values)
+            places += range(start, start + size * len(values), size)
+        addresses = (ctypes.c_void_p * len(places))(*places)
+        x, y, z = (*grid, 1, 1)[:3]
+        (status,) = self._launch(
+            self._function, x, y, z, self._threads, 1, 1, self._shared,
+            torch.cuda.current_stream().cuda_stream, ctypes.addressof(addresses), 0,
+        )  # fmt: skip
+        if status:
+            raise RuntimeError(f"CUDA: {status!r}")
 
 
 @functools.cache

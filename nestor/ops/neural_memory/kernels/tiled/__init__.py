@@ -58,34 +58,44 @@ def launch(
     Args:
         choices: compile-time definitions; booleans as 0 and 1.
     """
-    choices = {**choices, "WGMMA": cuda.architecture(device) == "sm_90a"}
+    slices = 1
+    if name in WALK_TILES:
+        slices = _slices(grid[0], choices["SPLIT"], device)
+        grid = (grid[0] // slices,)
+    kernel = _kernel(name, slices, device, tuple(choices.items()))
+    kernel(grid, tensors, strides, sizes, numbers)
+
+
+@functools.cache
+def _kernel(
+    name: str, slices: int, device: torch.device, choices: tuple[tuple[str, Any], ...]
+) -> cuda.CudaKernel:
+    definitions = {key: int(value) for key, value in choices}
+    definitions |= {"WGMMA": int(cuda.architecture(device) == "sm_90a"), "SLICES": slices}
     sources = ["tiles.cuh", f"{name}.cu"]
 
     def count(always: int, targets: int, momentum: int) -> int:
-        return always + targets * choices["TARGET"] + momentum * choices["MOMENTUM"]
+        return always + targets * definitions["TARGET"] + momentum * definitions["MOMENTUM"]
 
     if name in WALK_TILES:
         sources.insert(1, "cluster.cuh")
-        slices = _slices(grid[0], choices["SPLIT"], device)
-        choices["SLICES"] = slices
-        grid = (grid[0] // slices,)
         once, each = WALK_TILES[name]
         tiles = count(*once) + slices * count(*each)
         if name == "write_backward" and slices == 2:
-            tiles += 2 * slices * choices["MOMENTUM"]
+            tiles += 2 * slices * definitions["MOMENTUM"]
     else:
         tiles = count(*TILES[name])
-    kernel = cuda.load_kernel(
+    return cuda.load_kernel(
         tuple(FOLDER / source for source in sources),
         f"{name}_kernel",
-        tuple((key, int(value)) for key, value in sorted(choices.items())),
+        tuple(sorted(definitions.items())),
         THREADS,
         tiles * TILE * TILE * 2 + SMALL,
         device,
     )
-    kernel(grid, tensors, strides, sizes, numbers)
 
 
+@functools.cache
 def _slices(programs: int, split: int, device: torch.device) -> int:
     """Slices of the hidden width to a program of a walk.
 

@@ -37,6 +37,10 @@ __device__ __forceinline__ Slice slice_at(char* tiles) {
     o.ds1 = o.pulled + (TARGET ? 2 : 1) * TILE_BYTES, o.ds2 = o.ds1 + TILE_BYTES;
     return o;
 }
+// Loads before are not begun together with those after, which would cost registers.
+__device__ __forceinline__ void in_turn() {
+    if (SLICES == 2) asm volatile("" ::: "memory");
+}
 // Gradients of the state. With two slices the registers are too few for all: that of S2 lies in shared memory.
 static const bool APART = MOMENTUM && SLICES == 2;
 struct State {
@@ -210,8 +214,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 add(part, y);
             }
         }
-        EACH_SLICE if (READS) extra[i] = load_fragment(G_X2 + wide + i * NUMBERS);
+        EACH_SLICE if (!APART && READS) extra[i] = load_fragment(G_X2 + wide + i * NUMBERS);
+        if (APART && threadIdx.x == 0) sent();
         tiles_ready();
+        // Nobody needs the tile of dS1 any more.
+        EACH_SLICE if (APART) store_fragment((bf16*)o[i].ds1, g_z1[i]);
         EACH_SLICE {
             begin_product<false, false, true>(part, o[i].pulled, o[i].w, side);
             if (TARGET) begin_product<false, false, true>(part, o[i].pulled, o[i].m, side);
@@ -222,23 +229,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         // While the parts travel: the gradient of x_2 from its steps, and what the state passes on.
         Fragment g[SLICES];
         EACH_SLICE {
-            Packed more1 = load_fragment(reads + i * NUMBERS), more2 = load_fragment(reads + SIZE + i * NUMBERS);
             g[i] = through_steps<true>(u_tile, o[i].dw2, o[i].ds2, g_end, e_end, side);
-            if (READS) add(g[i], extra[i]);
+            if (READS) add(g[i], APART ? load_fragment(G_X2 + wide + i * NUMBERS) : extra[i]);
             if (MOMENTUM) {
-                Fragment s2 = d[i].s2();
                 combine(d[i].s1, decay, F, d[i].w1);
+                if (READS) add(d[i].s1, load_fragment(reads + 2 * SIZE + i * NUMBERS));
+                in_turn();
+                Fragment s2 = d[i].s2();
                 combine(s2, decay, F, d[i].w2);
-                if (READS) {
-                    add(d[i].s1, load_fragment(reads + 2 * SIZE + i * NUMBERS));
-                    add(s2, load_fragment(reads + 3 * SIZE + i * NUMBERS));
-                }
+                if (READS) add(s2, load_fragment(reads + 3 * SIZE + i * NUMBERS));
                 d[i].set_s2(s2);
+                in_turn();
             }
             multiply(d[i].w1, A);
             multiply(d[i].w2, A);
-            add(d[i].w1, more1);
-            add(d[i].w2, more2);
+            add(d[i].w1, load_fragment(reads + i * NUMBERS));
+            add(d[i].w2, load_fragment(reads + SIZE + i * NUMBERS));
             begin_product<true, false, true>(d[i].w2, o[i].pulled, u_tile, side);
         }
         end_products();
@@ -275,6 +281,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             }
             push_everywhere(z2_tile, steps, t, column, pack_four(g_z));
         }
+        // Again, for it is not worth its registers in between.
+        EACH_SLICE slope[i] = load_fragment(HIDDENS + kind + wide + i * NUMBERS);
         await_and_expect(steps);
         arrived();
 
@@ -287,6 +295,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         end_products();
         EACH_SLICE {
             settle(g[i]), settle(d[i].w2);
+            if (APART) g_z1[i] = load_fragment((const bf16*)o[i].ds1);
             FOR_EACH g[i].f[j][r] = at(g_z1[i], j, r) + g[i].f[j][r] * at(slope[i], j, r);
             store_tile(o[i].dw1, packed(g[i]));
         }
