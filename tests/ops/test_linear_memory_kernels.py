@@ -41,8 +41,11 @@ CASES = {
 
 
 def _draw(draw_problem, seed=0, **choices):
-    """A problem whose chunks reach each other: gates uniform in (0, 1) forget all within sixteen tokens."""
+    """A problem whose chunks reach each other: gates uniform in (0, 1) forget all within sixteen tokens. Keys
+    and queries have length 1, as the layer's; of longer ones a memory without a norm runs away."""
     p = draw_problem(seed, **choices)
+    q, k = (torch.nn.functional.normalize(x.detach(), dim=-1).requires_grad_() for x in (p.q, p.k))
+    p = p.replace(q=q, k=k)
 
     def mild(gate, low, high):
         return None if gate is None else (low + (high - low) * gate.detach()).requires_grad_()

@@ -90,7 +90,7 @@ def streams_backward_kernel(
     x1 = _inputs(x_at, tail_at, begin - 1, channel, inside, xt, tokens, channels, K, HAS_TAIL)
     x2 = _inputs(x_at, tail_at, begin - 2, channel, inside, xt, tokens, channels, K, HAS_TAIL)
     x3 = _inputs(x_at, tail_at, begin - 3, channel, inside, xt, tokens, channels, K, HAS_TAIL)
-    # Each its own zeros: Triton takes names that begin as one value, and trade it, for one that never changes.
+    # Each its own zeros: names that begin as one value and trade it, Triton takes for one that never changes.
     d1, d2 = tl.zeros((S, HB, P), tl.float32), tl.zeros((S, HB, P), tl.float32)
     d3 = tl.zeros((S, HB, P), tl.float32)
     sum0, sum1 = tl.zeros((S, HB, P), tl.float32), tl.zeros((S, HB, P), tl.float32)

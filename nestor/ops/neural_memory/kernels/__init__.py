@@ -43,8 +43,10 @@ def obstacle(spec: MemorySpec, initial: Sequence[Tensor] | None, dtype: torch.dt
     width, hidden = initial[0].shape[-2:]
     if width not in WIDTHS:
         return f"the kernels do not cover heads of width {width}; it must be one of {WIDTHS}"
-    if len(initial) == 1 and dtype == torch.float32 and (width, spec.chunk_size) == (128, 128):
-        return "the kernels of one layer do not cover chunks of 128 with heads of width 128 in float32"
+    # What shared memory has no room for.
+    exact, long, wide = dtype == torch.float32, spec.chunk_size == 128, width == 128
+    if (long and exact and wide) if len(initial) == 1 else (long and (exact or wide)):
+        return f"the kernels do not cover chunks of 128 with heads of width {width} in {dtype}"
     if len(initial) == 2 and hidden % 32 and hidden != 16:
         return f"the kernels do not cover a hidden width of {hidden}; it must be a multiple of 32"
     return None

@@ -84,10 +84,13 @@ class _Walk:
         # Targets as the kernels want them.
         self.operands = tiled.targets_as_tiles(targets) if self.tiled and targets is not None else targets
         self.slices = {name: min(width, hidden) for name, width in SLICES.items()}
-        if q.dtype == torch.float32:
-            self.slices = {name: min(width, 32) for name, width in self.slices.items()}
-        elif self.width > 64:
+        wide, exact = self.width > 64, q.dtype == torch.float32
+        if exact or wide:
             self.slices["write"] = min(self.slices["write"], 32)
+        # What shared memory has room for.
+        if exact or chunk > 64:
+            room = 16 if exact and wide else 32
+            self.slices |= {name: min(self.slices[name], room) for name in ("read", "chunk")}
         self.split = hidden // (tiled.TILE if self.tiled else self.slices["write"])
         self.start = None if start is None else self.moved(start, -1)
 
@@ -127,7 +130,7 @@ class _Walk:
         self, name: str, grid: tuple[int, ...], tensors: tuple[Any, ...], of: tuple[Tensor, ...],
         sizes: tuple[int, ...], numbers: tuple[float, ...] = (), **choices: Any,
     ) -> None:  # fmt: skip
-        """Queue a kernel, in CUDA or Triton: tensors, strides of some, sizes, numbers, compile-time choices."""
+        """Queue a kernel, in CUDA or Triton: tensors, strides `of` some, sizes, numbers, choices."""
         strides = tuple(stride for x in of for stride in _strides(x))
         choices = {key: self.network[key] for key in ("NORM", "MOMENTUM", "TARGET")} | choices
         if self.tiled:

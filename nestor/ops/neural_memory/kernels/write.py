@@ -4,8 +4,8 @@ A walk is one sequence and head; SPLIT programs share it, each with HS columns o
 which it keeps in registers from chunk to chunk with their momentum. Only z2 and its gradient are sums over
 the hidden width, so the programs of a walk meet once a chunk (`sum_over_slices`).
 
-Where the weights decay to targets M ``[heads, 2, P HIDDEN]``, a state holds D = W - M instead of W: the decay is
-D' = A D, and the gradient of A, a sum of dW * D, keeps its digits in states of 16 bits.
+Where the weights decay to targets M ``[heads, 2, P HIDDEN]``, a state holds D = W - M instead of W: the decay
+is D' = A D, and the gradient of A, a sum of dW * D, keeps its digits in states of 16 bits.
 
 Layouts (M walks, m = b heads + h; Q = 4 parts W1, W2, S1, S2 with momentum, else 2; P x HIDDEN numbers each):
     checkpoints float32 ``[K, M, Q, P HIDDEN]``: the state every `interval` chunks and at the end
@@ -417,7 +417,7 @@ def target_gradients_kernel(
     """Add the gradient of the targets, from `here` chunks, to G_TARGETS, float32 ``[2, M, size]``.
 
     W' = A W + (1 - A) M + ..: (1 - A) of the gradient of the state after each chunk, the first `size` of its
-    `state_size` numbers; and with READS the reads' own, ``[M, span, size]``, apart, for their order may differ.
+    `state_size` numbers; with READS also the reads' own, ``[M, span, size]``, apart: their order may differ.
     """
     m = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

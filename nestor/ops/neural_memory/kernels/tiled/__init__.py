@@ -1,4 +1,4 @@
-"""The kernels that most memories run on, again in CUDA: chunks of 64 tokens, heads of 64, bfloat16, inclusive reads.
+"""The kernels that most memories run on, again in CUDA: chunks and heads of 64, bfloat16, inclusive reads.
 
 Triton cannot keep the state of a walk in registers and shared memory as these do, nor let the programs of a walk
 trade sums through shared memory. They take the places of Triton's kernels in `walk.py`, on the same tensors; what
@@ -130,8 +130,7 @@ def targets_as_tiles(targets: Tensor) -> Tensor:
 
 
 def targets_from_tiles(tiles: Tensor, fragments: Tensor) -> Tensor:
-    """The sum of two ``[M, 2 P HIDDEN]``, one as tiles and one as fragments, in the order of `targets_as_tiles`'s
-    argument."""
+    """The sum of two ``[M, 2 P HIDDEN]``, one as tiles and one as fragments, in rows again."""
     by_tile, by_fragment = _orders(tiles.device)
     shape = (2, -1, TILE * TILE)
     total = tiles.unflatten(1, shape)[..., by_tile] + fragments.unflatten(1, shape)[..., by_fragment]
