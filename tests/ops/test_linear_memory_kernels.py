@@ -111,6 +111,8 @@ def _compare(draw_problem, flat, gradients, dtype, seed=0, **choices) -> None:
     for name, (a, b) in pairs.items():
         assert torch.isfinite(a).all(), name
         tolerance = 0.2 if jumps and name.startswith("gradient") else TOLERANCE[dtype]
+        if dtype == torch.bfloat16 and name == "gradient of alpha":
+            tolerance = max(tolerance, 2e-2)  # a sum of dW * D, large of either sign
         assert _error(a, b) < tolerance, f"{name}: relative error {_error(a, b):.2e}"
 
 

@@ -30,6 +30,15 @@ def span_of(budget: int, walks: int, chunks: int) -> int:
     return min(whole, max(INTERVAL, budget // walks // INTERVAL * INTERVAL))
 
 
+def most_warps(x: Tensor) -> int:
+    """Warps of a program at most, for tokens x.
+
+    On rows of 64 bytes Triton 3.6's products of warp groups fail (an illegal memory access); programs of two
+    warps have no warp group.
+    """
+    return 2 if x.shape[-1] * x.element_size() == 64 else 8
+
+
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of sequences, tokens and heads."""
     return x.stride(0), x.stride(1), x.stride(2)

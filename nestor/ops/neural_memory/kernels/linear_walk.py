@@ -11,6 +11,7 @@ from nestor.ops.neural_memory.kernels.calls import (
     Inputs,
     attach_autograd,
     gradients_like,
+    most_warps,
     outputs_like,
     span_of,
     strides,
@@ -71,7 +72,7 @@ class _LinearWalk(Call):
             *self.meeting(m * pieces, self.split), *strides(self.k), *strides(self.v), m, self.heads,
             self.chunks, self.tokens, first, span, INTERVAL, rows, *self.numbers,
             **self.shape, PS=self.walk_rows, **self.loss, **self.target, **events, SAVE=save,
-            num_warps=WARPS, num_stages=1,
+            num_warps=min(WARPS, most_warps(self.q)), num_stages=1,
         )  # fmt: skip
         return states, steps, zh, norms
 
@@ -91,7 +92,7 @@ class _LinearWalk(Call):
                 self.q, self.k, rows, G, states, steps, self.targets, self.gamma, self.beta, y, z, r,
                 *strides(self.q), *strides(self.k), *strides(y), m, self.heads, n, self.tokens,
                 first, span, self.numbers[0], **self.shape, PS=self.rows, **self.target,
-                DUAL=self.dual, KEEP=keep, num_warps=WARPS, num_stages=1,
+                DUAL=self.dual, KEEP=keep, num_warps=min(WARPS, most_warps(self.q)), num_stages=1,
             )  # fmt: skip
         if self.opened is not None:
             anchor = self.moved(anchor, 1)
@@ -126,21 +127,21 @@ class _LinearWalk(Call):
                 self.q, rows, states, self.targets, self.gamma, z, r, g_y,
                 g_q, g_steps, g_z, g_rows, g_states, g_reads, g_norms,
                 *strides(self.q), *strides(g_y), *strides(g_q), *place, **self.shape, PS=self.rows,
-                **self.target, DUAL=self.dual, num_warps=WARPS, num_stages=1,
+                **self.target, DUAL=self.dual, num_warps=min(WARPS, most_warps(self.q)), num_stages=1,
             )  # fmt: skip
             if self.dual:
                 linear_scores_backward_kernel[(here, m)](
                     self.q, self.k, G, steps, g_steps, g_z, g_q, read_k, g_G, g_u,
                     *strides(self.q), *strides(self.k), *strides(g_q), *place,
                     C=c, CS=self.keys, P=p, PS=self.rows, PRECISION=self.shape["PRECISION"],
-                    num_warps=WARPS, num_stages=1,
+                    num_warps=min(WARPS, most_warps(self.q)), num_stages=1,
                 )  # fmt: skip
             linear_write_backward_kernel[(m * self.split,)](
                 self.k, self.v, ends, last, steps, zh, norms, self.gamma, self.beta, self.resets, self.opened,
                 g_states, g_u, carried, after, g_z, g_steps, g_anchor, g_start, *self.meeting(m, self.split),
                 *strides(self.k), *strides(self.v), *place, *self.numbers[1:],
                 **self.shape, PS=self.walk_rows, **self.loss, **self.events, READS=self.dual,
-                num_warps=WARPS, num_stages=1,
+                num_warps=min(WARPS, most_warps(self.q)), num_stages=1,
             )  # fmt: skip
             g_ends, g_last = self.floats(m, span, 2, c), self.floats(m, span, 4)
             linear_gradients_kernel[(here, m)](
@@ -148,7 +149,7 @@ class _LinearWalk(Call):
                 after, g_z, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms,
                 *strides(self.k), *strides(self.v), *strides(g_k), *place, *self.numbers[1:],
                 **self.shape, PS=self.rows, **self.loss, **self.target, READS=self.dual,
-                num_warps=WARPS, num_stages=1,
+                num_warps=min(WARPS, most_warps(self.q)), num_stages=1,
             )  # fmt: skip
             if has_norm:
                 g_norm += g_norms[:, :here].sum(1)

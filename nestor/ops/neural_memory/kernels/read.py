@@ -3,8 +3,8 @@
     z~_l = x~_{l-1} M_l + A x~_{l-1} D_l + F x~_{l-1} S_l + (G * x~_{l-1} x_{l-1}^T) u_l
 
 One program a chunk of one sequence and head; it walks the hidden width in slices of HS. Layouts as in
-write.py (D = W - M where there are targets M, else W); z ``[M, N, C, P]`` keeps the standardised output of the
-MLP and r ``[M, N, C]`` its 1/s.
+write.py (D = W - M where there are targets M, else W); z ``[M, N, C, P]`` keeps the standardised output of
+the MLP and r ``[M, N, C]`` its 1/s.
 """
 
 import triton

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from nestor.ops.neural_memory.kernels import tiled
+from nestor.ops.neural_memory.kernels.calls import most_warps
 from nestor.ops.neural_memory.kernels.coefficients import coefficients_backward_kernel, coefficients_kernel
 from nestor.ops.neural_memory.kernels.read import read_backward_kernel, read_kernel
 from nestor.ops.neural_memory.kernels.write import (
@@ -84,13 +85,12 @@ class _Walk:
         # Targets as the kernels want them.
         self.operands = tiled.targets_as_tiles(targets) if self.tiled and targets is not None else targets
         self.slices = {name: min(width, hidden) for name, width in SLICES.items()}
-        wide, exact = self.width > 64, q.dtype == torch.float32
-        if exact or wide:
+        if q.dtype == torch.float32:
+            self.slices = {name: min(width, 32) for name, width in self.slices.items()}
+        elif self.width > 64:
             self.slices["write"] = min(self.slices["write"], 32)
-        # What shared memory has room for.
-        if exact or chunk > 64:
-            room = 16 if exact and wide else 32
-            self.slices |= {name: min(self.slices[name], room) for name in ("read", "chunk")}
+        elif chunk > 64:
+            self.slices["chunk"] = min(self.slices["chunk"], 32)
         self.split = hidden // (tiled.TILE if self.tiled else self.slices["write"])
         self.start = None if start is None else self.moved(start, -1)
 
@@ -142,7 +142,7 @@ class _Walk:
             tensors += self.meeting(grid[0] // self.split)
         kernel[grid](
             *tensors, *strides, *sizes, *numbers, **self.shape, HS=self.slices[width], **choices,
-            num_warps=warps, num_stages=1,
+            num_warps=min(warps, most_warps(self.q)), num_stages=1,
         )  # fmt: skip
 
     def write(

@@ -1,8 +1,8 @@
 """The kernels that most memories run on, again in CUDA: chunks and heads of 64, bfloat16, inclusive reads.
 
-Triton cannot keep the state of a walk in registers and shared memory as these do, nor let the programs of a walk
-trade sums through shared memory. They take the places of Triton's kernels in `walk.py`, on the same tensors; what
-only kernels read lies in the order in which they want it (see tiles.cuh).
+Triton cannot keep the state of a walk in registers and shared memory as these do, nor let the programs of a
+walk trade sums through shared memory. They take the places of Triton's kernels in `walk.py`, on the same
+tensors; what only kernels read lies in the order in which they want it (see tiles.cuh).
 """
 
 import functools
