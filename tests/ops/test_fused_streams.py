@@ -116,7 +116,7 @@ def check_compilation(device):
     for a, b in zip(found, results(run, inputs, whole), strict=True):
         torch.testing.assert_close(a, b)
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
-    torch.library.opcheck(streams.convolved_heads, (*leaves, 4, True, EPSILON, torch.float32))
+    torch.library.opcheck(streams.convolved_heads.overload, (*leaves, 4, True, EPSILON, torch.float32))
 
 
 # --- on a CPU -----------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nestor.ops.operators import operator
+
 # Elements of a program's tile, for four warps; tiles that one program of the backward walks through.
 TILE = 2048
 TURNS = 4
@@ -84,7 +86,7 @@ def _strides(y: Tensor, g: Tensor | None) -> tuple[int, ...]:
     return (*y.stride()[:3], *((0, 0) if g is None else g.stride()[:2]))
 
 
-@torch.library.custom_op("nestor::gated_norm", mutates_args=())
+@operator("gated_norm")
 def gated_norm(y: Tensor, weight: Tensor, g: Tensor | None, eps: float) -> Tensor:
     """out ``[B, T, H p]`` in the dtype of g, without one in that of y; rows of y and g in one piece."""
     batch, tokens, heads, width = y.shape
@@ -98,7 +100,7 @@ def gated_norm(y: Tensor, weight: Tensor, g: Tensor | None, eps: float) -> Tenso
     return out
 
 
-@torch.library.custom_op("nestor::gated_norm_backward", mutates_args=())
+@operator("gated_norm_backward")
 def gated_norm_backward(
     y: Tensor, weight: Tensor, g: Tensor | None, g_out: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nestor.ops.operators import operator
+
 # Elements of a program's tile, forward and backward, of four warps each; tokens of a segment.
 TILES = (2048, 512)
 SEGMENT = 16
@@ -147,7 +149,7 @@ def _shape(channels: int, heads: int) -> dict[str, int]:
     return {"WIDTH": width, "P": padded, "HB": together}
 
 
-@torch.library.custom_op("nestor::convolved_heads", mutates_args=())
+@operator("convolved_heads")
 def convolved_heads(
     x: Tensor, weight: Tensor, tail: Tensor | None, heads: int, unit: bool, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -165,7 +167,7 @@ def convolved_heads(
     return y, after
 
 
-@torch.library.custom_op("nestor::convolved_heads_backward", mutates_args=())
+@operator("convolved_heads_backward")
 def convolved_heads_backward(
     x: Tensor, weight: Tensor, tail: Tensor | None, g_y: Tensor, heads: int, unit: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nestor.ops.neural_memory.kernels.primitives import activate, head, pull_back, standardise
+from nestor.ops.operators import operator
 
 READS = ("inclusive", "exclusive", "chunk_start")
 
@@ -94,7 +95,7 @@ def decode_kernel(
     tl.store(Y + m * P + p, y.to(Y.dtype.element_ty))
 
 
-@torch.library.custom_op("nestor::memory_decode", mutates_args=())
+@operator("memory_decode")
 def memory_decode(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, phase: Tensor,
     w1: Tensor, w2: Tensor, s1: Tensor | None, s2: Tensor | None, a1: Tensor, a2: Tensor,

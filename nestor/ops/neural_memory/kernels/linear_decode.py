@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nestor.ops.neural_memory.kernels.primitives import head, pull_back, standardise
+from nestor.ops.operators import operator
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def linear_decode_kernel(
     tl.store(Y + m * P + p, y.to(Y.dtype.element_ty))
 
 
-@torch.library.custom_op("nestor::linear_memory_decode", mutates_args=())
+@operator("linear_memory_decode")
 def linear_memory_decode(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, phase: Tensor,
     w: Tensor, s: Tensor | None, anchor: Tensor, targets: Tensor | None,

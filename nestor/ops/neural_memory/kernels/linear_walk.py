@@ -26,6 +26,7 @@ from nestor.ops.neural_memory.kernels.linear_write import (
     linear_write_backward_kernel,
     linear_write_kernel,
 )
+from nestor.ops.operators import operator
 
 # Rows of W of one program of a walk and of one turn of the other kernels, and keys of one turn.
 SLICES = {
@@ -174,7 +175,7 @@ class _LinearWalk(Call):
         return [g_q, g_k, g_v, *g_gates, carried, g_targets, g_start, *g_shared]
 
 
-@torch.library.custom_op("nestor::linear_memory_walk", mutates_args=())
+@operator("linear_memory_walk")
 def linear_memory_walk(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, state: Tensor,
     targets: Tensor | None, start: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
@@ -188,7 +189,7 @@ def linear_memory_walk(
     return walk.forward(state, keep)
 
 
-@torch.library.custom_op("nestor::linear_memory_walk_backward", mutates_args=())
+@operator("linear_memory_walk_backward")
 def linear_memory_walk_backward(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
     targets: Tensor | None, start: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
