@@ -44,7 +44,7 @@ def test_a_wrong_operation_is_named_and_the_status_is_1(capsys, monkeypatch):
     assert "neural_memory" in captured.err
 
 
-@pytest.mark.parametrize("name", ["attend", "short_convolution"])
+@pytest.mark.parametrize("name", ["attend", "short_convolution", "linear_cross_entropy"])
 def test_a_wrong_layer_operation_is_noticed_too(capsys, monkeypatch, name):
     right = getattr(checks, name)
 

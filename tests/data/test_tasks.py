@@ -32,11 +32,15 @@ from nestor.data.tasks import (
     facts_page,
     needle,
 )
+from nestor.data.tasks.facts import guess_bits
 from nestor.data.tasks.haystack import exact_tokens
-from nestor.data.tasks.words import HELD_OUT_NAMES, NOUNS, TRAIN_NAMES
+from nestor.data.tasks.words import HELD_OUT_NAMES, NOUNS, RELATIONS, TRAIN_NAMES, invented_name
 from nestor.errors import ConfigError, DataError, StateMismatchError
 
-ALL_TEMPLATES = FactSpec(tuple(TEMPLATES), digits=3)
+# Those that state and ask in one line.
+ONE_LINE = ("key", "call", "house", "phone")
+ALL_TEMPLATES = FactSpec(ONE_LINE, digits=3)
+TALK = FactSpec(("ask-name", "ask-number"), digits=4)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,8 @@ def rng_of(*seed):
 def test_names_are_many_and_held_out_ones_are_apart():
     assert len(TRAIN_NAMES) >= 200 and len(HELD_OUT_NAMES) >= 50
     assert not set(TRAIN_NAMES) & set(HELD_OUT_NAMES)
+    invented = [invented_name(rng_of(seed)) for seed in range(100)]
+    assert len(set(invented)) > 95 and all(name.isalpha() and name[0].isupper() for name in invented)
     assert "Marlow" in TRAIN_NAMES + HELD_OUT_NAMES
     assert all(word.isascii() and word.isalpha() for word in TRAIN_NAMES + HELD_OUT_NAMES + NOUNS)
 
@@ -89,7 +95,27 @@ def test_facts_page_states_each_fact_and_asks_for_it(seed, count, held_out):
 
 def test_fact_spec_draws_every_template_and_refuses_what_cannot_be():
     kinds = {fact.question.replace(fact.name, "X") for fact in ALL_TEMPLATES.draw(rng_of(0), 60)}
-    assert kinds == {template.question.format(name="X") for template in TEMPLATES.values()}
+    assert kinds == {TEMPLATES[template].question.format(name="X") for template in ONE_LINE}
+
+
+def test_facts_of_a_conversation_are_lines_of_two_speakers():
+    facts = TALK.draw(rng_of(0), 12)
+    names = [fact for fact in facts if not fact.value.isdigit()]
+    assert 0 < len(names) < 12 and len({fact.name for fact in facts}) == 12
+    for fact in facts:
+        user, _, rest = fact.question.partition("\n")
+        assert fact.statement.count("\n") == 2 and fact.value in fact.statement.partition("\n")[0]
+        assert user == f"What is {'my' if fact in names else 'the number of'} {fact.name}?"
+        assert rest.endswith(f"{fact.name} is") and fact.answer == f" {fact.value}."
+    assert 0 < sum(fact.value in TRAIN_NAMES for fact in names) < len(names)
+    assert {fact.name for fact in names} <= set(RELATIONS)
+    held_out = FactSpec(("ask-name",), held_out=True)
+    drawn = held_out.draw(rng_of(1), len(RELATIONS))
+    assert {fact.value for fact in drawn} <= set(HELD_OUT_NAMES)
+    assert max(len(fact.statement) for fact in drawn) <= held_out.longest(len)
+    assert guess_bits(drawn[0].value) == np.log2(len(HELD_OUT_NAMES)) and guess_bits("4821") == np.log2(9000)
+    with pytest.raises(ConfigError, match="about relations"):
+        held_out.draw(rng_of(1), len(RELATIONS) + 1)
     with pytest.raises(ConfigError, match=r"no fact template 'kye'.*Did you mean 'key'"):
         FactSpec(("kye",))
     with pytest.raises(ConfigError, match="has 0 digits"):
