@@ -21,6 +21,9 @@ from nestor.ops.compilation import CompilationError, cache_folder
 
 logger = logging.getLogger(__name__)
 
+#: Bytes that a block can have on the GPUs that these kernels are for, not all of capability 9 and later.
+SHARED_MEMORY = 227 * 1024
+
 
 @functools.cache
 def obstacle(device: torch.device) -> str | None:
@@ -29,6 +32,9 @@ def obstacle(device: torch.device) -> str | None:
         return f"CUDA kernels run on NVIDIA GPUs, not on {device.type}"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "they need a GPU of compute capability 9.0 or later"
+    properties: Any = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < SHARED_MEMORY:
+        return f"they need {SHARED_MEMORY // 1024} KiB of shared memory for a block"
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         return "they need cuda-bindings (pip install cuda-bindings)"
     return None

@@ -1,9 +1,21 @@
 """PyTorch operators of functions, so that torch.compile and CUDA graphs take them whole."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def _on_the_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run with the device of its first argument as the current one: kernels go there."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with torch.cuda.device_of(arguments[0]):
+            return function(*arguments)
+
+    return run
 
 
 class Operator:
@@ -14,7 +26,7 @@ class Operator:
         schema = torch.library.infer_schema(function, mutates_args=())
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
         torch.library.define(self.name, schema, tags=tags)
-        torch.library.impl(self.name, "default", function)
+        torch.library.impl(self.name, "default", _on_the_device(function))
         self.overload = getattr(torch.ops.nestor, name).default
 
     def __call__(self, *arguments: Any) -> Any:

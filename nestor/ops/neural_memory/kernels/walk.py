@@ -72,6 +72,9 @@ class _Walk(Call):
         self.operands = self.targets
         if self.tiled:
             self.q, self.k, self.v = (tiled.aligned(x) for x in (self.q, self.k, self.v))
+            self.gamma, self.beta = (
+                x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in (self.gamma, self.beta)
+            )
             self.operands = None if self.targets is None else tiled.targets_as_tiles(self.targets)
         self.slices = {name: min(32 if exact else size, hidden) for name, size in SLICES.items()}
         if width > 64:

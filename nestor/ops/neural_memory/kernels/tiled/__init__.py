@@ -106,16 +106,10 @@ def _slices(programs: int, split: int, device: torch.device) -> int:
     return 2 if split > 1 and programs > 0.9 * processors else 1
 
 
-@functools.cache
-def _orders(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The place in memory of each number of a tile ``[64, 64]``, as a tile and as a fragment."""
-    row, column = (x.flatten() for x in torch.meshgrid(torch.arange(TILE), torch.arange(TILE), indexing="ij"))
-    tile = row * TILE + ((column // 8) ^ (row % 8)) * 8 + column % 8
-    group = column % 32 // 8
-    thread = row // 16 * 32 + column // 32 * 128 + row % 8 * 4 + column % 8 // 2
-    word = group % 2 * 2 + row % 16 // 8
-    fragment = group // 2 * THREADS * 8 + thread * 8 + word * 2 + column % 2
-    return tile.to(device), fragment.to(device)
+def _tile_places(device: torch.device) -> Tensor:
+    """Where in memory each number of a tile ``[64, 64]`` lies: pieces of 8, swizzled by the row."""
+    number = torch.arange(TILE * TILE, device=device)
+    return number ^ ((number >> 6 & 7) << 3)
 
 
 def targets_as_tiles(targets: Tensor) -> Tensor:
@@ -125,14 +119,16 @@ def targets_as_tiles(targets: Tensor) -> Tensor:
         (w1.unflatten(1, (TILE, -1, TILE)).transpose(1, 2).flatten(2), w2.unflatten(1, (-1, TILE * TILE))), 1
     )
     made = torch.empty_like(slices, dtype=torch.bfloat16)
-    made[..., _orders(targets.device)[0]] = slices.to(torch.bfloat16)
+    made[..., _tile_places(targets.device)] = slices.to(torch.bfloat16)
     return made
 
 
 def targets_from_tiles(tiles: Tensor, fragments: Tensor) -> Tensor:
     """The sum of two ``[M, 2 P HIDDEN]``, one as tiles and one as fragments, in rows again."""
-    by_tile, by_fragment = _orders(tiles.device)
-    shape = (2, -1, TILE * TILE)
-    total = tiles.unflatten(1, shape)[..., by_tile] + fragments.unflatten(1, shape)[..., by_fragment]
+    by_tile = tiles.unflatten(1, (2, -1, TILE * TILE))[..., _tile_places(tiles.device)]
+    # Bits of a number's place as a fragment: a column's, a row's (see tiles.cuh).
+    bits = fragments.view(len(fragments), 2, -1, 2, 2, 4, 8, 4, 2, 2, 2)
+    by_row = bits.permute(0, 1, 2, 5, 9, 6, 4, 3, 8, 7, 10)
+    total = by_tile + by_row.reshape(by_tile.shape)
     w1 = total[:, 0].unflatten(2, (TILE, TILE)).transpose(1, 2).flatten(1)
     return torch.cat((w1, total[:, 1].flatten(1)), 1)
