@@ -90,7 +90,6 @@ class CudaKernel:
             raise RuntimeError(f"CUDA: {status!r}")
 
 
-@functools.cache
 def load_kernel(
     sources: tuple[Path, ...],
     name: str,
@@ -99,7 +98,7 @@ def load_kernel(
     shared: int,
     device: torch.device,
 ) -> CudaKernel:
-    """The kernel `name` of the sources, one after another, with the definitions before them.
+    """The kernel `name` of the sources, one after another, with the definitions before them; to be kept.
 
     Args:
         threads: of a block. shared: bytes of dynamic shared memory of a block.

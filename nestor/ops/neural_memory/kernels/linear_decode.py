@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nestor.ops.neural_memory.kernels.primitives import head, pull_back, standardise
+from nestor.ops.neural_memory.kernels.primitives import head, load_norm, pull_back, standardise
 from nestor.ops.operators import operator
 
 
@@ -28,9 +28,7 @@ def linear_decode_kernel(
     q = tl.load(Q + m * P + p).to(tl.float32)
     v = tl.load(V + m * P + p).to(tl.float32)
     theta = tl.load(THETA + m)
-    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
-    if NORM == 2:
-        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
+    gamma, beta = load_norm(GAMMA, BETA, h, NORM, P)
     closes = tl.load(PHASE + b) + 1 == chunk
 
     z_k = tl.zeros((P,), tl.float32)

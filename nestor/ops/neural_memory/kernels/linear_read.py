@@ -9,8 +9,14 @@ linear_write.py; z ``[M, N, C, P]`` keeps the standardised z~ and r ``[M, N, C]`
 import triton
 import triton.language as tl
 
-from nestor.ops.neural_memory.kernels.linear_write import load_norm, weight
-from nestor.ops.neural_memory.kernels.primitives import dot, head, standardise, through_norm
+from nestor.ops.neural_memory.kernels.primitives import (
+    dot,
+    head,
+    load_norm,
+    standardise,
+    through_norm,
+    weight,
+)
 
 
 @triton.jit(do_not_specialize=["walks"])

@@ -25,21 +25,14 @@ from nestor.ops.neural_memory.kernels.primitives import (
     dot,
     error_gradient,
     head,
+    load_norm,
     loss_error,
     output_gradient,
     pull_back,
     pull_back_vjp,
     sum_over_slices,
+    weight,
 )
-
-
-@triton.jit
-def weight(D, targets, cells, TARGET: tl.constexpr):
-    """W from what a state holds of it."""
-    if TARGET:
-        return D.to(tl.float32) + tl.load(targets + cells)
-    else:
-        return D
 
 
 @triton.jit
@@ -57,16 +50,6 @@ def _store_state(base, cells, D, S, SIZE: tl.constexpr, MOMENTUM: tl.constexpr):
     tl.store(base + cells, D.to(base.dtype.element_ty))
     if MOMENTUM:
         tl.store(base + SIZE + cells, S.to(base.dtype.element_ty))
-
-
-@triton.jit
-def load_norm(GAMMA, BETA, h, NORM: tl.constexpr, P: tl.constexpr):
-    """gamma and beta of a head; zeros where the norm has none."""
-    p = tl.arange(0, P)
-    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
-    if NORM == 2:
-        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
-    return gamma, beta
 
 
 @triton.jit(do_not_specialize=["walks"])

@@ -82,6 +82,25 @@ def loss_error(f, v, scale, threshold, LOSS: tl.constexpr):
 
 
 @triton.jit
+def weight(D, targets, place, TARGET: tl.constexpr):
+    """W from what a state holds of it."""
+    if TARGET:
+        return D.to(tl.float32) + tl.load(targets + place)
+    else:
+        return D
+
+
+@triton.jit
+def load_norm(GAMMA, BETA, h, NORM: tl.constexpr, P: tl.constexpr):
+    """gamma and beta of a head; zeros where the norm has none."""
+    p = tl.arange(0, P)
+    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
+    if NORM == 2:
+        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
+    return gamma, beta
+
+
+@triton.jit
 def pull_back(x, v, z, gamma, beta, eps, scale, threshold,
               NORM: tl.constexpr, LOSS: tl.constexpr, P: tl.constexpr):  # fmt: skip
     """The step ``u = -delta`` of the last layer, minus the inner loss's gradient in z, and what its

@@ -10,8 +10,15 @@ the MLP and r ``[M, N, C]`` its 1/s.
 import triton
 import triton.language as tl
 
-from nestor.ops.neural_memory.kernels.primitives import activate, dot, head, standardise, through_norm
-from nestor.ops.neural_memory.kernels.write import weight
+from nestor.ops.neural_memory.kernels.primitives import (
+    activate,
+    dot,
+    head,
+    load_norm,
+    standardise,
+    through_norm,
+    weight,
+)
 
 
 @triton.jit
@@ -88,9 +95,8 @@ def read_kernel(
     if DUAL:
         z += dot((scores * tl.load(g_at)).to(dtype), u2, PRECISION)
     zh, r = standardise(z, eps, NORM, P)
-    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
+    gamma, beta = load_norm(GAMMA, BETA, h, NORM, P)
     if NORM == 2:
-        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
         if KEEP:
             tl.store(Z + cell * C * P + i[:, None] * P + p[None, :], zh.to(dtype))
             tl.store(R + cell * C + i, r)

@@ -24,11 +24,13 @@ from nestor.ops.neural_memory.kernels.primitives import (
     dot,
     error_gradient,
     head,
+    load_norm,
     loss_error,
     output_gradient,
     pull_back,
     pull_back_vjp,
     sum_over_slices,
+    weight,
 )
 
 
@@ -59,15 +61,6 @@ def _store_state(base, first, second, W1, W2, S1, S2, SIZE: tl.constexpr, MOMENT
     if MOMENTUM:
         tl.store(base + 2 * SIZE + first, S1.to(dtype))
         tl.store(base + 3 * SIZE + second, S2.to(dtype))
-
-
-@triton.jit
-def weight(D, targets, place, TARGET: tl.constexpr):
-    """W from what a state holds of it."""
-    if TARGET:
-        return D.to(tl.float32) + tl.load(targets + place)
-    else:
-        return D
 
 
 @triton.jit(do_not_specialize=["walks"])
@@ -108,9 +101,7 @@ def write_kernel(
     targets = CHECKPOINTS
     if TARGET:
         targets = TARGETS + h * 2 * SIZE
-    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
-    if NORM == 2:
-        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
+    gamma, beta = load_norm(GAMMA, BETA, h, NORM, P)
     exchange = EXCHANGE + group.to(tl.int64) * 2 * SPLIT * C * P
     k_at = K + b * kb.to(tl.int64) + h * kh
     v_at = V + b * vb.to(tl.int64) + h * vh
@@ -219,9 +210,7 @@ def write_backward_kernel(
     targets = CARRIED
     if TARGET:
         targets = TARGETS + h * 2 * SIZE
-    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
-    if NORM == 2:
-        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
+    gamma, beta = load_norm(GAMMA, BETA, h, NORM, P)
     exchange = EXCHANGE + m.to(tl.int64) * 2 * SPLIT * C * P
     k_at = K + b * kb.to(tl.int64) + h * kh
     v_at = V + b * vb.to(tl.int64) + h * vh
@@ -347,9 +336,7 @@ def write_gradients_kernel(
     v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
     zh = tl.load(ZH + here * C * P + narrow).to(tl.float32)
     r = tl.load(NORMS + here * 2 * C + i)
-    gamma, beta = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
-    if NORM == 2:
-        gamma, beta = tl.load(GAMMA + h * P + p), tl.load(BETA + h * P + p)
+    gamma, beta = load_norm(GAMMA, BETA, h, NORM, P)
     g_e, g_weighted = error_gradient(tl.load(G_STEPS + here * C * P + narrow), zh, r, gamma, NORM, P)
     g_f = output_gradient(g_e, k, v, zh, gamma, beta, scale, threshold, NORM, LOSS)
     g_v = -g_f
