@@ -52,7 +52,7 @@ class Bars:
     heads: int = 16
     expansion: int = 4
     chunk: int = 64
-    tnt_chunk: int = 128
+    tnt_chunk: int = 64
     tnt_locals: tuple[int, ...] = (64,)
     tnt_shard: int = 2048
     users: int = 64

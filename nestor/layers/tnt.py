@@ -114,14 +114,15 @@ class TNT(nn.Module):
             span = Span.build(None, x.shape[0], x.shape[1], x.device)
         own = part_of(state, "memory")
         q, k, v, after = self.memory.project(x, own, span, None)
-        theta = self.memory.gates(x).theta * self.global_share
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # once for all gates
+        theta = self.memory.gates(wide).theta * self.global_share
         y, memory, writes = read_and_write(
             self.memory, self.memory.spec, (q, k, v, theta), own, span.valid, span.resets
         )
         after |= memory
         state_after = {f"memory.{name}": tensor for name, tensor in after.items()}
         if len(self.locals):
-            thetas = [local.theta(x) for local in self.locals]  # type: ignore[operator]
+            thetas = [local.theta(wide) for local in self.locals]  # type: ignore[operator]
             (near, *strengths), local_state = self._shards((q, k, v, *thetas), state, span)
             y, writes, state_after = y + near, [*writes, *strengths], state_after | local_state
         for strength in writes:

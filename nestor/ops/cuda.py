@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Bytes that a block can have on the GPUs that these kernels are for, not all of capability 9 and later.
 SHARED_MEMORY = 227 * 1024
+# The driver's names for a launch with its arguments in one buffer (CU_LAUNCH_PARAM_*).
+BUFFER_END, BUFFER_POINTER, BUFFER_SIZE = 0, 1, 2
 
 
 @functools.cache
@@ -50,10 +53,10 @@ def architecture(device: torch.device) -> str:
 class CudaKernel:
     """A kernel on one device."""
 
-    def __init__(self, function: Any, threads: int, shared: int) -> None:
+    def __init__(self, function: Any, threads: int, shared: int, device: int) -> None:
         from cuda.bindings import driver
 
-        self._function, self._threads, self._shared = function, threads, shared
+        self._function, self._threads, self._shared, self._device = function, threads, shared, device
         self._launch = driver.cuLaunchKernel
         kinds = driver.CUfunction_attribute
         size = kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -70,22 +73,19 @@ class CudaKernel:
         ints: Sequence[int],
         floats: Sequence[float],
     ) -> None:
-        """Queue the kernel on PyTorch's current stream. None is a null pointer."""
-        wide = [0 if x is None else x.data_ptr() for x in tensors]
-        wide += longs
-        words = (ctypes.c_int64 * len(wide))(*wide)
-        halves = (ctypes.c_int32 * len(ints))(*ints)
-        reals = (ctypes.c_float * len(floats))(*floats)
-        places: list[int] = []
-        for values, size in ((words, 8), (halves, 4), (reals, 4)):
-            start = ctypes.addressof(values)
-            places += range(start, start + size * len(values), size)
-        addresses = (ctypes.c_void_p * len(places))(*places)
+        """Queue the kernel on the device's current stream. None is a null pointer."""
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        layout = f"{len(pointers) + len(longs)}q{len(ints)}i{len(floats)}f"
+        arguments = ctypes.create_string_buffer(struct.pack(layout, *pointers, *longs, *ints, *floats))
+        size = ctypes.c_size_t(len(arguments) - 1)  # less the final zero
+        extra = (ctypes.c_void_p * 5)(
+            BUFFER_POINTER, ctypes.addressof(arguments), BUFFER_SIZE, ctypes.addressof(size), BUFFER_END
+        )
         x, y, z = (*grid, 1, 1)[:3]
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
         (status,) = self._launch(
-            self._function, x, y, z, self._threads, 1, 1, self._shared,
-            torch.cuda.current_stream().cuda_stream, ctypes.addressof(addresses), 0,
-        )  # fmt: skip
+            self._function, x, y, z, self._threads, 1, 1, self._shared, stream, 0, ctypes.addressof(extra)
+        )
         if status:
             raise RuntimeError(f"CUDA: {status!r}")
 
@@ -114,7 +114,8 @@ def load_kernel(
     with torch.cuda.device(device):
         torch.cuda.current_stream()
         module = _check(driver.cuModuleLoadData(image))
-        return CudaKernel(_check(driver.cuModuleGetFunction(module, name.encode())), threads, shared)
+        function = _check(driver.cuModuleGetFunction(module, name.encode()))
+        return CudaKernel(function, threads, shared, torch.cuda.current_device())
 
 
 def _image(code: str, name: str, target: str) -> bytes:

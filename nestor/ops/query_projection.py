@@ -35,11 +35,13 @@ def query_projection(
     mode: "raw" q Pi, the norm of which grows with repeated keys; "unit" q Pi scaled to unit length (below
         1e-3 it fades to zero instead); "trace" q Pi / trace(Pi).
     Returns: the projected queries ``[B, T, H, p]`` and the next Pi ``[B, H, p, p]``, which is symmetric and
-        positive semi-definite; both float32, or float64 if q is.
+        positive semi-definite; both float32, or float64 if q is. On a GPU queries of half precision stay
+        so, and products take and give it; Pi is summed in float32.
     Raises: ShapeError for shapes that do not fit, ConfigError for an unknown mode.
     """
     _check(q, k, state, mode, mask, resets)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    dtype = q.dtype if half or q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         return _project(q.to(dtype), k.to(dtype), state, mode, mask, resets)
 
@@ -51,7 +53,8 @@ def _project(
     if mask is not None:
         q, k = (torch.where(mask[..., None, None], x, 0.0) for x in (q, k))
         resets = None if resets is None else resets & mask
-    Pi = q.new_zeros(batch, heads, width, width) if state is None else state.to(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    Pi = q.new_zeros(batch, heads, width, width, dtype=wide) if state is None else state.to(wide)
     size = min(BLOCK, length)
     rows = -(-length // size)
     missing = rows * size - length
@@ -65,10 +68,10 @@ def _project(
     sees = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     if resets is None:
         sees = sees.expand(1, 1, 1, size, size)
-        grams = k.transpose(-1, -2) @ k
+        grams = (k.transpose(-1, -2) @ k).to(wide)
         sums = torch.cat([Pi.unsqueeze(2), grams], 2).cumsum(2)
         before, Pi = sums[:, :, :-1], sums[:, :, -1]
-        old = torch.ones(1, 1, 1, 1, 1, dtype=torch.bool, device=q.device)
+        old = None
     else:
         # Documents are numbered within the call; 0 is the one that `state` belongs to.
         document = torch.nn.functional.pad(resets, (0, missing)).cumsum(1).unflatten(1, (rows, size))
@@ -76,7 +79,7 @@ def _project(
         begins = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
         sees = (sees & (document.unsqueeze(-1) == document.unsqueeze(-2))).unsqueeze(1)
         lasting = torch.where((document == ends.unsqueeze(-1))[:, None, ..., None], k, 0.0)
-        grams = lasting.transpose(-1, -2) @ k
+        grams = (lasting.transpose(-1, -2) @ k).to(wide)
         goes_on = (begins == ends)[:, None, :, None, None]
         states = []
         for n in range(rows):
@@ -84,14 +87,16 @@ def _project(
             Pi = torch.where(goes_on[:, :, n], Pi, 0.0) + grams[:, :, n]
         before = torch.stack(states, 2)
         old = (document == begins.unsqueeze(-1))[:, None, ..., None]
-    y = torch.where(old, q @ before, 0.0)
+    y = q @ before.to(q.dtype)
+    y = y if old is None else torch.where(old, y, 0.0)
     y = y + torch.where(sees, q @ k.transpose(-1, -2), 0.0) @ k
     if mode == "unit":
-        y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPSILON)
+        y = y * torch.rsqrt(y.square().sum(-1, keepdim=True, dtype=wide) + EPSILON).to(y.dtype)
     elif mode == "trace":
         earlier = before.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        trace = torch.where(old, earlier, 0.0) + sees.to(q.dtype) @ k.square().sum(-1, keepdim=True)
-        y = y / trace.clamp(min=EPSILON)
+        earlier = earlier if old is None else torch.where(old, earlier, 0.0)
+        trace = earlier + sees.to(wide) @ k.square().sum(-1, keepdim=True, dtype=wide)
+        y = y / trace.clamp(min=EPSILON).to(y.dtype)
     return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length], Pi
 
 

@@ -67,7 +67,7 @@ class _Walk(Call):
         self.network = {"NORM": norm, "MOMENTUM": self.momentum, "TARGET": self.targets is not None}
         self.activation, self.loss = {"ACTIVATION": activation}, {"LOSS": loss}
         self.events = {"HAS_RESETS": self.resets is not None, "HAS_OPEN": self.opened is not None}
-        self.tiled = tiled.covers(self.q.device, self.q.dtype, chunk, width, hidden, dual)
+        self.tiled = tiled.covers(self.q.device, self.q.dtype, chunk, width, hidden)
         # Targets as the kernels want them.
         self.operands = self.targets
         if self.tiled:
@@ -100,27 +100,30 @@ class _Walk(Call):
             num_warps=min(warps, most_warps(self.q)), num_stages=1,
         )  # fmt: skip
 
-    def write(
-        self, checkpoints: Tensor, ends: Tensor, last: Tensor, anchor: Tensor | None,
-        first: int, span: int, rows: int, save: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """States and steps of a span; unless `save` also hidden, zh and norm (see write.py)."""
+    def written(self, span: int, save: bool) -> tuple[Tensor, ...]:
+        """Room for what `write` leaves of a span: states and steps; unless `save` also hidden, zh and norm
+        (see write.py)."""
         m, c, p = self.walks, self.chunk, self.width
         states, steps = self.new(m, span, self.parts, self.size), self.new(m, span, c, p)
-        hidden = zh = norm = steps
-        if not save:
-            hidden, zh = self.new(4, m, span, c, self.hidden), self.new(m, span, c, p)
-            norm = self.floats(m, span, 2, c)
+        if save:
+            return states, steps, steps, steps, steps
+        hidden, zh = self.new(4, m, span, c, self.hidden), self.new(m, span, c, p)
+        return states, steps, hidden, zh, self.floats(m, span, 2, c)
+
+    def write(
+        self, room: tuple[Tensor, ...], checkpoints: Tensor, ends: Tensor, last: Tensor,
+        anchor: Tensor | None, first: int, span: int, rows: int, save: bool,
+    ) -> None:  # fmt: skip
+        """Walk a span, from checkpoints that are `rows` chunks apart; leave what `written` has room for."""
         pieces = -(-min(span, self.chunks - first) // rows)
         self.launch(
-            "write", (m * pieces * self.split,),
-            (self.k, self.v, ends, last, checkpoints, states, steps, hidden, zh, norm, self.operands,
+            "write", (self.walks * pieces * self.split,),
+            (self.k, self.v, ends, last, checkpoints, *room, self.operands,
              self.gamma, self.beta, self.start, self.resets, self.opened, anchor),
-            (self.k, self.v), (m, self.heads, self.chunks, self.tokens, first, span, INTERVAL, rows),
+            (self.k, self.v), (self.walks, self.heads, self.chunks, self.tokens, first, span, INTERVAL, rows),
             self.numbers, **self.activation, **self.loss,
             **{**self.events, "HAS_OPEN": self.opened is not None and save}, SAVE=save,
         )  # fmt: skip
-        return states, steps, hidden, zh, norm
 
     def forward(self, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """y, the final state, the anchor of open chunks, checkpoints, z and r (see read.py)."""
@@ -132,8 +135,10 @@ class _Walk(Call):
         anchor = self.floats(m, 2, self.size) if self.opened is not None else self.floats(0)
         z, r = (self.new(m, n, c, p), self.floats(m, n, c)) if keep else (self.new(0), self.floats(0))
         span = span_of(FORWARD_SPAN, m, n)
+        room = self.written(span, True)
+        states, steps = room[:2]
         for first in range(0, n, span):
-            states, steps, *_ = self.write(checkpoints, ends, last, anchor, first, span, span, True)
+            self.write(room, checkpoints, ends, last, anchor, first, span, span, True)
             self.launch(
                 "read", (min(span, n - first), m),
                 (self.q, self.k, rows, G, states, steps, self.operands, self.gamma, self.beta, y, z, r),
@@ -161,27 +166,29 @@ class _Walk(Call):
         g_start = torch.zeros_like(g_final) if self.resets is not None else nothing
         g_norm = self.zeros(m, 2, p)
         span = span_of(BACKWARD_SPAN, m, n)
+        # What the kernels of a span leave for each other lies where that of the last span lay.
+        room = self.written(span, False)
+        states, steps, hidden, zh, norm = room
+        g_states, after = (self.new(m, span, parts, size) for _ in range(2))
+        g_targets_here = self.new(m, span, 2 * size) if has_targets and self.dual else nothing
+        g_u1 = g_x2 = g_u2 = g_G = nothing
+        if self.dual:
+            g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
+            g_u2, g_G = self.new(m, span, c, p), self.floats(m, span, c, c)
+        read_k, g_rows = self.new(m, span, c, p), self.floats(m, span, 2, c)
+        g_z1, g_steps = self.new(m, span, c, self.hidden), self.floats(m, span, c, p)
+        g_ends, g_last = self.floats(m, span, 2, c), self.floats(m, span, 4)
+        g_norms = self.floats(m, span, 2, p)
         for first in reversed(range(0, n, span)):
             here = min(span, n - first)
             sizes = (m, heads, n, self.tokens, first, span)
-            states, steps, hidden, zh, norm = self.write(
-                checkpoints, ends, last, None, first, span, INTERVAL, False
-            )
-            g_states, after = (self.new(m, span, parts, size) for _ in range(2))
-            g_targets_here = self.new(m, span, 2 * size) if has_targets and self.dual else nothing
-            g_u1 = g_x2 = g_u2 = g_G = nothing
-            if self.dual:
-                g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
-                g_u2, g_G = self.new(m, span, c, p), self.floats(m, span, c, c)
-            read_k, g_rows = self.new(m, span, c, p), self.floats(m, span, 2, c)
-            g_norms = self.floats(m, span, 2, p)
+            self.write(room, checkpoints, ends, last, None, first, span, INTERVAL, False)
             self.launch(
                 "read_backward", (here, m),
                 (self.q, self.k, rows, G, states, steps, hidden, self.operands, self.gamma, z, r, g_y,
                  g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms),
                 (self.q, self.k, g_y, g_q), sizes, (), **self.activation, DUAL=self.dual,
             )  # fmt: skip
-            g_z1, g_steps = self.new(m, span, c, self.hidden), self.floats(m, span, c, p)
             self.launch(
                 "write_backward", (m * self.split,),
                 (self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.operands,
@@ -189,7 +196,6 @@ class _Walk(Call):
                  carried, after, g_z1, g_steps, g_anchor, g_start),
                 (self.k, self.v), sizes, self.numbers[1:], **self.loss, **self.events, READS=self.dual,
             )  # fmt: skip
-            g_ends, g_last = self.floats(m, span, 2, c), self.floats(m, span, 4)
             self.launch(
                 "write_gradients", (here, m),
                 (self.k, self.v, ends, states, steps, hidden, zh, norm, self.operands, self.gamma, self.beta,

@@ -1,4 +1,4 @@
-"""The kernels that most memories run on, again in CUDA: chunks and heads of 64, bfloat16, inclusive reads.
+"""The kernels that most memories run on, again in CUDA: chunks and heads of 64, bfloat16.
 
 Triton cannot keep the state of a walk in registers and shared memory as these do, nor let the programs of a
 walk trade sums through shared memory. They take the places of Triton's kernels in `walk.py`, on the same
@@ -30,11 +30,10 @@ WALK_TILES = {"write": ((4, 0, 0), (5, 2, 3)), "write_backward": ((5, 0, 0), (5,
 ENABLED = True
 
 
-def covers(device: torch.device, dtype: torch.dtype, chunk: int, width: int, hidden: int, dual: bool) -> bool:
+def covers(device: torch.device, dtype: torch.dtype, chunk: int, width: int, hidden: int) -> bool:
     """Whether these kernels compute such a memory here."""
     return (
         ENABLED
-        and dual
         and dtype == torch.bfloat16
         and chunk == width == TILE
         and hidden % TILE == 0
@@ -58,20 +57,18 @@ def launch(
     Args:
         choices: compile-time definitions; booleans as 0 and 1.
     """
-    slices = 1
     if name in WALK_TILES:
         slices = _slices(grid[0], choices["SPLIT"], device)
         grid = (grid[0] // slices,)
-    kernel = _kernel(name, slices, device, tuple(choices.items()))
+        choices = choices | {"SLICES": slices}
+    kernel = _kernel(name, device, tuple(choices.items()))
     kernel(grid, tensors, strides, sizes, numbers)
 
 
 @functools.cache
-def _kernel(
-    name: str, slices: int, device: torch.device, choices: tuple[tuple[str, Any], ...]
-) -> cuda.CudaKernel:
+def _kernel(name: str, device: torch.device, choices: tuple[tuple[str, Any], ...]) -> cuda.CudaKernel:
     definitions = {key: int(value) for key, value in choices}
-    definitions |= {"WGMMA": int(cuda.architecture(device) == "sm_90a"), "SLICES": slices}
+    definitions["WGMMA"] = int(cuda.architecture(device) == "sm_90a")
     sources = ["tiles.cuh", f"{name}.cu"]
 
     def count(always: int, targets: int, momentum: int) -> int:
@@ -80,6 +77,7 @@ def _kernel(
     if name in WALK_TILES:
         sources.insert(1, "cluster.cuh")
         once, each = WALK_TILES[name]
+        slices = definitions["SLICES"]
         tiles = count(*once) + slices * count(*each)
         if name == "write_backward" and slices == 2:
             tiles += 2 * slices * definitions["MOMENTUM"]

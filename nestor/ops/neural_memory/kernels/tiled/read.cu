@@ -1,8 +1,9 @@
-// The reads: `read_kernel` of ../read.py for heads and chunks of 64 in bfloat16, reads inclusive. One program a chunk of
-// one sequence and head; it walks the hidden width in SPLIT slices of 64, the operands of the next slice on their way
-// while it works on one. Order in memory as in write.cu.
+// The reads: `read_kernel` of ../read.py for heads and chunks of 64 in bfloat16. One program a chunk of one sequence and
+// head; it walks the hidden width in SPLIT slices of 64, the operands of the next slice on their way while it works on
+// one. Without DUAL all queries see the weights at the chunk's start. Order in memory as in write.cu.
 
-static const int OPERANDS = 2 + (MOMENTUM ? 2 : 0) + (TARGET ? 2 : 0);
+static const bool SURPRISED = DUAL && MOMENTUM;  // whether queries see the momentum
+static const int OPERANDS = 2 + (SURPRISED ? 2 : 0) + (TARGET ? 2 : 0);
 
 struct Slice {
     char *w1, *w2, *s1, *s2, *m1, *m2;
@@ -10,7 +11,7 @@ struct Slice {
 __device__ __forceinline__ Slice slice_at(char* tiles) {
     Slice x;
     x.w1 = tiles, x.w2 = x.w1 + TILE_BYTES, x.s1 = x.w2 + TILE_BYTES, x.s2 = x.s1 + TILE_BYTES;
-    x.m1 = x.w2 + (MOMENTUM ? 3 : 1) * TILE_BYTES, x.m2 = x.m1 + TILE_BYTES;
+    x.m1 = x.w2 + (SURPRISED ? 3 : 1) * TILE_BYTES, x.m2 = x.m1 + TILE_BYTES;
     return x;
 }
 
@@ -42,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
         expect(arrival);
         fetch(x.w1, states + tile, arrival);
         fetch(x.w2, states + SIZE + tile, arrival);
-        if (MOMENTUM) {
+        if (SURPRISED) {
             fetch(x.s1, states + 2 * SIZE + tile, arrival);
             fetch(x.s2, states + 3 * SIZE + tile, arrival);
         }
@@ -54,26 +55,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
     if (threadIdx.x == 0) {
         prepare(slices[0]), prepare(slices[1]), prepare(step);
         prepared();
-        expect(step);
-        fetch(u2_tile, STEPS + here * NUMBERS, step);
+        if (DUAL) {
+            expect(step);
+            fetch(u2_tile, STEPS + here * NUMBERS, step);
+        }
         fetch_slice(0);
         if (SPLIT > 1) fetch_slice(1);
     }
     store_pieces(q_tile, load_pieces(Q + b * qb + h * qh + (long)n * TILE * qt, qt, rest));
-    store_pieces(k_tile, load_pieces(K + b * kb + h * kh + (long)n * TILE * kt, kt, rest));
-    float A[2], F[2];
+    if (DUAL) store_pieces(k_tile, load_pieces(K + b * kb + h * kh + (long)n * TILE * kt, kt, rest));
+    float A[2] = {1.f, 1.f}, F[2] = {0.f, 0.f};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; DUAL && r < 2; ++r) {
         A[r] = SCALES[cell * 3 * TILE + own_row() + 8 * r];
         F[r] = SCALES[cell * 3 * TILE + TILE + own_row() + 8 * r];
     }
     tiles_ready();
-    Fragment coefficients = load_floats(G + cell * NUMBERS, TILE), scores;
-    begin_product<false, true, false>(scores, q_tile, k_tile, side);
-    end_products();
-    settle(scores);
-    store_tile(weighted_tile, packed(times(scores, coefficients)));
-    await(step);
+    Fragment coefficients, scores;
+    if (DUAL) {
+        coefficients = load_floats(G + cell * NUMBERS, TILE);
+        begin_product<false, true, false>(scores, q_tile, k_tile, side);
+        end_products();
+        settle(scores);
+        store_tile(weighted_tile, packed(times(scores, coefficients)));
+        await(step);
+    }
     // Sums over the slices: x x_2^T, and x times each of the second layer's weights.
     Fragment through_w, through_s, through_m;
     clear(scores), clear(through_w), clear(through_s), clear(through_m);
@@ -84,39 +90,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
         tiles_ready();
         Slice o = slice_at(operands + (i & 1) * OPERANDS * TILE_BYTES);
         Fragment z, zw, zs, x2, u1;
-        begin_product<false, false, false>(x2, k_tile, o.w1, side);
-        if (TARGET) begin_product<false, false, true>(x2, k_tile, o.m1, side);
-        begin_product<false, true, false>(u1, u2_tile, o.w2, side);
-        if (TARGET) begin_product<false, true, true>(u1, u2_tile, o.m2, side);
+        if (DUAL) {
+            begin_product<false, false, false>(x2, k_tile, o.w1, side);
+            if (TARGET) begin_product<false, false, true>(x2, k_tile, o.m1, side);
+            begin_product<false, true, false>(u1, u2_tile, o.w2, side);
+            if (TARGET) begin_product<false, true, true>(u1, u2_tile, o.m2, side);
+        }
         begin_product<false, false, false>(zw, q_tile, o.w1, side);
-        if (MOMENTUM) begin_product<false, false, false>(zs, q_tile, o.s1, side);
+        if (SURPRISED) begin_product<false, false, false>(zs, q_tile, o.s1, side);
         if (TARGET) begin_product<false, false, false>(z, q_tile, o.m1, side);
         end_products();
-        settle(x2), settle(u1), settle(zw);
-        if (MOMENTUM) settle(zs);
+        if (DUAL) settle(x2), settle(u1);
+        settle(zw);
+        if (SURPRISED) settle(zs);
         if (TARGET) settle(z);
-        FOR_EACH {
-            float slope, curvature;
-            activate(x2.f[j][r], x2.f[j][r], slope, curvature);
-            u1.f[j][r] *= slope;
+        if (DUAL) {
+            FOR_EACH {
+                float slope, curvature;
+                activate(x2.f[j][r], x2.f[j][r], slope, curvature);
+                u1.f[j][r] *= slope;
+            }
+            store_tile(x2_tile, packed(x2));
+            store_tile(u1_tile, packed(u1));
+            tiles_ready();
+            begin_product<false, false, TARGET>(z, weighted_tile, u1_tile, side);
+            end_products();
+            settle(z);
+        } else if (!TARGET) {
+            clear(z);
         }
-        store_tile(x2_tile, packed(x2));
-        store_tile(u1_tile, packed(u1));
-        tiles_ready();
-        begin_product<false, false, TARGET>(z, weighted_tile, u1_tile, side);
-        end_products();
-        settle(z);
         FOR_EACH {
             float slope, curvature;
             z.f[j][r] += A[r >> 1] * zw.f[j][r];
-            if (MOMENTUM) z.f[j][r] += F[r >> 1] * zs.f[j][r];
+            if (SURPRISED) z.f[j][r] += F[r >> 1] * zs.f[j][r];
             activate(z.f[j][r], z.f[j][r], slope, curvature);
         }
         store_tile(x_tile, packed(z));
         tiles_ready();
-        begin_product<false, true, true>(scores, x_tile, x2_tile, side);
+        if (DUAL) begin_product<false, true, true>(scores, x_tile, x2_tile, side);
         begin_product<false, false, true>(through_w, x_tile, o.w2, side);
-        if (MOMENTUM) begin_product<false, false, true>(through_s, x_tile, o.s2, side);
+        if (SURPRISED) begin_product<false, false, true>(through_s, x_tile, o.s2, side);
         if (TARGET) begin_product<false, false, true>(through_m, x_tile, o.m2, side);
         end_products();
         settle(scores), settle(through_w), settle(through_s), settle(through_m);
@@ -125,16 +138,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
             if (threadIdx.x == 0) fetch_slice(i + 2);
         }
     }
-    __syncthreads();
-    store_tile(x_tile, packed(times(scores, coefficients)));
-    tiles_ready();
     Fragment z;
-    begin_product<false, false, false>(z, x_tile, u2_tile, side);
-    end_products();
-    settle(z);
-    scale_rows(through_w, A);
-    add(z, through_w);
-    if (MOMENTUM) {
+    if (DUAL) {
+        __syncthreads();
+        store_tile(x_tile, packed(times(scores, coefficients)));
+        tiles_ready();
+        begin_product<false, false, false>(z, x_tile, u2_tile, side);
+        end_products();
+        settle(z);
+        scale_rows(through_w, A);
+        add(z, through_w);
+    } else {
+        z = through_w;
+    }
+    if (SURPRISED) {
         scale_rows(through_s, F);
         add(z, through_s);
     }

@@ -1,11 +1,14 @@
-// The gradient of the reads: `read_backward_kernel` of ../read.py for heads and chunks of 64 in bfloat16, reads
-// inclusive. One program a chunk of one sequence and head; it walks the hidden width in SPLIT slices of 64, the
-// operands of the next slice on their way while it works on one. Row scales (A, F, 1 - A) are applied to sums where they
+// The gradient of the reads: `read_backward_kernel` of ../read.py for heads and chunks of 64 in bfloat16. One
+// program a chunk of one sequence and head; it walks the hidden width in SPLIT slices of 64, the operands of the next
+// slice on their way while it works on one. Without DUAL all queries see the weights at the chunk's start, and nothing
+// but the gradients of q, of the state and of the norm is written. Row scales (A, F, 1 - A) are applied to sums where they
 // can be, and to q and g_z once where they cannot.
 //
 // Order in memory as in write.cu and write_backward.cu; G_TARGETS and G_K as fragments.
 
-static const int OPERANDS = 4 + (MOMENTUM ? 2 : 0) + (TARGET ? 2 : 0);
+static const bool SURPRISED = DUAL && MOMENTUM;  // whether queries see the momentum
+static const bool LOSING = DUAL && TARGET;        // whether they see part of the way to the targets
+static const int OPERANDS = 2 + (DUAL ? 2 : 0) + (SURPRISED ? 2 : 0) + (TARGET ? 2 : 0);
 
 // One slice's operands, in the order of their tiles.
 struct Slice {
@@ -15,7 +18,7 @@ __device__ __forceinline__ Slice slice_at(char* tiles) {
     Slice x;
     x.w1 = tiles, x.w2 = x.w1 + TILE_BYTES, x.x2 = x.w2 + TILE_BYTES, x.u1 = x.x2 + TILE_BYTES;
     x.s1 = x.u1 + TILE_BYTES, x.s2 = x.s1 + TILE_BYTES;
-    x.m1 = x.u1 + (MOMENTUM ? 3 : 1) * TILE_BYTES, x.m2 = x.m1 + TILE_BYTES;
+    x.m1 = tiles + (OPERANDS - 2) * TILE_BYTES, x.m2 = x.m1 + TILE_BYTES;
     return x;
 }
 
@@ -53,9 +56,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         expect(arrival);
         fetch(x.w1, states + tile, arrival);
         fetch(x.w2, states + SIZE + tile, arrival);
-        fetch(x.x2, hidden + tile, arrival);
-        fetch(x.u1, hidden + 2 * kind + tile, arrival);
-        if (MOMENTUM) {
+        if (DUAL) {
+            fetch(x.x2, hidden + tile, arrival);
+            fetch(x.u1, hidden + 2 * kind + tile, arrival);
+        }
+        if (SURPRISED) {
             fetch(x.s1, states + 2 * SIZE + tile, arrival);
             fetch(x.s2, states + 3 * SIZE + tile, arrival);
         }
@@ -67,8 +72,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
     if (threadIdx.x == 0) {
         prepare(slices[0]), prepare(slices[1]), prepare(step);
         prepared();
-        expect(step);
-        fetch(z_tile, STEPS + here * NUMBERS, step);
+        if (DUAL) {
+            expect(step);
+            fetch(z_tile, STEPS + here * NUMBERS, step);
+        }
         fetch_slice(0);
         if (SPLIT > 1) fetch_slice(1);
     }
@@ -89,7 +96,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
                 q = four(*(const uint2*)(q_at + (n * TILE + t) * qt + column));
                 g = four(*(const uint2*)(y_at + (n * TILE + t) * yt + column));
             }
-            float A = SCALES[cell * 3 * TILE + t], F = SCALES[cell * 3 * TILE + TILE + t];
+            float A = 1.f, F = 0.f;
+            if (DUAL) A = SCALES[cell * 3 * TILE + t], F = SCALES[cell * 3 * TILE + TILE + t];
             if (NORM == 2) {
                 zh = four(*(const uint2*)(Z + cell * NUMBERS + t * TILE + column));
                 by_norm = by_norm + g * zh;
@@ -100,11 +108,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
             store_four(aq_tile, t, column, q, A);
             store_four(gz_tile, t, column, g);
             store_four(agz_tile, t, column, g, A);
-            if (MOMENTUM) {
+            if (SURPRISED) {
                 store_four(fq_tile, t, column, q, F);
                 store_four(fgz_tile, t, column, g, F);
             }
-            if (TARGET) {
+            if (LOSING) {
                 store_four(mq_tile, t, column, q, 1.f - A);
                 store_four(mgz_tile, t, column, g, 1.f - A);
             }
@@ -121,11 +129,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
                 G_NORM[here * 2 * TILE + threadIdx.x] = sum;
             }
         }
-        store_pieces(x_tile, keys);
+        if (DUAL) store_pieces(x_tile, keys);
     }
-    await(step);
+    if (DUAL) await(step);
     tiles_ready();
-    {
+    if (DUAL) {
         Fragment x, y, coefficients = load_floats(g_at, TILE);
         begin_product<false, true, false>(x, q_tile, x_tile, side);
         begin_product<false, true, false>(y, gz_tile, z_tile, side);
@@ -134,9 +142,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         store_tile(weighted_tile, packed(times(x, coefficients)));
         store_tile(scores_tile, packed(times(y, coefficients)));
     }
-    float A[2], F[2], g_A[2] = {0.f, 0.f}, g_F[2] = {0.f, 0.f};
+    float A[2] = {1.f, 1.f}, F[2] = {0.f, 0.f}, g_A[2] = {0.f, 0.f}, g_F[2] = {0.f, 0.f};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; DUAL && r < 2; ++r) {
         A[r] = SCALES[cell * 3 * TILE + own_row() + 8 * r];
         F[r] = SCALES[cell * 3 * TILE + TILE + own_row() + 8 * r];
     }
@@ -151,24 +159,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         Slice o = slice_at(operands + (i & 1) * OPERANDS * TILE_BYTES);
         {
             Fragment z, g, gw, gs;
-            begin_product<false, false, false>(z, weighted_tile, o.u1, side);
-            begin_product<false, false, true>(z, aq_tile, o.w1, side);
-            if (MOMENTUM) begin_product<false, false, true>(z, fq_tile, o.s1, side);
+            if (DUAL) begin_product<false, false, false>(z, weighted_tile, o.u1, side);
+            begin_product<false, false, DUAL>(z, aq_tile, o.w1, side);
+            if (SURPRISED) begin_product<false, false, true>(z, fq_tile, o.s1, side);
             if (TARGET) begin_product<false, false, true>(z, q_tile, o.m1, side);
-            begin_product<false, false, false>(g, scores_tile, o.x2, side);
+            if (DUAL) begin_product<false, false, false>(g, scores_tile, o.x2, side);
             begin_product<false, true, false>(gw, gz_tile, o.w2, side);
-            if (MOMENTUM) begin_product<false, true, false>(gs, gz_tile, o.s2, side);
-            if (TARGET) begin_product<false, true, true>(g, gz_tile, o.m2, side);
+            if (SURPRISED) begin_product<false, true, false>(gs, gz_tile, o.s2, side);
+            if (TARGET) begin_product<false, true, DUAL>(g, gz_tile, o.m2, side);
+            if (!DUAL && !TARGET) clear(g);
             end_products();
-            settle(z), settle(g), settle(gw);
-            if (MOMENTUM) settle(gs);
+            settle(z), settle(gw);
+            if (DUAL || TARGET) settle(g);
+            if (SURPRISED) settle(gs);
             FOR_EACH {
                 float value, curvature;
                 g.f[j][r] += A[r >> 1] * gw.f[j][r];
-                if (MOMENTUM) g.f[j][r] += F[r >> 1] * gs.f[j][r];
+                if (SURPRISED) g.f[j][r] += F[r >> 1] * gs.f[j][r];
                 activate(z.f[j][r], value, z.f[j][r], curvature);
                 g_A[r >> 1] += value * gw.f[j][r];
-                if (MOMENTUM) g_F[r >> 1] += value * gs.f[j][r];
+                if (SURPRISED) g_F[r >> 1] += value * gs.f[j][r];
                 g.f[j][r] *= z.f[j][r];
                 z.f[j][r] = value;
             }
@@ -179,41 +189,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         bf16 *out = G_STATES + here * PARTS * SIZE + i * NUMBERS, *more = G_TARGETS + here * 2 * SIZE + i * NUMBERS;
         {
             Fragment x1, x2, x3, x4;
-            begin_product<false, true, true>(scores, x_tile, o.x2, side);
-            begin_product<false, true, true>(g_weighted, z_tile, o.u1, side);
+            if (DUAL) begin_product<false, true, true>(scores, x_tile, o.x2, side);
+            if (DUAL) begin_product<false, true, true>(g_weighted, z_tile, o.u1, side);
             begin_product<false, true, true>(through_w, z_tile, o.w1, side);
-            if (MOMENTUM) begin_product<false, true, true>(through_s, z_tile, o.s1, side);
+            if (SURPRISED) begin_product<false, true, true>(through_s, z_tile, o.s1, side);
             if (TARGET) begin_product<false, true, true>(through_m, z_tile, o.m1, side);
             begin_product<true, false, false>(x1, x_tile, agz_tile, side);
             begin_product<true, false, false>(x2, aq_tile, z_tile, side);
-            begin_product<true, false, false>(x3, scores_tile, x_tile, side);
-            begin_product<true, false, false>(x4, weighted_tile, z_tile, side);
+            if (DUAL) begin_product<true, false, false>(x3, scores_tile, x_tile, side);
+            if (DUAL) begin_product<true, false, false>(x4, weighted_tile, z_tile, side);
             end_products();
             settle(scores), settle(g_weighted), settle(through_w), settle(through_s), settle(through_m);
-            settle(x1), settle(x2), settle(x3), settle(x4);
+            settle(x1), settle(x2);
             // The slice's operands have been read by all after the next barrier.
             store_fragment(out + SIZE, packed(x1));
             store_fragment(out, packed(x2));
-            store_fragment(G_X2 + here * SIZE + i * NUMBERS, packed(x3));
-            store_fragment(G_U1 + here * SIZE + i * NUMBERS, packed(x4));
+            if (DUAL) {
+                settle(x3), settle(x4);
+                store_fragment(G_X2 + here * SIZE + i * NUMBERS, packed(x3));
+                store_fragment(G_U1 + here * SIZE + i * NUMBERS, packed(x4));
+            }
         }
-        {
+        if (SURPRISED || LOSING) {
             Fragment x1, x2, x3, x4;
-            if (MOMENTUM) {
+            if (SURPRISED) {
                 begin_product<true, false, false>(x1, x_tile, fgz_tile, side);
                 begin_product<true, false, false>(x2, fq_tile, z_tile, side);
             }
-            if (TARGET) {
+            if (LOSING) {
                 begin_product<true, false, false>(x3, x_tile, mgz_tile, side);
                 begin_product<true, false, false>(x4, mq_tile, z_tile, side);
             }
             end_products();
-            if (MOMENTUM) {
+            if (SURPRISED) {
                 settle(x1), settle(x2);
                 store_fragment(out + 3 * SIZE, packed(x1));
                 store_fragment(out + 2 * SIZE, packed(x2));
             }
-            if (TARGET) {
+            if (LOSING) {
                 settle(x3), settle(x4);
                 store_fragment(more + SIZE, packed(x3));
                 store_fragment(more, packed(x4));
@@ -223,60 +236,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
         if (threadIdx.x == 0 && i + 2 < SPLIT) fetch_slice(i + 2);
     }
 
-    // What needs k and u_2 again, and the gradients of the coefficients and of q.
-    if (threadIdx.x == 0) {
-        expect(step);
-        fetch(z_tile, STEPS + here * NUMBERS, step);
-    }
-    store_pieces(x_tile, load_pieces(k_at, kt, rest));
-    {
-        Fragment coefficients = load_floats(g_at, TILE);
-        store_tile(scores_tile, packed(times(scores, coefficients)));
-        store_tile(weighted_tile, packed(times(g_weighted, coefficients)));
-    }
-    await(step);
-    tiles_ready();
-    {
-        Fragment qk, zu;
-        begin_product<false, true, false>(qk, q_tile, x_tile, side);
-        begin_product<false, true, false>(zu, gz_tile, z_tile, side);
-        end_products();
-        settle(qk), settle(zu);
-        FOR_EACH qk.f[j][r] = scores.f[j][r] * zu.f[j][r] + qk.f[j][r] * g_weighted.f[j][r];
-        store_floats(G_G + here * NUMBERS, TILE, qk);
-    }
     Fragment g_q;
-    {
-        Fragment by_q, by_z;
-        begin_product<false, false, false>(g_q, weighted_tile, x_tile, side);
-        begin_product<true, false, false>(by_q, weighted_tile, q_tile, side);
-        begin_product<true, false, false>(by_z, scores_tile, gz_tile, side);
-        end_products();
-        settle(g_q), settle(by_q), settle(by_z);
-        store_rows(G_U2 + here * NUMBERS, TILE, TILE, packed(by_z));
-        store_fragment(G_K + here * NUMBERS, packed(by_q));
-    }
+    if (!DUAL) {
+        g_q = through_w;
+    } else {
+        // What needs k and u_2 again, and the gradients of the coefficients.
+        if (threadIdx.x == 0) {
+            expect(step);
+            fetch(z_tile, STEPS + here * NUMBERS, step);
+        }
+        store_pieces(x_tile, load_pieces(k_at, kt, rest));
+        {
+            Fragment coefficients = load_floats(g_at, TILE);
+            store_tile(scores_tile, packed(times(scores, coefficients)));
+            store_tile(weighted_tile, packed(times(g_weighted, coefficients)));
+        }
+        await(step);
+        tiles_ready();
+        {
+            Fragment qk, zu;
+            begin_product<false, true, false>(qk, q_tile, x_tile, side);
+            begin_product<false, true, false>(zu, gz_tile, z_tile, side);
+            end_products();
+            settle(qk), settle(zu);
+            FOR_EACH qk.f[j][r] = scores.f[j][r] * zu.f[j][r] + qk.f[j][r] * g_weighted.f[j][r];
+            store_floats(G_G + here * NUMBERS, TILE, qk);
+        }
+        {
+            Fragment by_q, by_z;
+            begin_product<false, false, false>(g_q, weighted_tile, x_tile, side);
+            begin_product<true, false, false>(by_q, weighted_tile, q_tile, side);
+            begin_product<true, false, false>(by_z, scores_tile, gz_tile, side);
+            end_products();
+            settle(g_q), settle(by_q), settle(by_z);
+            store_rows(G_U2 + here * NUMBERS, TILE, TILE, packed(by_z));
+            store_fragment(G_K + here * NUMBERS, packed(by_q));
+        }
 
-    Packed q = load_tile(q_tile);
-    float* sums = (float*)operands;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        g_A[r] += row_part(times(through_w, q), r);
-        if (MOMENTUM) g_F[r] += row_part(times(through_s, q), r);
-    }
-    sum_rows(g_A, sums);
-    sum_rows(g_F, sums);
-    if ((lane_id() & 3) == 0 && threadIdx.x < THREADS / 2)
+        Packed q = load_tile(q_tile);
+        float* sums = (float*)operands;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            G_ROWS[here * 2 * TILE + own_row() + 8 * r] = g_A[r];
-            G_ROWS[here * 2 * TILE + TILE + own_row() + 8 * r] = g_F[r];
+            g_A[r] += row_part(times(through_w, q), r);
+            if (MOMENTUM) g_F[r] += row_part(times(through_s, q), r);
         }
-    scale_rows(through_w, A);
-    add(g_q, through_w);
-    if (MOMENTUM) {
-        scale_rows(through_s, F);
-        add(g_q, through_s);
+        sum_rows(g_A, sums);
+        sum_rows(g_F, sums);
+        if ((lane_id() & 3) == 0 && threadIdx.x < THREADS / 2)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                G_ROWS[here * 2 * TILE + own_row() + 8 * r] = g_A[r];
+                G_ROWS[here * 2 * TILE + TILE + own_row() + 8 * r] = g_F[r];
+            }
+        scale_rows(through_w, A);
+        add(g_q, through_w);
+        if (MOMENTUM) {
+            scale_rows(through_s, F);
+            add(g_q, through_s);
+        }
     }
     if (TARGET) add(g_q, through_m);
     if (NORM > 0) add(g_q, load_rows(G_Y + b * yb + h * yh + (long)n * TILE * yt, yt, rest));
