@@ -96,6 +96,9 @@ def _tolerance(name, dtype, p) -> float:
         # Tokens that rounding takes across the threshold, where the derivative jumps.
         if p.spec.inner_loss == "huber" and name in ("gradient of k", "gradient of v"):
             return 0.2
+        # In a first chunk W - M is only what its few tokens wrote, and the sum of a few rounded numbers.
+        if name == "gradient of alpha" and p.q.shape[1] <= p.spec.chunk_size:
+            return 2e-2
         # A sum of dW * W, large of either sign, where the state is not kept as the way from its target.
         if p.spec.decay == "zero" and name == "gradient of alpha":
             return 3e-2
@@ -223,6 +226,26 @@ def test_triton_where_cuda_would_do(draw_problem, flat, gradients, monkeypatch, 
 @pytest.mark.parametrize("momentum", [True, False])
 def test_many_walks(draw_problem, flat, gradients, momentum) -> None:
     """So many that a program takes two slices of the hidden width."""
+    choices = {**LARGE, "batch": 10, "heads": 4, "momentum": momentum, "reset": 0.02}
+    _compare(draw_problem, flat, gradients, torch.bfloat16, **choices)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiled", [True, False])
+def test_several_spans(draw_problem, flat, gradients, monkeypatch, tiled) -> None:
+    """The last of them shorter."""
+    monkeypatch.setattr("nestor.ops.neural_memory.kernels.tiled.ENABLED", tiled)
+    for span in ("FORWARD_SPAN", "BACKWARD_SPAN"):
+        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", 8)
+    choices = {**LARGE, "batch": 1, "heads": 1, "length": 64 * 12 + 5}
+    _compare(draw_problem, flat, gradients, torch.bfloat16, **choices)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("momentum", [True, False])
+def test_walks_that_meet_in_memory(draw_problem, flat, gradients, monkeypatch, momentum) -> None:
+    """As those that just fill a GPU; here more than have room at once."""
+    monkeypatch.setattr("nestor.ops.neural_memory.kernels.tiled._layout", lambda *about: (1, True))
     choices = {**LARGE, "batch": 10, "heads": 4, "momentum": momentum, "reset": 0.02}
     _compare(draw_problem, flat, gradients, torch.bfloat16, **choices)
 

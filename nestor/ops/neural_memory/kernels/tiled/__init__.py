@@ -19,11 +19,18 @@ TILE = 64
 #: Slices of 64 of the hidden width; each is a program of a walk.
 SPLITS = (1, 2, 4)
 THREADS = 256
+# Pairs of words before the places where walks meet.
+TICKET = 16
 # Bytes of a program's shared memory besides its tiles: the norm's parameters and barriers.
 SMALL = 2 * TILE * 4 + 4 * 8
 FOLDER = Path(__file__).parent
 # Tiles of 64 x 64 bfloat16 numbers in a program's shared memory: always, with targets, with momentum.
-TILES = {"read": (11, 4, 4), "read_backward": (20, 4, 4), "write_gradients": (8, 1, 4)}
+TILES = {
+    "read": (11, 4, 4),
+    "read_backward": (20, 4, 4),
+    "write_gradients": (8, 1, 4),
+    "target_gradients": (0, 0, 0),
+}
 # The same for the programs of a walk: at once, and of each slice.
 WALK_TILES = {"write": ((4, 0, 0), (5, 2, 3)), "write_backward": ((5, 0, 0), (5, 1, 2))}
 #: False: all kernels are Triton's.
@@ -58,9 +65,11 @@ def launch(
         choices: compile-time definitions; booleans as 0 and 1.
     """
     if name in WALK_TILES:
-        slices = _slices(grid[0], choices["SPLIT"], device)
+        slices, in_memory = _layout(grid[0], choices["SPLIT"], device)
         grid = (grid[0] // slices,)
-        choices = choices | {"SLICES": slices}
+        choices = choices | {"SLICES": slices, "IN_MEMORY": in_memory}
+        group = choices["SPLIT"] // slices
+        tensors = (*tensors, _meeting(grid[0] // group, group, device) if in_memory else None)
     kernel = _kernel(name, device, tuple(choices.items()))
     kernel(grid, tensors, strides, sizes, numbers)
 
@@ -94,20 +103,43 @@ def _kernel(name: str, device: torch.device, choices: tuple[tuple[str, Any], ...
 
 
 @functools.cache
-def _slices(programs: int, split: int, device: torch.device) -> int:
-    """Slices of the hidden width to a program of a walk.
+def _layout(programs: int, split: int, device: torch.device) -> tuple[int, bool]:
+    """Slices of the hidden width to a program of a walk, and whether its programs meet in memory.
 
-    Each its own program is faster for a walk; but where not all walks have room at once, two to a program
-    let more of them run. A cluster of four finds room on about 31 of 33 quarters of an H100.
+    A program for each slice is the fastest walk, and a cluster the fastest meeting. But a cluster of four
+    finds room on about 31 of 33 quarters of an H100: programs that fill the GPU meet in memory, and where not
+    all have room at once, two slices to a program let more walks run.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return 2 if split > 1 and programs > 0.9 * processors else 1
+    if split == 1 or programs <= 0.9 * processors:
+        return 1, False
+    return (1, True) if programs <= processors else (2, False)
+
+
+def _meeting(walks: int, group: int, device: torch.device) -> Tensor:
+    """Where the programs of walks, `group` of each, meet in memory (see cluster.cuh)."""
+    pairs = 2 * (group * TILE * TILE // 2 + TILE * TILE // 4)
+    return torch.zeros(4 * (TICKET + walks * pairs), dtype=torch.int32, device=device)
 
 
 def _tile_places(device: torch.device) -> Tensor:
     """Where in memory each number of a tile ``[64, 64]`` lies: pieces of 8, swizzled by the row."""
+    # Made once, but not inside of a CUDA graph: its memory is the graph's.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_new_places if capturing else _kept_places)(device)
+
+
+def _new_places(device: torch.device) -> Tensor:
     number = torch.arange(TILE * TILE, device=device)
     return number ^ ((number >> 6 & 7) << 3)
+
+
+_kept_places = functools.cache(_new_places)
+
+
+def target_blocks(split: int) -> int:
+    """Blocks of `target_gradients` for a sequence and head: eight numbers to a thread."""
+    return 2 * split * TILE * TILE // (8 * THREADS)
 
 
 def targets_as_tiles(targets: Tensor) -> Tensor:

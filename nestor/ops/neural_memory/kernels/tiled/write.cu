@@ -1,8 +1,8 @@
 // The writes of a two-layer memory, forward: `write_kernel` of ../write.py for heads and chunks of 64 in bfloat16.
 //
-// A cluster walks one sequence and head; each program has SLICES times 64 columns of W1 and rows of W2, with their
-// momentum, in registers from chunk to chunk. For z_2 each sends its part to the owners of the rows, and an owner sends the step u_2
-// of its rows to all. W is never put together from what a state holds, D, and its target M: products take both.
+// A group of programs walks one sequence and head; each has SLICES times 64 columns of W1 and rows of W2, with their
+// momentum, in registers from chunk to chunk. For z_2 each sends its part to the owners of the rows, and an owner sends
+// the step u_2 of its rows to all (see cluster.cuh). W is never put together from what a state holds, D, and its target M: products take both.
 //
 // Order in memory, besides ../write.py's: STATES, STEPS, x_2 and u_1 of HIDDENS, and TARGETS [heads, 2, SPLIT] as tiles;
 // phi'(z_1) and u_2 W2^T phi''(z_1) as fragments.
@@ -45,19 +45,21 @@ __device__ __forceinline__ Slice slice_at(char* tiles) {
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) write_kernel(
     const bf16* K, const bf16* V, const float* ENDS, const float* LAST, float* CHECKPOINTS, bf16* STATES,
     bf16* STEPS, bf16* HIDDENS, bf16* ZH, float* NORMS, const bf16* TARGETS, const float* GAMMA,
-    const float* BETA, const float* START, const unsigned char* RESETS, const int* OPEN, float* ANCHOR,
+    const float* BETA, const float* START, const unsigned char* RESETS, const int* OPEN, float* ANCHOR, uint4* MEETING,
     long kb, long kt, long kh, long vb, long vt, long vh, int walks, int heads, int chunks, int tokens,
     int first_chunk, int span, int interval, int rows, float eps, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
-    int rank = blockIdx.x % CLUSTER, walk = blockIdx.x / CLUSTER, m = walk % walks, piece = walk / walks;
+    int program = program_number(MEETING, shared), rank = program % PROGRAMS, walk = program / PROGRAMS;
+    int m = walk % walks, piece = walk / walks;
     int b = m / heads, h = m % heads;
     char *k_tile = shared, *u2_tile = k_tile + TILE_BYTES;
     Slice o[SLICES];
     EACH_SLICE o[i] = slice_at(shared + (2 + i * SLICE_TILES) * TILE_BYTES);
     float *inbox = (float*)(shared + (2 + SLICES * SLICE_TILES) * TILE_BYTES), *norm = inbox + NUMBERS;
-    Arrival parts = {(u64*)(norm + 2 * TILE), INBOX_BYTES, 0}, steps = {parts.barrier + 1, TILE_BYTES, 0};
-    Arrival targets = {parts.barrier + 2, 2 * SLICES * TILE_BYTES, 0};
+    u64* barriers = (u64*)(norm + 2 * TILE);
+    Exchange exchange(inbox, barriers, MEETING, walk);
+    Arrival targets = {barriers + 2, 2 * SLICES * TILE_BYTES, 0};
 
     int begin = first_chunk + piece * rows, stop = min(min(begin + rows, first_chunk + span), chunks);
     const bf16 *k_at = K + b * kb + h * kh, *v_at = V + b * vb + h * vh;
@@ -72,7 +74,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     EACH_SLICE load_state(state[i], CHECKPOINTS + ((long)(begin / interval) * walks + m) * PARTS * SIZE, rank * SLICES + i);
     Pieces next = load_pieces(k_at + (long)begin * TILE * kt, kt, tokens - begin * TILE);
     if (TARGET && threadIdx.x == 0) prepare(targets);
-    prepare_walk(parts, steps);
+    exchange.prepare_all();
     if (TARGET) {
         if (threadIdx.x == 0) {
             expect(targets);
@@ -166,9 +168,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         end_products();
         settle(part);
-        push_rows(inbox, parts, rank, part);
+        exchange.send_part(rank, part);
         if (threadIdx.x == 0) sent();
-        await_and_expect(parts);
+        exchange.await_parts();
 
 #pragma unroll
         for (int r = 0; r < TURNS; ++r) {
@@ -176,11 +178,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             float4 gamma = all_of(1.f), beta = all_of(0.f), v = four(values[r]), k = load_four(k_tile, t, column);
             if (NORM == 2) gamma = *(const float4*)(norm + column), beta = *(const float4*)(norm + TILE + column);
             float inverse;
-            float4 zh = standardise(gather_row(inbox, row, column), eps, inverse);
+            float4 zh = standardise(exchange.sum_of_row(rank, row, column), eps, inverse);
             float4 e = loss_error(head(k, zh, gamma, beta), v, scale, threshold) * gamma;
             float along = row_sum(e * zh);
             uint2 u = pack_four(through_norm(e, zh, inverse), -1.f);
-            push_everywhere(u2_tile, steps, t, column, u);
+            exchange.send_made(u2_tile, t, column, u);
             *(uint2*)((char*)(STEPS + here * NUMBERS) + tile_byte(t, column)) = u;
             if (!SAVE) {
                 *(uint2*)(ZH + here * NUMBERS + t * TILE + column) = pack_four(zh);
@@ -190,8 +192,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 }
             }
         }
-        await_and_expect(steps);
-        arrived();
+        exchange.await_made(u2_tile);
 
         EACH_SLICE {
             begin_product<false, true, false>(z[i], u2_tile, o[i].w2, side);

@@ -69,18 +69,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const bf16* HIDDENS, const bf16* ZH, const float* NORMS, const bf16* TARGETS, const float* GAMMA,
     const float* BETA, const unsigned char* RESETS, const int* OPEN, const bf16* G_STATES, const bf16* G_U1,
     const bf16* G_X2, const bf16* G_U2, float* CARRIED, bf16* AFTER, bf16* G_Z1, float* G_STEPS,
-    const float* G_ANCHOR, float* G_START, long kb, long kt, long kh, long vb, long vt, long vh, int walks,
+    const float* G_ANCHOR, float* G_START, uint4* MEETING, long kb, long kt, long kh, long vb, long vt, long vh, int walks,
     int heads, int chunks, int tokens, int first_chunk, int span, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
-    int rank = blockIdx.x % CLUSTER, m = blockIdx.x / CLUSTER, b = m / heads, h = m % heads;
+    int program = program_number(MEETING, shared), rank = program % PROGRAMS, m = program / PROGRAMS;
+    int b = m / heads, h = m % heads;
     char *k_tile = shared, *u_tile = k_tile + TILE_BYTES, *z2_tile = u_tile + TILE_BYTES;
     Slice o[SLICES];
     EACH_SLICE o[i] = slice_at(shared + (3 + i * SLICE_TILES) * TILE_BYTES);
     float *inbox = (float*)(shared + (3 + SLICES * SLICE_TILES) * TILE_BYTES), *places = inbox + NUMBERS, *norm = places + (APART ? SLICES * NUMBERS : 0);
-    Arrival parts = {(u64*)(norm + 2 * TILE), INBOX_BYTES, 0}, steps = {parts.barrier + 1, TILE_BYTES, 0};
-    Arrival operands = {parts.barrier + 2, (1 + 2 * SLICES) * TILE_BYTES, 0};
-    Arrival targets = {parts.barrier + 3, SLICES * TILE_BYTES, 0};
+    u64* barriers = (u64*)(norm + 2 * TILE);
+    Exchange exchange(inbox, barriers, MEETING, m);
+    Arrival operands = {barriers + 2, (1 + 2 * SLICES) * TILE_BYTES, 0};
+    Arrival targets = {barriers + 3, SLICES * TILE_BYTES, 0};
 
     const bf16 *k_at = K + b * kb + h * kh, *v_at = V + b * vb + h * vh;
     float* carried = CARRIED + (long)m * PARTS * SIZE;
@@ -137,7 +139,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         prepare(operands);
         if (TARGET) prepare(targets);
     }
-    prepare_walk(parts, steps);
+    exchange.prepare_all();
     if (threadIdx.x == 0) fetch_chunk(last);
     if (TARGET) {
         if (threadIdx.x == 0) {
@@ -225,7 +227,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         end_products();
         settle(part);
-        push_rows(inbox, parts, rank, part);
+        exchange.send_part(rank, part);
         // While the parts travel: the gradient of x_2 from its steps, and what the state passes on.
         Fragment g[SLICES];
         EACH_SLICE {
@@ -250,14 +252,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         end_products();
         EACH_SLICE settle(d[i].w2);
         if (threadIdx.x == 0) sent();
-        await_and_expect(parts);
+        exchange.await_parts();
 
         // u_2 from z_2, in the rows that this program owns.
 #pragma unroll
         for (int r = 0; r < TURNS; ++r) {
             int row = r * 16 + own, t = rank * ROWS + row;
             long narrow = here * NUMBERS + t * TILE + column;
-            float4 g_u = gather_row(inbox, row, column);
+            float4 g_u = exchange.sum_of_row(rank, row, column);
             if (READS) g_u = g_u + four(*(const uint2*)(G_U2 + narrow));
             *(float4*)(G_STEPS + narrow) = g_u;
             float4 zh = four(*(const uint2*)(ZH + narrow)), gamma = all_of(1.f), beta = all_of(0.f);
@@ -279,12 +281,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 float4 by = zh * row_sum(g_u * u) + weighted * along + u * row_sum(g_u * zh);
                 g_z = through_norm(g_z * gamma, zh, inverse) - by * share;
             }
-            push_everywhere(z2_tile, steps, t, column, pack_four(g_z));
+            exchange.send_made(z2_tile, t, column, pack_four(g_z));
         }
         // Again, for it is not worth its registers in between.
         EACH_SLICE slope[i] = load_fragment(HIDDENS + kind + wide + i * NUMBERS);
-        await_and_expect(steps);
-        arrived();
+        exchange.await_made(z2_tile);
 
         EACH_SLICE {
             begin_product<false, true, true>(g[i], z2_tile, o[i].w, side);
