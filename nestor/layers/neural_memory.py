@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nestor.errors import ConfigError, suggest
 from nestor.layers.convolution import ShortConvolution
 from nestor.layers.norm import RMSNorm
+from nestor.layers.projections import project_together
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.walking import pack, unpack
@@ -242,7 +243,7 @@ class NeuralMemory(nn.Module):
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
             # Once for all projections; autocast would do it for each.
             low = x.to(torch.get_autocast_dtype("cuda"))
-        q, k, v, tails = self.project(low, state, span, start)
+        q, k, v, gate, tails = self.project(low, state, span, start)
         gates = self.gates(x)
         opening = None if state is None else unpack(state)
         begin = None if start is None else unpack(start)
@@ -258,18 +259,24 @@ class NeuralMemory(nn.Module):
             theta = gates.theta.detach()
             report_write((theta if theta.dim() == 3 else theta.mean(-1)) * result[2])
         # A GPU's operations take and give half precision; elsewhere the memory is float32 at least.
-        return self._output(y if y.is_cuda else y.to(x.dtype), low), {**pack(after), **tails}
+        return self._output(y if y.is_cuda else y.to(x.dtype), gate), {**pack(after), **tails}
 
     def project(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None
-    ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
-        """q, k, v `[B, T, H, p]` and the convolution tails after the call."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, LayerState]:
+        """q, k, v `[B, T, H, p]`, what the output gate is the sigmoid of `[B, T, d]` (None: no gate), and the
+        convolution tails after the call."""
         tails: LayerState = {}
-        streams = []
-        for name, projection in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
-            streams.append(self._stream(name, projection(x), state, span, start, tails))
-        q, k, v = streams
-        return q, k, v, tails
+        projections = [self.q_proj, self.k_proj, self.v_proj]
+        if self.output_gate is not None:
+            projections.append(self.output_gate)
+        streams = project_together(x, projections)
+        gate = None if self.output_gate is None else streams.pop()
+        q, k, v = (
+            self._stream(name, stream, state, span, start, tails)
+            for name, stream in zip("qkv", streams, strict=True)
+        )
+        return q, k, v, gate, tails
 
     def queries(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None = None
@@ -342,8 +349,7 @@ class NeuralMemory(nn.Module):
             state[f"tail.{name}"] = like.new_zeros(batch, self.conv_kernel - 1, width)
         return state
 
-    def _output(self, y: Tensor, x: Tensor) -> Tensor:
-        gate = None if self.output_gate is None else self.output_gate(x)
+    def _output(self, y: Tensor, gate: Tensor | None) -> Tensor:
         return self.o_proj(gated_norm(y, self.out_norm.weight, gate, eps=self.out_norm.eps))
 
 

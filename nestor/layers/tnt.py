@@ -113,7 +113,7 @@ class TNT(nn.Module):
         if span is None:
             span = Span.build(None, x.shape[0], x.shape[1], x.device)
         own = part_of(state, "memory")
-        q, k, v, after = self.memory.project(x, own, span, None)
+        q, k, v, gate, after = self.memory.project(x, own, span, None)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # once for all gates
         theta = self.memory.gates(wide).theta * self.global_share
         y, memory, writes = read_and_write(
@@ -127,7 +127,7 @@ class TNT(nn.Module):
             y, writes, state_after = y + near, [*writes, *strengths], state_after | local_state
         for strength in writes:
             report_write(strength)
-        return self.memory._output(y.to(x.dtype), x), state_after
+        return self.memory._output(y if y.is_cuda else y.to(x.dtype), gate), state_after
 
     def _shards(self, tokens: Tokens, state: LayerState | None, span: Span) -> tuple[Tokens, LayerState]:
         """What the local memories answer, and their state. Tokens as in `_shard`."""

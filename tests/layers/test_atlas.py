@@ -43,7 +43,7 @@ def draw(kind="atlas", **arguments):
 
 def by_hand(layer, x):
     """The block with the token loop as its memory."""
-    q, k, v, _ = layer.project(x, None, Span.build(None, *x.shape[:2], "cpu"), None)
+    q, k, v, *_ = layer.project(x, None, Span.build(None, *x.shape[:2], "cpu"), None)
     names = ["theta", *["eta"] * layer.momentum, *["alpha"] * layer.forget]
     names += ["omega"] * (layer.window > 1) + ["step"] * layer.muon
     raw = torch.sigmoid(layer.gate_proj(x)).split(HEADS, -1)
@@ -87,13 +87,13 @@ def test_features_have_the_polynomial_of_the_keys_as_their_product() -> None:
     span = Span.build(None, 2, 9, "cpu")
     with torch.no_grad():
         layer.log_coefficients.copy_(torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
-    q, k, v, _ = layer.project(x, None, span, None)
+    q, k, v, *_ = layer.project(x, None, span, None)
     plain = draw(degree=1)
     plain.load_state_dict(
         {n: p for n, p in layer.state_dict().items() if "initial" not in n and n != "log_coefficients"},
         strict=False,
     )
-    small_q, small_k, small_v, _ = plain.project(x, None, span, None)
+    small_q, small_k, small_v, *_ = plain.project(x, None, span, None)
     assert (q.shape[-1], small_q.shape[-1], v.shape[-1]) == (10, 3, WIDTH)
     dot = torch.einsum("bthi,bshi->bhts", small_q, small_k)
     wanted = math.exp(0.3) + math.exp(-0.2) * dot + math.exp(0.1) * dot**2

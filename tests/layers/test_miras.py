@@ -50,7 +50,7 @@ def low_rank(gate, x):
 
 def by_hand(layer, x):
     """The block with the token loop as its memory."""
-    q, k, v, _ = layer.project(x, None, Span.build(None, *x.shape[:2], "cpu"), None)
+    q, k, v, *_ = layer.project(x, None, Span.build(None, *x.shape[:2], "cpu"), None)
     theta = torch.sigmoid(low_rank(layer.theta_gate, x)) * layer.max_theta
     alpha = None if layer.alpha_gate is None else torch.sigmoid(low_rank(layer.alpha_gate, x))
     delta = None

@@ -199,7 +199,7 @@ def test_a_fresh_memory_says_what_followed_the_same_tokens():
         order = torch.randperm(100, generator=torch.Generator().manual_seed(trial))[:40]
         # The cue stands at 18..20, its successor at 21; the cue returns at the end.
         x = symbols[torch.cat([order, order[18:21]])][None]
-        q, _, _, _ = layer.project(x, None, Span.build(None, 1, 43, x.device), None)
+        q, *_ = layer.project(x, None, Span.build(None, 1, 43, x.device), None)
         _, state = layer(x)
         weights = [state[f"weights.{i}"] for i in range(2)]
         fresh = [w[None] for w in layer.initial]
@@ -252,7 +252,7 @@ def test_what_is_recorded_is_the_write_step_times_the_gradient_s_norm(build_laye
         layer(x)
     layer(x)
     assert len(writes) == 1 and writes[0].dtype == torch.float32
-    _, k, v, _ = layer.project(x, None, Span.build(None, 1, 4, "cpu"), None)
+    _, k, v, *_ = layer.project(x, None, Span.build(None, 1, 4, "cpu"), None)
     theta = layer.gates(x).theta
     for t in range(4):
         for head in range(2):

@@ -23,7 +23,7 @@ def strength_by_hand(memory, x):
     """`theta |gradient|` `[B, T]`, mean over heads: autograd of the inner loss at each chunk's start."""
     batch, length, _ = x.shape
     chunk = memory.spec.chunk_size
-    q, k, v, _ = memory.project(x, None, Span.build(None, batch, length, "cpu"), None)
+    q, k, v, *_ = memory.project(x, None, Span.build(None, batch, length, "cpu"), None)
     gates = memory.gates(x)
     streams = (q, k, v, gates.theta, gates.eta, gates.alpha)
     norm = {"gamma": memory.memory_gamma, "beta": memory.memory_beta}

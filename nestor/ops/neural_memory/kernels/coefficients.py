@@ -68,23 +68,22 @@ def coefficients_kernel(
 @triton.jit
 def coefficients_backward_kernel(
     THETA, ETA, ALPHA, VALID, ROWS, G, E, G_ROWS, G_ENDS, G_LAST, G_G, G_THETA, G_ETA, G_ALPHA,
-    stride_b, stride_t, stride_h, out_b, out_t, out_h, heads, chunks, first, span, tokens,
+    stride_b, stride_t, stride_h, out_b, out_t, out_h, walks, heads, chunks, span, tokens,
     C: tl.constexpr, READ: tl.constexpr,
     MOMENTUM: tl.constexpr, FORGET: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the gates in the chunks first .. first + span - 1: the recurrences, backwards.
+    """Gradients of the gates: the recurrences, backwards.
 
-    From the reads (READ) G_ROWS ``[M, span, 2, C]`` and G_G ``[M, span, C, C]``; from the writes
-    G_ENDS ``[M, span, 2, C]`` and G_LAST ``[M, span, 4]``.
+    For each span of chunks, from the reads (READ) G_ROWS ``[spans, M, span, 2, C]`` and G_G
+    ``[.., C, C]``; from the writes G_ENDS ``[.., 2, C]`` and G_LAST ``[.., 4]``.
     """
-    m, at = tl.program_id(1), tl.program_id(0)
-    n = first + at
+    m, n = tl.program_id(1), tl.program_id(0)
     b, h = m // heads, m % heads
     j = tl.arange(0, C)
     base = b.to(tl.int64) * stride_b + h * stride_h
     out = b.to(tl.int64) * out_b + h * out_h
     cell = m.to(tl.int64) * chunks + n
-    here = m.to(tl.int64) * span + at
+    here = ((n // span).to(tl.int64) * walks + m) * span + n % span
     g_g = tl.load(G_ENDS + here * 2 * C + j)
     g_e = tl.zeros((C,), tl.float32)
     g_A = tl.load(G_LAST + here * 4)

@@ -112,16 +112,16 @@ class _LinearWalk(Call):
         has_targets, has_norm = self.targets is not None, self.gamma is not None
         g_targets = self.zeros(m, self.size) if has_targets else self.floats(0)
         g_start = torch.zeros_like(g_final) if self.resets is not None else self.floats(0)
-        g_norm = self.zeros(m, 2, p)
         span = span_of(BACKWARD_SPAN, m, n)
+        collected = self.collected(span, self.dual)
         for first in reversed(range(0, n, span)):
+            g_rows, g_G, g_ends, g_last, g_norms = (x[first // span] for x in collected)
             here = min(span, n - first)
             states, steps, zh, norms = self.write(checkpoints, ends, last, None, first, span, INTERVAL, False)
             g_states, after = (self.new(m, span, self.parts, self.size) for _ in range(2))
             read_k, g_u, g_z = (self.new(m, span, c, p) for _ in range(3))
-            g_rows, g_norms = self.floats(m, span, 2, c), self.floats(m, span, 2, p)
             # The reads' first kernel leaves to the second what it found in g_z and g_steps.
-            g_steps, g_G = self.floats(m, span, c, p), self.floats(m, span, c, c)
+            g_steps = self.floats(m, span, c, p)
             g_reads = self.new(m, span, self.size) if has_targets and self.dual else self.floats(0)
             place = (m, self.heads, n, self.tokens, first, span)
             linear_read_backward_kernel[(here, m)](
@@ -144,7 +144,6 @@ class _LinearWalk(Call):
                 **self.shape, PS=self.walk_rows, **self.loss, **self.events, READS=self.dual,
                 num_warps=min(WARPS, most_warps(self.q)), num_stages=1,
             )  # fmt: skip
-            g_ends, g_last = self.floats(m, span, 2, c), self.floats(m, span, 4)
             linear_gradients_kernel[(here, m)](
                 self.k, self.v, ends, states, steps, zh, norms, self.targets, self.gamma, self.beta,
                 after, g_z, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms,
@@ -152,22 +151,18 @@ class _LinearWalk(Call):
                 **self.shape, PS=self.rows, **self.loss, **self.target, READS=self.dual,
                 num_warps=min(WARPS, most_warps(self.q)), num_stages=1,
             )  # fmt: skip
-            if has_norm:
-                g_norm += g_norms[:, :here].sum(1)
             if has_targets:
                 # W' = A W + (1 - A) M + ..., and the reads' own.
                 lost = (1.0 - last[:, first : first + here, :1]).to(after.dtype)
                 g_targets += torch.bmm(lost.mT, after[:, :here, 0]).squeeze(1)
                 if self.dual:
                     g_targets += g_reads[:, :here].sum(1, dtype=torch.float32)
-            self.gate_gradients(g_gates, rows, G, E, g_rows, g_ends, g_last, g_G, first, span, self.dual)
+        self.gate_gradients(g_gates, rows, G, E, *collected[:-1], span, self.dual)
 
         def over_sequences(x: Tensor, *shape: int) -> Tensor:
             return x.view(self.batch, self.heads, *shape).sum(0)
 
-        g_shared = [self.floats(0), self.floats(0)]
-        if has_norm:
-            g_shared = [g.clone() for g in over_sequences(g_norm, 2, p).unbind(1)]
+        g_shared = self.norm_gradients(collected[-1]) if has_norm else [self.floats(0)] * 2
         if has_targets:
             g_targets = over_sequences(g_targets, 1, self.size)
         if self.resets is not None:

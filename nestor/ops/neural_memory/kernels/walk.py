@@ -164,22 +164,21 @@ class _Walk(Call):
         has_targets, has_norm = self.targets is not None, self.gamma is not None
         g_targets = self.zeros(2, m, 2 * size) if has_targets else nothing
         g_start = torch.zeros_like(g_final) if self.resets is not None else nothing
-        g_norm = self.zeros(m, 2, p)
         span = span_of(BACKWARD_SPAN, m, n)
         # What the kernels of a span leave for each other lies where that of the last span lay.
         room = self.written(span, False)
         states, steps, hidden, zh, norm = room
         g_states, after = (self.new(m, span, parts, size) for _ in range(2))
         g_targets_here = self.new(m, span, 2 * size) if has_targets and self.dual else nothing
-        g_u1 = g_x2 = g_u2 = g_G = nothing
+        g_u1 = g_x2 = g_u2 = nothing
         if self.dual:
             g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
-            g_u2, g_G = self.new(m, span, c, p), self.floats(m, span, c, c)
-        read_k, g_rows = self.new(m, span, c, p), self.floats(m, span, 2, c)
-        g_z1, g_steps = self.new(m, span, c, self.hidden), self.floats(m, span, c, p)
-        g_ends, g_last = self.floats(m, span, 2, c), self.floats(m, span, 4)
-        g_norms = self.floats(m, span, 2, p)
+            g_u2 = self.new(m, span, c, p)
+        read_k, g_z1 = self.new(m, span, c, p), self.new(m, span, c, self.hidden)
+        g_steps = self.floats(m, span, c, p)
+        collected = self.collected(span, self.dual)
         for first in reversed(range(0, n, span)):
+            g_rows, g_G, g_ends, g_last, g_norms = (x[first // span] for x in collected)
             here = min(span, n - first)
             sizes = (m, heads, n, self.tokens, first, span)
             self.write(room, checkpoints, ends, last, None, first, span, INTERVAL, False)
@@ -202,18 +201,18 @@ class _Walk(Call):
                  after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms),
                 (self.k, self.v, g_k), sizes, self.numbers[1:], **self.loss, READS=self.dual,
             )  # fmt: skip
-            if has_norm:
-                g_norm += g_norms[:, :here].sum(1)
-            if has_targets:
+            if has_targets and self.tiled:
+                self.launch(
+                    "target_gradients", (tiled.target_blocks(self.split), m),
+                    (last, after, g_targets_here, g_targets), (), sizes, READS=self.dual,
+                )  # fmt: skip
+            elif has_targets:
                 target_gradients_kernel[(triton.cdiv(2 * size, TARGET_BLOCK), m)](
                     last, after, g_targets_here, g_targets, m, n, first, here, span, 2 * size, parts * size,
                     BLOCK=TARGET_BLOCK, READS=self.dual,
                 )  # fmt: skip
-            self.gate_gradients(g_gates, rows, G, E, g_rows, g_ends, g_last, g_G, first, span, self.dual)
-        g_shared = [nothing, nothing]
-        if has_norm:
-            total = g_norm.view(self.batch, heads, 2, p).sum(0)
-            g_shared = [total[:, 0].clone(), total[:, 1].clone()]
+        self.gate_gradients(g_gates, rows, G, E, *collected[:-1], span, self.dual)
+        g_shared = self.norm_gradients(collected[-1]) if has_norm else [nothing, nothing]
         if has_targets:
             parts_of = g_targets.view(2, self.batch, heads, 2 * size).sum(1)
             whole = tiled.targets_from_tiles(*parts_of) if self.tiled else parts_of.sum(0)

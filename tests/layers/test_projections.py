@@ -1,0 +1,54 @@
+"""Projections of one input, together and one by one."""
+
+import pytest
+import torch
+from torch import nn
+
+from nestor.layers.projections import _plain, project_together
+
+
+def _projections(device):
+    torch.manual_seed(0)
+    return nn.ModuleList(nn.Linear(32, width, bias=False) for width in (16, 32, 48)).to(device)
+
+
+def test_what_is_not_plain_is_called() -> None:
+    class Adapted(nn.Linear):
+        pass
+
+    hooked = nn.Linear(4, 4, bias=False)
+    hooked.register_forward_hook(lambda *arguments: None)
+    assert _plain(nn.Linear(4, 4, bias=False))
+    assert not any(map(_plain, (Adapted(4, 4, bias=False), nn.Linear(4, 4), nn.Identity(), hooked)))
+
+
+def test_on_a_cpu_each_is_called() -> None:
+    projections = _projections("cpu")
+    x = torch.randn(2, 5, 32)
+    for found, projection in zip(project_together(x, projections), projections, strict=True):
+        assert torch.equal(found, projection(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_together_as_one_by_one(autocast) -> None:
+    projections = _projections("cuda")
+    x = torch.randn(2, 70, 32, device="cuda", requires_grad=True)
+    leaves = [x, *projections.parameters()]
+    upstream = [torch.randn(2, 70, width, device="cuda") for width in (16, 32, 48)]
+
+    def run(project):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            found = project(x)
+        grads = torch.autograd.grad(
+            found, leaves, [g.to(y.dtype) for g, y in zip(upstream, found, strict=True)]
+        )
+        return *found, *grads
+
+    together = run(lambda x: project_together(x, projections))
+    apart = run(lambda x: [projection(x) for projection in projections])
+    for one, other in zip(together, apart, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(
+            one, other, rtol=2e-2 if autocast else 1e-4, atol=5e-2 if autocast else 1e-4
+        )
