@@ -6,7 +6,9 @@ inner gradient from autograd, and handles masks, resets and anchors with plain b
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,3 +321,15 @@ def map_state():
 @pytest.fixture(scope="session")
 def flat():
     return flat_
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    """The module that compiles CUDA kernels for the CPU."""
+    place = Path(__file__).parent / "emulation" / "__init__.py"
+    spec = spec_from_file_location("emulation", place)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not module.available():
+        pytest.skip("needs g++")
+    return module

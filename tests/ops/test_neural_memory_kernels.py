@@ -74,11 +74,15 @@ def _run(p, dtype):
     return y.double().cpu(), MemoryState(*parts, after.phase.cpu())
 
 
+def _rounded(p, dtype):
+    """Tokens rounded once for both, so that the error is that of the kernels' own arithmetic."""
+    if dtype != torch.bfloat16:
+        return p
+    return p.replace(**{n: getattr(p, n).detach().bfloat16().double().requires_grad_() for n in "qkv"})
+
+
 def _compare(draw_problem, flat, gradients, dtype, seed=0, **choices) -> None:
-    p = _draw(draw_problem, seed, **choices)
-    if dtype == torch.bfloat16:
-        # Rounded once for both, so that the error is that of the kernels' own arithmetic.
-        p = p.replace(**{n: getattr(p, n).detach().bfloat16().double().requires_grad_() for n in "qkv"})
+    p = _rounded(_draw(draw_problem, seed, **choices), dtype)
     expected, found = p.run("chunked"), _run(p, dtype)
     assert torch.equal(found[1].phase, expected[1].phase)
     pairs = {f"output {i}": pair for i, pair in enumerate(zip(flat(found), flat(expected), strict=True))}
@@ -134,7 +138,7 @@ def _decode(draw_problem, flat, dtype, **choices) -> None:
     from nestor.ops.neural_memory import MemoryState
     from nestor.ops.neural_memory.kernels import decode_token
 
-    p = _draw(draw_problem, **{"with_state": True, **choices})
+    p = _rounded(_draw(draw_problem, **{"with_state": True, **choices}), dtype)
     expected = p.run("chunked")
 
     def move(x):
@@ -175,9 +179,19 @@ def test_interpreted_kernels_decode(draw_problem, flat, case) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize("case", DECODE_CASES)
-def test_kernels_decode(draw_problem, flat, case) -> None:
+def test_kernels_decode(draw_problem, flat, monkeypatch, case, tiled) -> None:
+    monkeypatch.setattr("nestor.ops.neural_memory.kernels.tiled.ENABLED", tiled)
     _decode(draw_problem, flat, torch.float32, **{**LARGE, "length": 70, **DECODE_CASES[case]})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [64, 128, 256])
+def test_kernels_decode_half_precision(draw_problem, flat, hidden) -> None:
+    """Of queries, keys, values and outputs; chunks end on the way."""
+    choices = {**LARGE, "hidden": hidden, "chunk_size": 16, "length": 40, "batch": 5}
+    _decode(draw_problem, flat, torch.bfloat16, **choices)
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and starts its interpreter itself")
@@ -190,6 +204,36 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert f"{len(CASES) + len(DECODE_CASES) + 1} passed" in done.stdout, done.stdout[-500:]
+
+
+# Slices to a program of a walk, whether its programs meet in memory, and the problem.
+EMULATED = {
+    "cluster": (1, False, {"length": 150}),
+    "cluster, masks, resets": (1, False, {"batch": 2, "length": 130, "masked": 0.3, "reset": 0.05}),
+    "two slices": (2, False, {"length": 150, "inner_loss": "huber", "loss_threshold": 0.3}),
+    "in memory": (1, True, {"hidden": 256, "length": 70, "momentum": False, "norm": "residual"}),
+    "chunk-start reads": (1, False, {"length": 70, "read_mode": "chunk_start", "forget": False}),
+}
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED or ON_GPU, reason="is for a CPU with Triton's modules")
+@pytest.mark.parametrize("case", EMULATED)
+def test_emulated_cuda_kernels(draw_problem, flat, gradients, emulation, monkeypatch, case) -> None:
+    slices, in_memory, choices = EMULATED[case]
+    ran = emulation.install(monkeypatch, slices, in_memory)
+    base = {"batch": 1, "heads": 1, "width": 64, "hidden": 128, "chunk_size": 64, "step": 0.02}
+    _compare(draw_problem, flat, gradients, torch.bfloat16, **{**base, **choices})
+    assert {"write", "read", "read_backward", "write_backward", "write_gradients"} <= set(ran)
+    assert ("target_gradients" in ran) == choices.get("forget", True)
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED or ON_GPU, reason="is for a CPU with Triton's modules")
+@pytest.mark.parametrize("case", DECODE_CASES)
+def test_emulated_cuda_kernels_decode(draw_problem, flat, emulation, monkeypatch, case) -> None:
+    ran = emulation.install(monkeypatch)
+    choices = {"batch": 2, "heads": 1, "width": 64, "hidden": 128, "chunk_size": 4, "length": 6, "step": 0.02}
+    _decode(draw_problem, flat, torch.float32, **{**choices, **DECODE_CASES[case]})
+    assert set(ran) == {"decode"}
 
 
 LARGE = {"batch": 2, "heads": 2, "width": 64, "hidden": 256, "chunk_size": 64, "length": 201, "step": 0.02}

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 KERNELS = ("write", "read", "read_backward", "write_backward", "write_gradients", "target_gradients")
 CHOICES = (
     "ACTIVATION", "NORM", "LOSS", "MOMENTUM", "TARGET", "HAS_RESETS", "HAS_OPEN", "SAVE", "READS", "KEEP",
-    "SPLIT", "WGMMA", "SLICES", "IN_MEMORY",
+    "SPLIT", "WGMMA", "SLICES", "IN_MEMORY", "READ", "FORGET", "EXACT",
 )  # fmt: skip
 
 
@@ -86,6 +86,34 @@ def test_each_kernel_gets_what_its_source_declares(monkeypatch, momentum, resets
             assert meeting + given == kinds, name
             assert wanted <= choices | {"WGMMA", "SLICES", "IN_MEMORY"}, name
     assert seen["write_backward"][0][2] == (batch * heads * hidden // 64,)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_decoding_gets_what_its_source_declares(monkeypatch, momentum) -> None:
+    from nestor.ops.neural_memory.kernels import decode, tiled
+
+    seen = []
+
+    def launch(name, grid, choices, tensors, strides, sizes, numbers, device):
+        kinds = ["pointer"] * len(tensors) + ["long"] * len(strides) + ["int"] * len(sizes)
+        seen.append((name, kinds + ["float"] * len(numbers), set(choices), grid))
+
+    monkeypatch.setattr(tiled, "covers_decode", lambda *about: True)
+    monkeypatch.setattr(tiled, "launch", launch)
+    batch, heads, hidden = 2, 3, 128
+    q = torch.randn(batch, 1, heads, 64)
+    gate = torch.rand(batch, 1, heads)
+    w1, w2 = torch.randn(batch, heads, 64, hidden), torch.randn(batch, heads, hidden, 64)
+    s1, s2 = (w1, w2) if momentum else (None, None)
+    norm = torch.ones(heads, 64)
+    decode.memory_decode(
+        q, q, q, gate, gate if momentum else None, gate, torch.zeros(batch, dtype=torch.int64),
+        w1, w2, s1, s2, w1, w2, w1[0], w2[0], norm, norm, 64, 0, 2, 0, 0, 1e-6, 0.03, 1.0,
+    )  # fmt: skip
+    ((name, given, choices, grid),) = seen
+    kinds, wanted = parameters("decode")
+    assert name == "decode" and given == kinds and wanted <= choices | {"WGMMA"}
+    assert grid == (batch * heads * hidden // 64,)
 
 
 def test_shared_memory_has_room_for_every_choice() -> None:

@@ -1,7 +1,8 @@
 """One token for every sequence: a two-layer memory written and read once, at the speed of its State's bytes.
 
 One program a sequence and head. It reads the anchor twice (for z_2, and for the steps that z_2 decides), the
-second time from the cache, everything else once, and writes the new State beside the old one.
+second time from the cache, everything else once, and writes the new State beside the old one. In CUDA, where
+that covers the sizes (tiled/decode.cu), a cluster a sequence and head, which reads everything once.
 """
 
 import torch
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nestor.ops.neural_memory.kernels import tiled
 from nestor.ops.neural_memory.kernels.primitives import activate, head, load_norm, pull_back, standardise
 from nestor.ops.operators import operator
 
@@ -108,13 +110,24 @@ def memory_decode(
     state = [torch.empty_like(x) for x in (w1, w2, a1, a2)]
     moved = [torch.empty_like(x) for x in (s1, s2) if x is not None]
     new_s1, new_s2 = moved or (None, None)
-    decode_kernel[(batch * heads,)](
+    tensors = (
         q, k, v, theta, eta, alpha, phase, w1, w2, s1, s2, a1, a2, m1, m2, gamma, beta,
-        y, state[0], state[1], new_s1, new_s2, state[2], state[3], heads, chunk, eps, scale, threshold,
-        P=width, HIDDEN=hidden, HS=min(hidden & -hidden, 64 if width <= 64 else 32),
-        ACTIVATION=activation, NORM=norm, LOSS=loss, READ=read, MOMENTUM=eta is not None,
-        FORGET=alpha is not None, TARGET=m1 is not None, num_warps=4,
+        y, state[0], state[1], new_s1, new_s2, state[2], state[3],
     )  # fmt: skip
+    sizes, numbers = (heads, chunk), (eps, scale, threshold)
+    choices = {
+        "ACTIVATION": activation, "NORM": norm, "LOSS": loss, "READ": read, "MOMENTUM": eta is not None,
+        "FORGET": alpha is not None, "TARGET": m1 is not None,
+    }  # fmt: skip
+    if tiled.covers_decode(q.device, width, hidden):
+        split = hidden // tiled.TILE
+        choices |= {"SPLIT": split, "EXACT": q.dtype == torch.float32}
+        tiled.launch("decode", (batch * heads * split,), choices, tensors, (), sizes, numbers, q.device)
+    else:
+        decode_kernel[(batch * heads,)](
+            *tensors, *sizes, *numbers, P=width, HIDDEN=hidden,
+            HS=min(hidden & -hidden, 64 if width <= 64 else 32), **choices, num_warps=4,
+        )  # fmt: skip
     return [y, *state, *moved]
 
 

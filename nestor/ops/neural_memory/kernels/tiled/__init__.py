@@ -30,6 +30,7 @@ TILES = {
     "read_backward": (20, 4, 4),
     "write_gradients": (8, 1, 4),
     "target_gradients": (0, 0, 0),
+    "decode": (1, 0, 0),
 }
 # The same for the programs of a walk: at once, and of each slice.
 WALK_TILES = {"write": ((4, 0, 0), (5, 2, 3)), "write_backward": ((5, 0, 0), (5, 1, 2))}
@@ -39,14 +40,13 @@ ENABLED = True
 
 def covers(device: torch.device, dtype: torch.dtype, chunk: int, width: int, hidden: int) -> bool:
     """Whether these kernels compute such a memory here."""
-    return (
-        ENABLED
-        and dtype == torch.bfloat16
-        and chunk == width == TILE
-        and hidden % TILE == 0
-        and hidden // TILE in SPLITS
-        and cuda.obstacle(device) is None
-    )
+    return chunk == TILE and dtype == torch.bfloat16 and covers_decode(device, width, hidden)
+
+
+def covers_decode(device: torch.device, width: int, hidden: int) -> bool:
+    """Whether `decode` computes one token here; in bfloat16 or float32, whatever the length of chunks."""
+    sizes = width == TILE and hidden % TILE == 0 and hidden // TILE in SPLITS
+    return ENABLED and sizes and cuda.obstacle(device) is None
 
 
 def aligned(x: Tensor) -> Tensor:

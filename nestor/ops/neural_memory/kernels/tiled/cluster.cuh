@@ -17,12 +17,6 @@ __device__ __forceinline__ void await_and_expect(Arrival& x) {
     await(x);
     if (threadIdx.x == 0) expect(x);
 }
-// The address of `p`, a place in shared memory, in the program `rank` of the cluster.
-__device__ __forceinline__ u32 remote(const void* p, int rank) {
-    u32 r;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared_address(p)), "r"(rank));
-    return r;
-}
 __device__ __forceinline__ void push(u32 address, u32 x, u32 y, u32 barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
                  "r"(x), "r"(y), "r"(barrier) : "memory");
@@ -31,16 +25,23 @@ __device__ __forceinline__ void push(u32 address, u32 x, u32 y, u32 barrier) {
 __device__ __forceinline__ void leave(uint4* place, u32 x, u32 y, u32 turn) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(place), "r"(x), "r"(turn), "r"(y) : "memory");
 }
-// The pairs at N places, `at(i)` for each i; all are asked for at once, until all are there.
+__device__ __forceinline__ uint4 look(const uint4* place) {
+    uint4 x;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(place) : "memory");
+    return x;
+}
+// The pairs at N places, `at(i)` for each i. All are asked for at once, until all are there; before that `late`, one of
+// another program, is waited for alone: threads that ask for all again and again are in the way of those that write.
 template <int N, typename Places>
-__device__ __forceinline__ void find(uint2 (&pairs)[N], u32 turn, Places at) {
+__device__ __forceinline__ void find(uint2 (&pairs)[N], u32 turn, int late, Places at) {
+    while (look(at(late)).w != turn) {
+    }
     bool found;
     do {
         uint4 x[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i)
-            asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(x[i].x), "=r"(x[i].y), "=r"(x[i].z), "=r"(x[i].w) : "l"(at(i)) : "memory");
+        for (int i = 0; i < N; ++i) x[i] = look(at(i));
         found = true;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -123,7 +124,7 @@ struct Exchange {
         float4 sum;
         uint2 pairs[2 * PROGRAMS];
         if (IN_MEMORY)
-            find(pairs, turn, [&](int i) { return part_place(i >> 1, owner * ROWS + row, column) + (i & 1); });
+            find(pairs, turn, 2 * ((owner + 1) % PROGRAMS), [&](int i) { return part_place(i >> 1, owner * ROWS + row, column) + (i & 1); });
 #pragma unroll
         for (int source = 0; source < PROGRAMS; ++source) {
             uint2 one = pairs[2 * source], other = pairs[2 * source + 1];
@@ -142,11 +143,12 @@ struct Exchange {
         for (int rank = 0; rank < CLUSTER; ++rank)
             if (!IN_MEMORY) push(remote(tile, rank) + byte, x.x, x.y, remote(made.barrier, rank));
     }
-    // The whole tile has arrived, also for the matrix units; ends the turn.
-    __device__ __forceinline__ void await_made(char* tile) {
+    // The whole tile has arrived, also for the matrix units; ends the turn of the program `rank`, this one.
+    __device__ __forceinline__ void await_made(int rank, char* tile) {
         if (IN_MEMORY) {
+            // Sixteen rows at a time.
             uint2 pairs[MADE_PAIRS / THREADS];
-            find(pairs, turn, [&](int i) { return made_place((threadIdx.x + i * THREADS) * 8); });
+            find(pairs, turn, (rank + 1) % PROGRAMS * TURNS, [&](int i) { return made_place((threadIdx.x + i * THREADS) * 8); });
 #pragma unroll
             for (int i = 0; i < MADE_PAIRS / THREADS; ++i) ((uint2*)tile)[threadIdx.x + i * THREADS] = pairs[i];
             tiles_ready();

@@ -39,6 +39,12 @@ __device__ __forceinline__ int own_row() { return warp_row() + (lane_id() >> 2);
 __device__ __forceinline__ int own_column(int j) { return warp_column() + 8 * j + 2 * (lane_id() & 3); }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// The address of `p`, a place in shared memory, in the program `rank` of the cluster.
+__device__ __forceinline__ u32 remote(const void* p, int rank) {
+    u32 r;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared_address(p)), "r"(rank));
+    return r;
+}
 
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 w;

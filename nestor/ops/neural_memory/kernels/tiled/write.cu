@@ -192,7 +192,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 }
             }
         }
-        exchange.await_made(u2_tile);
+        exchange.await_made(rank, u2_tile);
 
         EACH_SLICE {
             begin_product<false, true, false>(z[i], u2_tile, o[i].w2, side);

@@ -285,7 +285,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         // Again, for it is not worth its registers in between.
         EACH_SLICE slope[i] = load_fragment(HIDDENS + kind + wide + i * NUMBERS);
-        exchange.await_made(z2_tile);
+        exchange.await_made(rank, z2_tile);
 
         EACH_SLICE {
             begin_product<false, true, true>(g[i], z2_tile, o[i].w, side);

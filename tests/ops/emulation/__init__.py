@@ -1,0 +1,220 @@
+"""The CUDA kernels of memories on a CPU, compiled as C++: see cuda_on_cpu.h."""
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+# Names that in_place_of_ptx.h has, and helpers of theirs.
+REPLACED = (
+    "shared_address", "remote", "pack", "store_tile", "tiles_ready", "load_matrices", "multiply_add",
+    "begin_product", "end_products", "prepare", "prepared", "expect", "await", "fetch", "send", "sent",
+    "bring", "push", "leave", "look",
+)  # fmt: skip
+
+
+def _ptx(start: str) -> str:
+    """A statement of PTX that begins so, without operands."""
+    return rf'asm volatile\("{start}[^;]*;" ::: "memory"\);'
+
+
+ARRIVE, WAIT = r"barrier\.cluster\.arrive", r"barrier\.cluster\.wait"
+STATEMENTS = {
+    _ptx(rf"{ARRIVE}\.release\.aligned;\\n{WAIT}"): "{ cluster_arrive(); cluster_wait(); }",
+    _ptx(ARRIVE): "cluster_arrive();",
+    _ptx(WAIT): "cluster_wait();",
+    _ptx(r"fence\.proxy"): "",
+    r'asm volatile\("st\.shared::cluster\.f32[^;]*;" ::"r"\((.*?)\), "f"\((\w+)\)\s*: "memory"\);':
+        r"*(float*)(arena.data() + \1) = \2;",
+    r"extern __shared__ __align__\(1024\) char shared\[\];": "char* shared = block_memory();",
+}  # fmt: skip
+TYPES = {"long": "longs", "int": "ints", "float": "floats"}
+
+
+def available() -> bool:
+    """Whether there is a compiler."""
+    return shutil.which("g++") is not None
+
+
+def without(source: str, name: str) -> str:
+    """The source without the functions of that name."""
+    opening = rf"(?:template <[^\n]*>\n)?__device__ __forceinline__ [\w ]+?[ &*]{name}\([^{{;]*?\) \{{"
+    while found := re.search(opening, source):
+        depth, end = 1, found.end()
+        while depth:
+            depth += {"{": 1, "}": -1}.get(source[end], 0)
+            end += 1
+        source = source[: found.start()] + source[end:]
+    return source
+
+
+def translate(folder: Path, name: str, definitions: dict[str, int], headers: tuple[str, ...]) -> str:
+    """A kernel as C++, with a function `run` that takes its grid and arguments."""
+    kernel = (folder / f"{name}.cu").read_text()
+    tiles = (folder / "tiles.cuh").read_text()
+    rest = "".join((folder / header).read_text() for header in headers) + kernel
+    for function in REPLACED:
+        tiles, rest = without(tiles, function), without(rest, function)
+    # The types of arrivals come late in tiles.cuh, what stands for PTX needs them.
+    arrival = re.search(r"struct Arrival \{.*?\};", tiles, re.DOTALL).group()
+    place = tiles.index("__device__ __forceinline__ Packed packed(")
+    byte = re.search(r"__device__ __forceinline__ u32 tile_byte\(.*?\n\}\n", tiles, re.DOTALL).group()
+    tiles = tiles.replace(byte, "").replace(arrival, "")
+    included = (FOLDER / "in_place_of_ptx.h").read_text()
+    tiles = tiles[:place] + byte + arrival + "\n" + included + tiles[place:]
+    code = tiles + rest
+    for pattern, statement in STATEMENTS.items():
+        code = re.sub(pattern, statement, code, flags=re.DOTALL)
+    code = re.sub(r"//.*", "", code)
+
+    signature = re.search(rf"{name}_kernel\((.*?)\) \{{", kernel, re.DOTALL).group(1)
+    counts, arguments = dict.fromkeys(("pointers", *TYPES.values()), 0), []
+    for part in signature.split(","):
+        words = part.split()
+        kind = "pointers" if "*" in part else TYPES[words[-2]]
+        cast = f"({part[: part.rindex('*') + 1].strip()})" if "*" in part else ""
+        arguments.append(f"{cast}{kind}[{counts[kind]}]")
+        counts[kind] += 1
+    defined = "".join(f"#define {key} {value}\n" for key, value in definitions.items())
+    return f"""{defined}
+#include "{FOLDER / "cuda_on_cpu.h"}"
+{code}
+static void** pointers; static const long* longs; static const int* ints; static const float* floats;
+extern "C" bool run(int x, int y, int group, void** p, const long* l, const int* i, const float* f) {{
+    pointers = p, longs = l, ints = i, floats = f;
+    return run_grid(x, y, group, [] {{ {name}_kernel({", ".join(arguments)}); }});
+}}
+"""
+
+
+@functools.cache
+def build(folder: Path, name: str, definitions: tuple[tuple[str, int], ...], headers: tuple[str, ...]):
+    """The compiled kernel's `run`."""
+    made = Path(tempfile.mkdtemp(prefix="nestor-emulation-"))
+    try:
+        (made / f"{name}.cpp").write_text(translate(folder, name, dict(definitions), headers))
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(made / "kernel.so")]
+        subprocess.run([*command, str(made / f"{name}.cpp")], check=True, capture_output=True, text=True)
+        run = ctypes.CDLL(str(made / "kernel.so")).run
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(f"g++ fails on {name}:\n{error.stderr[:3000]}") from None
+    finally:
+        shutil.rmtree(made)
+    run.restype = ctypes.c_bool
+    return run
+
+
+def _recurrences(theta, eta, keep, here):
+    """rows, ends, last, G and E of gates ``[M, N, C]``, as in kernels/coefficients.py, token after token."""
+    rows, g_rows, e_rows = [], [], []
+    e = g = torch.zeros_like(theta)
+    A, F, m = torch.ones_like(theta[..., 0]), torch.zeros_like(theta[..., 0]), torch.ones_like(theta[..., 0])
+    for i, place in enumerate(torch.eye(theta.shape[-1])):
+        e = eta[..., i, None] * e + theta[..., i, None] * place
+        g = keep[..., i, None] * g + e * here[..., i, None]
+        A, m = A * keep[..., i], m * eta[..., i]
+        F = keep[..., i] * F + m * here[..., i]
+        rows.append(torch.stack((A, F, m), -1))
+        g_rows.append(g)
+        e_rows.append(e)
+    last = torch.stack((A, F, m, torch.zeros_like(A)), -1)
+    matrices = torch.stack(g_rows, 2), torch.stack(e_rows, 2)
+    return torch.stack(rows, 3), torch.stack((g, e), 2), last, *matrices
+
+
+def _gates(call):
+    """theta, eta, keep and whether there is a token, ``[M, N, C]``; gates require gradients."""
+    room = call.chunks * call.chunk
+
+    def cells(gate, none):
+        gate = torch.nn.functional.pad(gate.detach().float(), (0, 0, 0, room - call.tokens), value=none)
+        return gate.transpose(1, 2).reshape(call.walks, call.chunks, call.chunk)
+
+    there = torch.ones(call.batch, call.tokens, call.heads)
+    if call.valid is not None:
+        there = there * call.valid[..., None]
+    here = cells(there, 0.0)
+    gates = [
+        None if gate is None else cells(gate, 0.0).requires_grad_()
+        for gate in (call.theta, call.eta, call.alpha)
+    ]
+    theta, eta, alpha = gates
+    silent = here == 0
+    eta = torch.zeros_like(here) if eta is None else torch.where(silent, 1.0, eta)
+    keep = torch.ones_like(here) if alpha is None else torch.where(silent, 1.0, 1.0 - alpha)
+    return gates, (torch.where(silent, 0.0, theta), eta, keep, here)
+
+
+def coefficients(call, keep):
+    """In the place of `Call.coefficients`."""
+    _, gates = _gates(call)
+    return [x.detach().contiguous() for x in _recurrences(*gates)]
+
+
+def gate_gradients(call, out, rows, G, E, g_rows, g_G, g_ends, g_last, span, read):
+    """In the place of `Call.gate_gradients`."""
+    with torch.enable_grad():
+        leaves, gates = _gates(call)
+        rows, ends, last, G, _ = _recurrences(*gates)
+
+        def along(x, grad):
+            grad = grad.transpose(0, 1).flatten(1, 2)[:, : call.chunks]
+            return (x * grad).sum()
+
+        parts = slice(0, 2 if call.momentum else 1)
+        total = along(ends[:, :, parts], g_ends[..., parts, :])
+        total = total + along(
+            last[..., : 3 if call.momentum else 1], g_last[..., : 3 if call.momentum else 1]
+        )
+        if read:
+            total = total + along(rows[:, :, parts], g_rows[..., parts, :]) + along(G, g_G)
+        present = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(total, present))
+    for leaf, into in zip(leaves, out, strict=True):
+        if leaf is not None:
+            grad = next(found).reshape(call.batch, call.heads, -1).transpose(1, 2)
+            into.copy_(grad[:, : call.tokens])
+
+
+def install(monkeypatch, slices: int = 1, in_memory: bool = False) -> list[str]:
+    """Let the operation take these kernels on the CPU; it returns a list to which names of those that run are
+    appended. Gates become coefficients in PyTorch there, and not in Triton.
+
+    slices, in_memory: of the walks, see `tiled._layout`.
+    """
+    from nestor.ops.neural_memory.kernels import calls, tiled
+
+    ran = []
+
+    def launch(name, grid, choices, tensors, strides, sizes, numbers, device):
+        definitions = {key: int(value) for key, value in choices.items()} | {"WGMMA": 0}
+        group, headers = 1, ()
+        if name in tiled.WALK_TILES:
+            taken = min(slices, choices["SPLIT"])
+            definitions |= {"SLICES": taken, "IN_MEMORY": int(in_memory)}
+            group, headers = choices["SPLIT"] // taken, ("cluster.cuh",)
+            grid = (grid[0] // taken,)
+            tensors = (*tensors, tiled._meeting(grid[0] // group, group, device) if in_memory else None)
+        elif name == "decode":
+            group = choices["SPLIT"]
+        run = build(tiled.FOLDER, name, tuple(sorted(definitions.items())), headers)
+        x, y = (*grid, 1)[:2]
+        pointers = (ctypes.c_void_p * len(tensors))(*[0 if t is None else t.data_ptr() for t in tensors])
+        longs, ints = (ctypes.c_long * len(strides))(*strides), (ctypes.c_int * len(sizes))(*sizes)
+        ran.append(name)
+        assert run(x, y, group, pointers, longs, ints, (ctypes.c_float * len(numbers))(*numbers)), (
+            f"{name} hangs"
+        )
+
+    monkeypatch.setattr(calls.Call, "coefficients", coefficients)
+    monkeypatch.setattr(calls.Call, "gate_gradients", gate_gradients)
+    monkeypatch.setattr(tiled, "launch", launch)
+    monkeypatch.setattr(tiled, "covers", lambda device, dtype, chunk, width, hidden: chunk == width == 64)
+    monkeypatch.setattr(tiled, "covers_decode", lambda device, width, hidden: width == 64)
+    return ran
