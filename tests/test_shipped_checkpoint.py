@@ -16,15 +16,12 @@ from nestor.data.tasks.words import HELD_OUT_NAMES
 from nestor.evaluation.subjects import attention_reach
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "talk"
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "config.json").is_file(), reason=f"{FOLDER} is not there; recipes/checkpoint trains it"
-)
 
-# Measured: see recipes/checkpoint/README.md. The bounds leave room for another machine's rounding.
-BITS_PER_BYTE = 2.2
-RECALL = 0.5
-CHANCE = 0.1
-ANSWERED = 3  # of the four questions of a conversation
+# What these tests measured on a CPU stands beside; the bounds leave room for another machine's rounding.
+BITS_PER_BYTE = 1.8  # 1.717
+RECALL = 0.8  # 30 of 32
+CHANCE = 0.05  # none of 32
+ANSWERED = 2  # of the four questions of a conversation; 3 were
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 

@@ -223,8 +223,7 @@ def test_emulated_cuda_kernels(draw_problem, flat, gradients, emulation, monkeyp
     ran = emulation.install(monkeypatch, slices, in_memory)
     base = {"batch": 1, "heads": 1, "width": 64, "hidden": 128, "chunk_size": 64, "step": 0.02}
     _compare(draw_problem, flat, gradients, torch.bfloat16, **{**base, **choices})
-    assert {"write", "read", "read_backward", "write_backward", "write_gradients"} <= set(ran)
-    assert ("target_gradients" in ran) == choices.get("forget", True)
+    assert set(ran) == {"write", "read", "read_backward", "write_backward", "write_gradients"}
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED or ON_GPU, reason="is for a CPU with Triton's modules")
@@ -333,10 +332,8 @@ def test_targets_go_into_tiles_and_come_back() -> None:
     # As tiles.cuh writes it: pieces of 8 numbers, swizzled by the row.
     w1, row, column = targets[1, 0].view(64, 128), 13, 64 + 21
     assert tiles[1, 0, 1, row * 64 + ((21 // 8) ^ (row % 8)) * 8 + 21 % 8] == w1[row, column]
-    nothing = torch.zeros(3, 2 * 64 * 128)
-    assert torch.equal(tiled.targets_from_tiles(tiles.float().flatten(1), nothing), targets.flatten(1))
     # A fragment, thread after thread: thread 0 has columns 0 and 1 of rows 0 and 8, then columns 8 and 9.
-    fragments = nothing.clone()
+    fragments = torch.zeros(3, 2 * 64 * 128)
     fragments[0, :8] = torch.arange(1.0, 9.0)
-    rows = tiled.targets_from_tiles(nothing, fragments)[0].view(2, -1)[0].view(64, 128)
+    rows = tiled.targets_from_fragments(fragments)[0].view(2, -1)[0].view(64, 128)
     assert rows[0, [0, 1, 8, 9]].tolist() == [1, 2, 5, 6] and rows[8, [0, 1, 8, 9]].tolist() == [3, 4, 7, 8]

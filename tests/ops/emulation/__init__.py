@@ -186,7 +186,7 @@ def install(monkeypatch, slices: int = 1, in_memory: bool = False) -> list[str]:
     """Let the operation take these kernels on the CPU; it returns a list to which names of those that run are
     appended. Gates become coefficients in PyTorch there, and not in Triton.
 
-    slices, in_memory: of the walks, see `tiled._layout`.
+    slices (of the forward's walks), in_memory: see `tiled._layout`.
     """
     from nestor.ops.neural_memory.kernels import calls, tiled
 
@@ -196,7 +196,7 @@ def install(monkeypatch, slices: int = 1, in_memory: bool = False) -> list[str]:
         definitions = {key: int(value) for key, value in choices.items()} | {"WGMMA": 0}
         group, headers = 1, ()
         if name in tiled.WALK_TILES:
-            taken = min(slices, choices["SPLIT"])
+            taken = min(slices, choices["SPLIT"]) if name == "write" else 1
             definitions |= {"SLICES": taken, "IN_MEMORY": int(in_memory)}
             group, headers = choices["SPLIT"] // taken, ("cluster.cuh",)
             grid = (grid[0] // taken,)

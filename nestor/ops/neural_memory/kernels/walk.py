@@ -162,20 +162,25 @@ class _Walk(Call):
         carried = g_final.clone()
         g_y = tiled.aligned(g_y) if self.tiled else g_y
         has_targets, has_norm = self.targets is not None, self.gamma is not None
-        g_targets = self.zeros(2, m, 2 * size) if has_targets else nothing
+        g_targets = self.zeros(1 if self.tiled else 2, m, 2 * size) if has_targets else nothing
         g_start = torch.zeros_like(g_final) if self.resets is not None else nothing
         span = span_of(BACKWARD_SPAN, m, n)
         # What the kernels of a span leave for each other lies where that of the last span lay.
         room = self.written(span, False)
         states, steps, hidden, zh, norm = room
-        g_states, after = (self.new(m, span, parts, size) for _ in range(2))
+        g_states = self.new(m, span, parts, size)
         g_targets_here = self.new(m, span, 2 * size) if has_targets and self.dual else nothing
         g_u1 = g_x2 = g_u2 = nothing
         if self.dual:
             g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
             g_u2 = self.new(m, span, c, p)
-        read_k, g_z1 = self.new(m, span, c, p), self.new(m, span, c, self.hidden)
-        g_steps = self.floats(m, span, c, p)
+        read_k, g_steps = self.new(m, span, c, p), self.floats(m, span, c, p)
+        if self.tiled:
+            # Of each program of a walk; its warps, or halves of its columns.
+            k_parts, split = self.new(m, span, self.split, c, p), self.split
+            ends_parts, last_parts = self.floats(m, span, split, 2, 2, c), self.floats(m, span, split, 8, 4)
+        else:
+            after, g_z1 = self.new(m, span, parts, size), self.new(m, span, c, self.hidden)
         collected = self.collected(span, self.dual)
         for first in reversed(range(0, n, span)):
             g_rows, g_G, g_ends, g_last, g_norms = (x[first // span] for x in collected)
@@ -188,25 +193,35 @@ class _Walk(Call):
                  g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms),
                 (self.q, self.k, g_y, g_q), sizes, (), **self.activation, DUAL=self.dual,
             )  # fmt: skip
-            self.launch(
-                "write_backward", (m * self.split,),
-                (self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.operands,
-                 self.gamma, self.beta, self.resets, self.opened, g_states, g_u1, g_x2, g_u2,
-                 carried, after, g_z1, g_steps, g_anchor, g_start),
-                (self.k, self.v), sizes, self.numbers[1:], **self.loss, **self.events, READS=self.dual,
-            )  # fmt: skip
-            self.launch(
-                "write_gradients", (here, m),
-                (self.k, self.v, ends, states, steps, hidden, zh, norm, self.operands, self.gamma, self.beta,
-                 after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms),
-                (self.k, self.v, g_k), sizes, self.numbers[1:], **self.loss, READS=self.dual,
-            )  # fmt: skip
-            if has_targets and self.tiled:
-                self.launch(
-                    "target_gradients", (tiled.target_blocks(self.split), m),
-                    (last, after, g_targets_here, g_targets), (), sizes, READS=self.dual,
+            written = (self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.operands)
+            events = (self.gamma, self.beta, self.resets, self.opened)
+            if self.tiled:
+                walked = (
+                    *written, *events, g_states, g_targets_here, g_u1, g_x2, g_u2,
+                    carried, g_targets, k_parts, ends_parts, last_parts, g_steps, g_anchor, g_start,
                 )  # fmt: skip
-            elif has_targets:
+                found = (
+                    self.k, self.v, zh, norm, self.gamma, self.beta, g_steps, k_parts, ends_parts, last_parts,
+                    read_k, g_k, g_v, g_ends, g_last, g_norms,
+                )  # fmt: skip
+            else:
+                walked = (
+                    *written, *events, g_states, g_u1, g_x2, g_u2,
+                    carried, after, g_z1, g_steps, g_anchor, g_start,
+                )  # fmt: skip
+                found = (
+                    self.k, self.v, ends, states, steps, hidden, zh, norm, self.operands, self.gamma,
+                    self.beta, after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms,
+                )  # fmt: skip
+            self.launch(
+                "write_backward", (m * self.split,), walked, (self.k, self.v), sizes, self.numbers[1:],
+                **self.loss, **self.events, READS=self.dual,
+            )  # fmt: skip
+            self.launch(
+                "write_gradients", (here, m), found, (self.k, self.v, g_k), sizes, self.numbers[1:],
+                **self.loss, READS=self.dual,
+            )  # fmt: skip
+            if has_targets and not self.tiled:
                 target_gradients_kernel[(triton.cdiv(2 * size, TARGET_BLOCK), m)](
                     last, after, g_targets_here, g_targets, m, n, first, here, span, 2 * size, parts * size,
                     BLOCK=TARGET_BLOCK, READS=self.dual,
@@ -214,9 +229,9 @@ class _Walk(Call):
         self.gate_gradients(g_gates, rows, G, E, *collected[:-1], span, self.dual)
         g_shared = self.norm_gradients(collected[-1]) if has_norm else [nothing, nothing]
         if has_targets:
-            parts_of = g_targets.view(2, self.batch, heads, 2 * size).sum(1)
-            whole = tiled.targets_from_tiles(*parts_of) if self.tiled else parts_of.sum(0)
-            g_targets = whole.unflatten(1, (2, size))
+            g_targets = g_targets.view(-1, self.batch, heads, 2 * size).sum((0, 1))
+            g_targets = tiled.targets_from_fragments(g_targets) if self.tiled else g_targets
+            g_targets = g_targets.unflatten(1, (2, size))
         if self.resets is not None:
             g_start = g_start.view(self.batch, heads, parts, size).sum(0)
         return (g_q, g_k, g_v, *g_gates, carried, g_targets, g_start, *g_shared)

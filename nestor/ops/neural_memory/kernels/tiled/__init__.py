@@ -28,12 +28,11 @@ FOLDER = Path(__file__).parent
 TILES = {
     "read": (11, 4, 4),
     "read_backward": (20, 4, 4),
-    "write_gradients": (8, 1, 4),
-    "target_gradients": (0, 0, 0),
+    "write_gradients": (3, 0, 0),
     "decode": (1, 0, 0),
 }
 # The same for the programs of a walk: at once, and of each slice.
-WALK_TILES = {"write": ((4, 0, 0), (5, 2, 3)), "write_backward": ((5, 0, 0), (5, 1, 2))}
+WALK_TILES = {"write": ((4, 0, 0), (5, 2, 3)), "write_backward": ((5, 0, 0), (8, 6, 4))}
 #: False: all kernels are Triton's.
 ENABLED = True
 
@@ -65,7 +64,7 @@ def launch(
         choices: compile-time definitions; booleans as 0 and 1.
     """
     if name in WALK_TILES:
-        slices, in_memory = _layout(grid[0], choices["SPLIT"], device)
+        slices, in_memory = _layout(name, grid[0], choices["SPLIT"], device)
         grid = (grid[0] // slices,)
         choices = choices | {"SLICES": slices, "IN_MEMORY": in_memory}
         group = choices["SPLIT"] // slices
@@ -88,8 +87,6 @@ def _kernel(name: str, device: torch.device, choices: tuple[tuple[str, Any], ...
         once, each = WALK_TILES[name]
         slices = definitions["SLICES"]
         tiles = count(*once) + slices * count(*each)
-        if name == "write_backward" and slices == 2:
-            tiles += 2 * slices * definitions["MOMENTUM"]
     else:
         tiles = count(*TILES[name])
     return cuda.load_kernel(
@@ -103,17 +100,19 @@ def _kernel(name: str, device: torch.device, choices: tuple[tuple[str, Any], ...
 
 
 @functools.cache
-def _layout(programs: int, split: int, device: torch.device) -> tuple[int, bool]:
+def _layout(name: str, programs: int, split: int, device: torch.device) -> tuple[int, bool]:
     """Slices of the hidden width to a program of a walk, and whether its programs meet in memory.
 
     A program for each slice is the fastest walk, and a cluster the fastest meeting. But a cluster of four
     finds room on about 31 of 33 quarters of an H100: programs that fill the GPU meet in memory, and where not
-    all have room at once, two slices to a program let more walks run.
+    all have room at once, two slices to a program let more walks run; the backward has no registers for that.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     if split == 1 or programs <= 0.9 * processors:
         return 1, False
-    return (1, True) if programs <= processors else (2, False)
+    if programs <= processors:
+        return 1, True
+    return (2 if name == "write" else 1), False
 
 
 def _meeting(walks: int, group: int, device: torch.device) -> Tensor:
@@ -137,11 +136,6 @@ def _new_places(device: torch.device) -> Tensor:
 _kept_places = functools.cache(_new_places)
 
 
-def target_blocks(split: int) -> int:
-    """Blocks of `target_gradients` for a sequence and head: eight numbers to a thread."""
-    return 2 * split * TILE * TILE // (8 * THREADS)
-
-
 def targets_as_tiles(targets: Tensor) -> Tensor:
     """``[H, 2, P HIDDEN]`` float32 as bfloat16 tiles ``[H, 2, SPLIT, P P]``."""
     w1, w2 = targets.unbind(1)
@@ -153,12 +147,10 @@ def targets_as_tiles(targets: Tensor) -> Tensor:
     return made
 
 
-def targets_from_tiles(tiles: Tensor, fragments: Tensor) -> Tensor:
-    """The sum of two ``[M, 2 P HIDDEN]``, one as tiles and one as fragments, in rows again."""
-    by_tile = tiles.unflatten(1, (2, -1, TILE * TILE))[..., _tile_places(tiles.device)]
-    # Bits of a number's place as a fragment: a column's, a row's (see tiles.cuh).
+def targets_from_fragments(fragments: Tensor) -> Tensor:
+    """``[M, 2 P HIDDEN]`` as fragments, in rows."""
+    # Bits of a number's place: a column's, a row's (see tiles.cuh).
     bits = fragments.view(len(fragments), 2, -1, 2, 2, 4, 8, 4, 2, 2, 2)
-    by_row = bits.permute(0, 1, 2, 5, 9, 6, 4, 3, 8, 7, 10)
-    total = by_tile + by_row.reshape(by_tile.shape)
-    w1 = total[:, 0].unflatten(2, (TILE, TILE)).transpose(1, 2).flatten(1)
-    return torch.cat((w1, total[:, 1].flatten(1)), 1)
+    by_row = bits.permute(0, 1, 2, 5, 9, 6, 4, 3, 8, 7, 10).reshape(len(fragments), 2, -1, TILE * TILE)
+    w1 = by_row[:, 0].unflatten(2, (TILE, TILE)).transpose(1, 2).flatten(1)
+    return torch.cat((w1, by_row[:, 1].flatten(1)), 1)

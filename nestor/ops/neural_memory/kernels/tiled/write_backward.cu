@@ -1,19 +1,28 @@
 // The gradient of the writes, last chunk first: `write_backward_kernel` of ../write.py for heads and chunks of 64 in
-// bfloat16. Programs, sums over them and order in memory as in write.cu; AFTER and G_Z1 as tiles; G_STATES, G_U1 and
-// G_X2, what the reads of each chunk add, as fragments.
+// bfloat16. Programs, sums over them and order in memory as in write.cu. G_STATES, G_TARGETS_READ, G_U1 and G_X2, what the
+// reads of each chunk add, are fragments.
+//
+// The gradients of keys, coefficients and targets are made here too, for all they need is at hand: of the keys each
+// program's part as a fragment, of the coefficients each program's parts (sums over a half of the columns, and over a
+// warp), which write_gradients.cu adds up; of the targets a sum in shared memory, as a fragment of float32.
 
-// g (a B) + e (a C), rows scaled by g and e.
-template <bool TB>
+// g (a B) + e (a C), rows scaled by g and e. With `like` also the sums of its rows times those of a B and of a C.
+template <bool TB, bool SUMS>
 __device__ __forceinline__ Fragment through_steps(const char* a, const char* b, const char* c, const float (&g)[2],
-                                                  const float (&e)[2], int side) {
+                                                  const float (&e)[2], int side, const char* like, float (&g_sums)[2],
+                                                  float (&e_sums)[2]) {
     Fragment x, y;
     begin_product<false, TB, false>(x, a, b, side);
     if (MOMENTUM) begin_product<false, TB, false>(y, a, c, side);
+    Packed other;
+    if (SUMS) other = load_tile(like);
     end_products();
     settle(x);
+    if (SUMS) g_sums[0] += row_part(times(x, other), 0), g_sums[1] += row_part(times(x, other), 1);
     scale_rows(x, g);
     if (MOMENTUM) {
         settle(y);
+        if (SUMS) e_sums[0] += row_part(times(y, other), 0), e_sums[1] += row_part(times(y, other), 1);
         scale_rows(y, e);
         add(x, y);
     }
@@ -24,115 +33,110 @@ __device__ __forceinline__ void add_floats(float* base, int stride, const Fragme
     add(y, x);
     store_floats(base, stride, y);
 }
+// float32 as a fragment, of global memory or shared.
+__device__ __forceinline__ float4* wide_place(float* base, int j) {
+    return (float4*)(base + (j >> 1) * (NUMBERS / 2) + threadIdx.x * 8 + (j & 1) * 4);
+}
+__device__ __forceinline__ void copy_wide(float* to, float* from) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) *wide_place(to, j) = *wide_place(from, j);
+}
+__device__ __forceinline__ float dot(const Fragment& x, const Packed& y) {
+    float sum = 0.f;
+    FOR_EACH sum += x.f[j][r] * at(y, j, r);
+    return sum;
+}
 
-// The tiles of one slice.
-static const int SLICE_TILES = 5 + (TARGET ? 1 : 0) + (MOMENTUM ? 2 : 0);
-struct Slice {
-    char *x, *w, *dw1, *dw2, *pulled, *m, *ds1, *ds2;
-};
-__device__ __forceinline__ Slice slice_at(char* tiles) {
-    Slice o;
-    o.x = tiles, o.w = o.x + TILE_BYTES, o.dw1 = o.w + TILE_BYTES, o.dw2 = o.dw1 + TILE_BYTES;
-    o.pulled = o.dw2 + TILE_BYTES, o.m = o.pulled + TILE_BYTES;
-    o.ds1 = o.pulled + (TARGET ? 2 : 1) * TILE_BYTES, o.ds2 = o.ds1 + TILE_BYTES;
-    return o;
-}
-// Loads before are not begun together with those after, which would cost registers.
-__device__ __forceinline__ void in_turn() {
-    if (SLICES == 2) asm volatile("" ::: "memory");
-}
-// Gradients of the state. With two slices the registers are too few for all: that of S2 lies in shared memory.
-static const bool APART = MOMENTUM && SLICES == 2;
+// Gradients of the state.
 struct State {
-    Fragment w1, w2, s1, own_s2;
-    float* place;
-    __device__ __forceinline__ Fragment s2() const {
-        if (!APART) return own_s2;
-        Fragment x;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            float4 v = ((const float4*)place)[j * THREADS + threadIdx.x];
-            x.f[j][0] = v.x, x.f[j][1] = v.y, x.f[j][2] = v.z, x.f[j][3] = v.w;
-        }
-        return x;
-    }
-    __device__ __forceinline__ void set_s2(const Fragment& x) {
-        if (!APART) own_s2 = x;
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-            if (APART) ((float4*)place)[j * THREADS + threadIdx.x] = make_float4(x.f[j][0], x.f[j][1], x.f[j][2], x.f[j][3]);
-    }
+    Fragment w1, w2, s1, s2;
 };
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) write_backward_kernel(
     const bf16* K, const bf16* V, const float* ENDS, const float* LAST, const bf16* STATES, const bf16* STEPS,
     const bf16* HIDDENS, const bf16* ZH, const float* NORMS, const bf16* TARGETS, const float* GAMMA,
-    const float* BETA, const unsigned char* RESETS, const int* OPEN, const bf16* G_STATES, const bf16* G_U1,
-    const bf16* G_X2, const bf16* G_U2, float* CARRIED, bf16* AFTER, bf16* G_Z1, float* G_STEPS,
-    const float* G_ANCHOR, float* G_START, uint4* MEETING, long kb, long kt, long kh, long vb, long vt, long vh, int walks,
-    int heads, int chunks, int tokens, int first_chunk, int span, float scale, float threshold) {
+    const float* BETA, const unsigned char* RESETS, const int* OPEN, const bf16* G_STATES, const bf16* G_TARGETS_READ,
+    const bf16* G_U1, const bf16* G_X2, const bf16* G_U2, float* CARRIED, float* G_TARGETS, bf16* G_K_PARTS,
+    float* G_ENDS_PARTS, float* G_LAST_PARTS, float* G_STEPS, const float* G_ANCHOR, float* G_START, uint4* MEETING,
+    long kb, long kt, long kh, long vb, long vt, long vh, int walks, int heads, int chunks, int tokens, int first_chunk,
+    int span, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
     int program = program_number(MEETING, shared), rank = program % PROGRAMS, m = program / PROGRAMS;
     int b = m / heads, h = m % heads;
-    char *k_tile = shared, *u_tile = k_tile + TILE_BYTES, *z2_tile = u_tile + TILE_BYTES;
-    Slice o[SLICES];
-    EACH_SLICE o[i] = slice_at(shared + (3 + i * SLICE_TILES) * TILE_BYTES);
-    float *inbox = (float*)(shared + (3 + SLICES * SLICE_TILES) * TILE_BYTES), *places = inbox + NUMBERS, *norm = places + (APART ? SLICES * NUMBERS : 0);
+    char* end = shared;
+    auto tiles = [&](int count) {
+        char* first = end;
+        end += count * TILE_BYTES;
+        return first;
+    };
+    char *k_tile = tiles(1), *u_tile = tiles(1), *z2_tile = tiles(1), *x = tiles(1), *w2 = tiles(1), *dw1 = tiles(1);
+    char *dw2 = tiles(1), *pulled = tiles(1), *u1 = tiles(1), *both_w1 = tiles(2), *m1 = end, *m2 = end, *ds1 = end;
+    float* sums = (float*)end;
+    if (TARGET) m1 = tiles(1), m2 = tiles(1), sums = (float*)tiles(4);
+    char *ds2 = end, *s1 = end, *s2 = end;
+    if (MOMENTUM) ds1 = tiles(1), ds2 = tiles(1), s1 = tiles(1), s2 = tiles(1);
+    float *inbox = (float*)tiles(2), *norm = (float*)end;
     u64* barriers = (u64*)(norm + 2 * TILE);
     Exchange exchange(inbox, barriers, MEETING, m);
-    Arrival operands = {barriers + 2, (1 + 2 * SLICES) * TILE_BYTES, 0};
-    Arrival targets = {barriers + 3, SLICES * TILE_BYTES, 0};
+    Arrival operands = {barriers + 2, (4 + (MOMENTUM ? 2 : 0) + 1) * TILE_BYTES, 0};
+    Arrival targets = {barriers + 3, 2 * TILE_BYTES, 0};
 
     const bf16 *k_at = K + b * kb + h * kh, *v_at = V + b * vb + h * vh;
-    float* carried = CARRIED + (long)m * PARTS * SIZE;
+    float *carried = CARRIED + (long)m * PARTS * SIZE, *g_targets = G_TARGETS + (long)m * 2 * SIZE + rank * NUMBERS;
     long kind = (long)walks * span * SIZE;
     int own = threadIdx.x >> 4, column = (threadIdx.x & 15) * 4;
     if (NORM == 2 && threadIdx.x < TILE) {
         norm[threadIdx.x] = GAMMA[h * TILE + threadIdx.x];
         norm[TILE + threadIdx.x] = BETA[h * TILE + threadIdx.x];
     }
-    State d[SLICES];
-    EACH_SLICE {
-        int first = (rank * SLICES + i) * TILE, second = SIZE + (rank * SLICES + i) * NUMBERS;
-        d[i].place = places + i * NUMBERS;
-        d[i].w1 = load_floats(carried + first, HIDDEN);
-        d[i].w2 = load_floats(carried + second, TILE);
-        if (MOMENTUM) {
-            d[i].s1 = load_floats(carried + 2 * SIZE + first, HIDDEN);
-            d[i].set_s2(load_floats(carried + 2 * SIZE + second, TILE));
-        }
+    int first = rank * TILE, second = SIZE + rank * NUMBERS;
+    State d;
+    d.w1 = load_floats(carried + first, HIDDEN);
+    d.w2 = load_floats(carried + second, TILE);
+    if (MOMENTUM) {
+        d.s1 = load_floats(carried + 2 * SIZE + first, HIDDEN);
+        d.s2 = load_floats(carried + 2 * SIZE + second, TILE);
     }
+    if (TARGET) copy_wide(sums, g_targets), copy_wide(sums + NUMBERS, g_targets + SIZE);
     int last = min(first_chunk + span, chunks) - 1;
-    // What comes as tiles for chunk n, by thread 0.
+    // What comes as tiles for chunk n, by thread 0; W1 is still in use when that of the next chunk comes.
     auto fetch_chunk = [&](int n) {
         long here = (long)m * span + n - first_chunk;
+        const bf16* states = STATES + (here * PARTS * SPLIT + rank) * NUMBERS;
         expect(operands);
-        EACH_SLICE {
-            int s = rank * SLICES + i;
-            fetch(o[i].x, HIDDENS + (here * SPLIT + s) * NUMBERS, operands);
-            fetch(o[i].w, STATES + (here * PARTS * SPLIT + SPLIT + s) * NUMBERS, operands);
+        fetch(x, HIDDENS + (here * SPLIT + rank) * NUMBERS, operands);
+        fetch(u1, HIDDENS + 2 * kind + (here * SPLIT + rank) * NUMBERS, operands);
+        fetch(both_w1 + (n & 1) * TILE_BYTES, states, operands);
+        fetch(w2, states + SIZE, operands);
+        if (MOMENTUM) {
+            fetch(s1, states + 2 * SIZE, operands);
+            fetch(s2, states + 3 * SIZE, operands);
         }
         fetch(u_tile, STEPS + here * NUMBERS, operands);
     };
     // What chunk n needs besides, from memory to the cache.
     auto bring_chunk = [&](int n) {
-        long here = (long)m * span + n - first_chunk, wide = (here * SPLIT + rank * SLICES) * NUMBERS;
-        EACH_SLICE {
-            long s = wide + i * NUMBERS;
-            bring(HIDDENS + s);
-            bring(HIDDENS + kind + s);
-            bring(HIDDENS + 3 * kind + s);
-            bring(STATES + (here * PARTS * SPLIT + SPLIT + rank * SLICES + i) * NUMBERS);
-            for (int part = 0; part < PARTS; ++part)
-                bring(G_STATES + (here * PARTS * SPLIT + rank * SLICES + i) * NUMBERS + part * SIZE);
-            if (READS) {
-                bring(G_U1 + s);
-                bring(G_X2 + s);
-            }
+        long here = (long)m * span + n - first_chunk, wide = (here * SPLIT + rank) * NUMBERS;
+        bring(HIDDENS + wide);
+        bring(HIDDENS + kind + wide);
+        bring(HIDDENS + 2 * kind + wide);
+        bring(HIDDENS + 3 * kind + wide);
+        for (int part = 0; part < PARTS; ++part) {
+            long place = (here * PARTS * SPLIT + rank) * NUMBERS + part * SIZE;
+            bring(STATES + place);
+            if (READS || part < 2) bring(G_STATES + place);
         }
         bring(STEPS + here * NUMBERS);
-        if (READS) bring(G_U2 + here * NUMBERS);
+        if (READS) {
+            bring(G_U1 + wide);
+            bring(G_X2 + wide);
+            bring(G_U2 + here * NUMBERS);
+        }
+        if (READS && TARGET) {
+            bring(G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS);
+            bring(G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS + SIZE);
+        }
     };
     Pieces keys = load_pieces(k_at + (long)last * TILE * kt, kt, tokens - last * TILE);
     if (threadIdx.x == 0) {
@@ -143,115 +147,112 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (threadIdx.x == 0) fetch_chunk(last);
     if (TARGET) {
         if (threadIdx.x == 0) {
+            const bf16* target = TARGETS + ((long)h * 2 * SPLIT + rank) * NUMBERS;
             expect(targets);
-            EACH_SLICE fetch(o[i].m, TARGETS + ((long)h * 2 * SPLIT + SPLIT + rank * SLICES + i) * NUMBERS, targets);
+            fetch(m1, target, targets);
+            fetch(m2, target + SIZE, targets);
         }
         await(targets);
     }
 
     for (int n = last; n >= first_chunk; --n) {
         long cell = (long)m * chunks + n, here = (long)m * span + n - first_chunk;
-        long wide = (here * SPLIT + rank * SLICES) * NUMBERS;
-        const bf16* reads = G_STATES + (here * PARTS * SPLIT + rank * SLICES) * NUMBERS;
-        Packed slope[SLICES], bend[SLICES], extra[SLICES];
-        EACH_SLICE {
-            slope[i] = load_fragment(HIDDENS + kind + wide + i * NUMBERS);
-            bend[i] = load_fragment(HIDDENS + 3 * kind + wide + i * NUMBERS);
-            if (READS) extra[i] = load_fragment(G_U1 + wide + i * NUMBERS);
-        }
+        long wide = (here * SPLIT + rank) * NUMBERS;
+        const bf16* reads = G_STATES + (here * PARTS * SPLIT + rank) * NUMBERS;
+        char* w1 = both_w1 + (n & 1) * TILE_BYTES;
+        Packed slope = load_fragment(HIDDENS + kind + wide), bend = load_fragment(HIDDENS + 3 * kind + wide), extra;
+        if (READS) extra = load_fragment(G_U1 + wide);
         const float* ends = ENDS + cell * 2 * TILE;
         float g_end[2] = {ends[own_row()], ends[own_row() + 8]}, e_end[2] = {0.f, 0.f};
         if (MOMENTUM) e_end[0] = ends[TILE + own_row()], e_end[1] = ends[TILE + own_row() + 8];
         float A = LAST[cell * 4], F = LAST[cell * 4 + 1], decay = LAST[cell * 4 + 2];
         store_pieces(k_tile, keys);
-        EACH_SLICE {
-            store_tile(o[i].dw1, packed(d[i].w1));
-            store_tile(o[i].dw2, packed(d[i].w2));
-            if (MOMENTUM) {
-                store_tile(o[i].ds1, packed(d[i].s1));
-                store_tile(o[i].ds2, packed(d[i].s2()));
-            }
+        store_tile(dw1, packed(d.w1));
+        store_tile(dw2, packed(d.w2));
+        if (MOMENTUM) {
+            store_tile(ds1, packed(d.s1));
+            store_tile(ds2, packed(d.s2));
         }
         await(operands);
         tiles_ready();
-        if (threadIdx.x == 0) {
-            EACH_SLICE {
-                bf16* after = AFTER + (here * PARTS * SPLIT + rank * SLICES + i) * NUMBERS;
-                send(after, o[i].dw1);
-                send(after + SIZE, o[i].dw2);
-                if (MOMENTUM) {
-                    send(after + 2 * SIZE, o[i].ds1);
-                    send(after + 3 * SIZE, o[i].ds2);
-                }
+        if (threadIdx.x == 0 && n > first_chunk) bring_chunk(n - 1);
+
+        // W' = A W + F S + .., S' = m S + ..: the gradients of A, F and m, each warp's part.
+        {
+            float g_last[3];
+            Packed value = load_tile(w1), other = load_tile(w2);
+            g_last[0] = dot(d.w1, value) + dot(d.w2, other);
+            g_last[1] = g_last[2] = 0.f;
+            if (MOMENTUM) {
+                value = load_tile(s1), other = load_tile(s2);
+                g_last[1] = dot(d.w1, value) + dot(d.w2, other);
+                g_last[2] = dot(d.s1, value) + dot(d.s2, other);
             }
-            if (n > first_chunk) bring_chunk(n - 1);
+#pragma unroll
+            for (int i = 0; i < 3; ++i) {
+#pragma unroll
+                for (int lanes = 1; lanes < 32; lanes *= 2) g_last[i] += __shfl_xor_sync(0xffffffffu, g_last[i], lanes);
+                if (lane_id() == 0)
+                    G_LAST_PARTS[((here * SPLIT + rank) * (THREADS / 32) + (threadIdx.x >> 5)) * 4 + i] = g_last[i];
+            }
         }
 
         // The steps, as the state takes them and as the reads see them; u_1 = (u_2 W2^T) phi'(z_1).
-        Packed g_z1[SLICES];
-        EACH_SLICE {
-            Fragment g = through_steps<false>(k_tile, o[i].dw1, o[i].ds1, g_end, e_end, side);
-            if (READS) add(g, extra[i]);
-            g_z1[i] = packed(times(g, bend[i]));
-            store_tile(o[i].pulled, packed(times(g, slope[i])));
-        }
-        Fragment part;
+        float g_sums[2] = {0.f, 0.f}, e_sums[2] = {0.f, 0.f};
+        Packed g_z1;
         {
-            Fragment y;
-            EACH_SLICE {
-                if (i == 0) {
-                    begin_product<false, false, false>(part, o[i].x, o[i].dw2, side);
-                    if (MOMENTUM) begin_product<false, false, false>(y, o[i].x, o[i].ds2, side);
-                } else {
-                    begin_product<false, false, true>(part, o[i].x, o[i].dw2, side);
-                    if (MOMENTUM) begin_product<false, false, true>(y, o[i].x, o[i].ds2, side);
-                }
-            }
-            end_products();
-            settle(part);
-            scale_rows(part, g_end);
-            if (MOMENTUM) {
-                settle(y);
-                scale_rows(y, e_end);
-                add(part, y);
-            }
+            Fragment g = through_steps<false, true>(k_tile, dw1, ds1, g_end, e_end, side, u1, g_sums, e_sums);
+            if (READS) add(g, extra);
+            g_z1 = packed(times(g, bend));
+            store_tile(pulled, packed(times(g, slope)));
         }
-        EACH_SLICE if (!APART && READS) extra[i] = load_fragment(G_X2 + wide + i * NUMBERS);
-        if (APART && threadIdx.x == 0) sent();
+        Fragment part = through_steps<false, false>(x, dw2, ds2, g_end, e_end, side, x, g_sums, e_sums);
+        if (READS) extra = load_fragment(G_X2 + wide);
         tiles_ready();
-        // Nobody needs the tile of dS1 any more.
-        EACH_SLICE if (APART) store_fragment((bf16*)o[i].ds1, g_z1[i]);
-        EACH_SLICE {
-            begin_product<false, false, true>(part, o[i].pulled, o[i].w, side);
-            if (TARGET) begin_product<false, false, true>(part, o[i].pulled, o[i].m, side);
-        }
+        begin_product<false, false, true>(part, pulled, w2, side);
+        if (TARGET) begin_product<false, false, true>(part, pulled, m2, side);
         end_products();
         settle(part);
         exchange.send_part(rank, part);
+
         // While the parts travel: the gradient of x_2 from its steps, and what the state passes on.
-        Fragment g[SLICES];
-        EACH_SLICE {
-            g[i] = through_steps<true>(u_tile, o[i].dw2, o[i].ds2, g_end, e_end, side);
-            if (READS) add(g[i], APART ? load_fragment(G_X2 + wide + i * NUMBERS) : extra[i]);
-            if (MOMENTUM) {
-                combine(d[i].s1, decay, F, d[i].w1);
-                if (READS) add(d[i].s1, load_fragment(reads + 2 * SIZE + i * NUMBERS));
-                in_turn();
-                Fragment s2 = d[i].s2();
-                combine(s2, decay, F, d[i].w2);
-                if (READS) add(s2, load_fragment(reads + 3 * SIZE + i * NUMBERS));
-                d[i].set_s2(s2);
-                in_turn();
+        Fragment g = through_steps<true, true>(u_tile, dw2, ds2, g_end, e_end, side, x, g_sums, e_sums);
+        if (READS) add(g, extra);
+        if (TARGET) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                Packed read;
+                if (READS) read = load_fragment(G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS + i * SIZE);
+                const Fragment& after = i ? d.w2 : d.w1;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    float4* sum = wide_place(sums + i * NUMBERS, j);
+                    float4 more = make_float4(after.f[j][0], after.f[j][1], after.f[j][2], after.f[j][3]) * (1.f - A);
+                    if (READS) more = more + make_float4(at(read, j, 0), at(read, j, 1), at(read, j, 2), at(read, j, 3));
+                    *sum = *sum + more;
+                }
             }
-            multiply(d[i].w1, A);
-            multiply(d[i].w2, A);
-            add(d[i].w1, load_fragment(reads + i * NUMBERS));
-            add(d[i].w2, load_fragment(reads + SIZE + i * NUMBERS));
-            begin_product<true, false, true>(d[i].w2, o[i].pulled, u_tile, side);
+        }
+        if (MOMENTUM) {
+            combine(d.s1, decay, F, d.w1);
+            combine(d.s2, decay, F, d.w2);
+            if (READS) add(d.s1, load_fragment(reads + 2 * SIZE));
+            if (READS) add(d.s2, load_fragment(reads + 3 * SIZE));
+        }
+        multiply(d.w1, A);
+        multiply(d.w2, A);
+        add(d.w1, load_fragment(reads));
+        add(d.w2, load_fragment(reads + SIZE));
+        begin_product<true, false, true>(d.w2, pulled, u_tile, side);
+        // Sums over the columns of a warp: those of the other half are another's.
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float* out = G_ENDS_PARTS + ((here * SPLIT + rank) * 2 + (threadIdx.x >> 7)) * 2 * TILE + own_row() + 8 * r;
+            float by_w = warp_sum_of_four(g_sums[r]), by_s = MOMENTUM ? warp_sum_of_four(e_sums[r]) : 0.f;
+            if ((lane_id() & 3) == 0) out[0] = by_w, out[TILE] = by_s;
         }
         end_products();
-        EACH_SLICE settle(d[i].w2);
-        if (threadIdx.x == 0) sent();
+        settle(d.w2);
         exchange.await_parts();
 
         // u_2 from z_2, in the rows that this program owns.
@@ -284,62 +285,62 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             exchange.send_made(z2_tile, t, column, pack_four(g_z));
         }
         // Again, for it is not worth its registers in between.
-        EACH_SLICE slope[i] = load_fragment(HIDDENS + kind + wide + i * NUMBERS);
+        slope = load_fragment(HIDDENS + kind + wide);
         exchange.await_made(rank, z2_tile);
 
-        EACH_SLICE {
-            begin_product<false, true, true>(g[i], z2_tile, o[i].w, side);
-            if (TARGET) begin_product<false, true, true>(g[i], z2_tile, o[i].m, side);
-            begin_product<true, false, true>(d[i].w2, o[i].x, z2_tile, side);
-        }
+        // Of the keys, through the steps: (u_1 dW1^T) and (u_1 dS1^T), rows scaled by the coefficients.
+        Fragment g_k, by_s;
+        begin_product<false, true, true>(g, z2_tile, w2, side);
+        if (TARGET) begin_product<false, true, true>(g, z2_tile, m2, side);
+        begin_product<true, false, true>(d.w2, x, z2_tile, side);
+        begin_product<false, true, false>(g_k, u1, dw1, side);
+        if (MOMENTUM) begin_product<false, true, false>(by_s, u1, ds1, side);
         if (n > first_chunk) keys = load_pieces(k_at + (long)(n - 1) * TILE * kt, kt, TILE);
         end_products();
-        EACH_SLICE {
-            settle(g[i]), settle(d[i].w2);
-            if (APART) g_z1[i] = load_fragment((const bf16*)o[i].ds1);
-            FOR_EACH g[i].f[j][r] = at(g_z1[i], j, r) + g[i].f[j][r] * at(slope[i], j, r);
-            store_tile(o[i].dw1, packed(g[i]));
+        settle(g), settle(d.w2), settle(g_k);
+        scale_rows(g_k, g_end);
+        if (MOMENTUM) {
+            settle(by_s);
+            scale_rows(by_s, e_end);
+            add(g_k, by_s);
         }
+        FOR_EACH g.f[j][r] = at(g_z1, j, r) + g.f[j][r] * at(slope, j, r);
+        // All have read what was pulled.
+        store_tile(pulled, packed(g));
         tiles_ready();
-        if (threadIdx.x == 0) {
-            EACH_SLICE send(G_Z1 + wide + i * NUMBERS, o[i].dw1);
-            // All have read what comes as tiles.
-            if (n > first_chunk) fetch_chunk(n - 1);
-        }
-        EACH_SLICE begin_product<true, false, true>(d[i].w1, k_tile, o[i].dw1, side);
-        if (threadIdx.x == 0) sent();
+        // And what comes as tiles, but W1.
+        if (threadIdx.x == 0 && n > first_chunk) fetch_chunk(n - 1);
+        begin_product<true, false, true>(d.w1, k_tile, pulled, side);
+        begin_product<false, true, true>(g_k, pulled, w1, side);
+        if (TARGET) begin_product<false, true, true>(g_k, pulled, m1, side);
         end_products();
-        EACH_SLICE {
-            settle(d[i].w1);
-            int first = (rank * SLICES + i) * TILE, second = SIZE + (rank * SLICES + i) * NUMBERS;
-            if (HAS_OPEN && n == OPEN[b]) {
-                const float* anchor = G_ANCHOR + (long)m * 2 * SIZE;
-                add(d[i].w1, load_floats(anchor + first, HIDDEN));
-                add(d[i].w2, load_floats(anchor + second, TILE));
-            }
-            if (HAS_RESETS && RESETS[b * chunks + n]) {
-                float* start = G_START + (long)m * PARTS * SIZE;
-                add_floats(start + first, HIDDEN, d[i].w1);
-                add_floats(start + second, TILE, d[i].w2);
-                clear(d[i].w1);
-                clear(d[i].w2);
-                if (MOMENTUM) {
-                    add_floats(start + 2 * SIZE + first, HIDDEN, d[i].s1);
-                    add_floats(start + 2 * SIZE + second, TILE, d[i].s2());
-                    clear(d[i].s1);
-                    d[i].set_s2(d[i].s1);
-                }
+        settle(d.w1), settle(g_k);
+        store_fragment(G_K_PARTS + wide, packed(g_k));
+        if (HAS_OPEN && n == OPEN[b]) {
+            const float* anchor = G_ANCHOR + (long)m * 2 * SIZE;
+            add(d.w1, load_floats(anchor + first, HIDDEN));
+            add(d.w2, load_floats(anchor + second, TILE));
+        }
+        if (HAS_RESETS && RESETS[b * chunks + n]) {
+            float* start = G_START + (long)m * PARTS * SIZE;
+            add_floats(start + first, HIDDEN, d.w1);
+            add_floats(start + second, TILE, d.w2);
+            clear(d.w1);
+            clear(d.w2);
+            if (MOMENTUM) {
+                add_floats(start + 2 * SIZE + first, HIDDEN, d.s1);
+                add_floats(start + 2 * SIZE + second, TILE, d.s2);
+                clear(d.s1);
+                clear(d.s2);
             }
         }
         __syncthreads();
     }
-    EACH_SLICE {
-        int first = (rank * SLICES + i) * TILE, second = SIZE + (rank * SLICES + i) * NUMBERS;
-        store_floats(carried + first, HIDDEN, d[i].w1);
-        store_floats(carried + second, TILE, d[i].w2);
-        if (MOMENTUM) {
-            store_floats(carried + 2 * SIZE + first, HIDDEN, d[i].s1);
-            store_floats(carried + 2 * SIZE + second, TILE, d[i].s2());
-        }
+    store_floats(carried + first, HIDDEN, d.w1);
+    store_floats(carried + second, TILE, d.w2);
+    if (MOMENTUM) {
+        store_floats(carried + 2 * SIZE + first, HIDDEN, d.s1);
+        store_floats(carried + 2 * SIZE + second, TILE, d.s2);
     }
+    if (TARGET) copy_wide(g_targets, sums), copy_wide(g_targets + SIZE, sums + NUMBERS);
 }
