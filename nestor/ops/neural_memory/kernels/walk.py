@@ -9,7 +9,8 @@ Fast weights are packed: ``[M, Q, P HIDDEN]`` for M = sequences x heads and the 
 (without momentum W1, W2). ``[H, ...]`` is shared by the sequences.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -49,6 +50,32 @@ KERNELS: dict[str, tuple[Any, int, str]] = {
     "write_gradients": (write_gradients_kernel, 8, "chunk"),
 }
 TARGET_BLOCK = 1024
+
+
+class _Writes(NamedTuple):
+    """What the gradient of a span's writes needs; what of it comes from the reads (g_states .. read_k); and
+    what it adds to or leaves (carried, the gradient of the state between spans, .. g_start)."""
+
+    ends: Tensor
+    last: Tensor
+    states: Tensor
+    steps: Tensor
+    hidden: Tensor
+    zh: Tensor
+    norm: Tensor
+    g_states: Tensor
+    g_targets_read: Tensor
+    g_u1: Tensor
+    g_x2: Tensor
+    g_u2: Tensor
+    read_k: Tensor
+    carried: Tensor
+    g_targets: Tensor
+    g_k: Tensor
+    g_v: Tensor
+    g_steps: Tensor
+    g_anchor: Tensor
+    g_start: Tensor
 
 
 class _Walk(Call):
@@ -100,7 +127,7 @@ class _Walk(Call):
             num_warps=min(warps, most_warps(self.q)), num_stages=1,
         )  # fmt: skip
 
-    def written(self, span: int, save: bool) -> tuple[Tensor, ...]:
+    def written(self, span: int, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Room for what `write` leaves of a span: states and steps; unless `save` also hidden, zh and norm
         (see write.py)."""
         m, c, p = self.walks, self.chunk, self.width
@@ -120,8 +147,8 @@ class _Walk(Call):
             "write", (self.walks * pieces * self.split,),
             (self.k, self.v, ends, last, checkpoints, *room, self.operands,
              self.gamma, self.beta, self.start, self.resets, self.opened, anchor),
-            (self.k, self.v), (self.walks, self.heads, self.chunks, self.tokens, first, span, INTERVAL, rows),
-            self.numbers, **self.activation, **self.loss,
+            (self.k, self.v), (*self.sizes(first, span), INTERVAL, rows), self.numbers,
+            **self.activation, **self.loss,
             **{**self.events, "HAS_OPEN": self.opened is not None and save}, SAVE=save,
         )  # fmt: skip
 
@@ -142,12 +169,72 @@ class _Walk(Call):
             self.launch(
                 "read", (min(span, n - first), m),
                 (self.q, self.k, rows, G, states, steps, self.operands, self.gamma, self.beta, y, z, r),
-                (self.q, self.k, y), (m, self.heads, n, self.tokens, first, span), self.numbers[:1],
+                (self.q, self.k, y), self.sizes(first, span), self.numbers[:1],
                 **self.activation, DUAL=self.dual, KEEP=keep,
             )  # fmt: skip
         if self.opened is not None:
             anchor = self.moved(anchor, 1)
         return y, self.moved(checkpoints[-1], 1), anchor, checkpoints, z, r
+
+    def sizes(self, first: int, span: int) -> tuple[int, ...]:
+        return self.walks, self.heads, self.chunks, self.tokens, first, span
+
+    def triton_writes_backward(self, w: _Writes, span: int) -> Callable[..., None]:
+        """From the gradients of the reads of a span to those of its writes, see `_Writes`: a function of the
+        first chunk and the number of chunks, and of the span's gradients of ends, last and norm."""
+        m, c, length = self.walks, self.chunk, 2 * self.size
+        after, g_z1 = self.new(m, span, self.parts, self.size), self.new(m, span, c, self.hidden)
+
+        def run(first: int, here: int, g_ends: Tensor, g_last: Tensor, g_norms: Tensor) -> None:
+            sizes = self.sizes(first, span)
+            self.launch(
+                "write_backward", (m * self.split,),
+                (self.k, self.v, w.ends, w.last, w.states, w.steps, w.hidden, w.zh, w.norm, self.operands,
+                 self.gamma, self.beta, self.resets, self.opened, w.g_states, w.g_u1, w.g_x2, w.g_u2,
+                 w.carried, after, g_z1, w.g_steps, w.g_anchor, w.g_start),
+                (self.k, self.v), sizes, self.numbers[1:], **self.loss, **self.events, READS=self.dual,
+            )  # fmt: skip
+            self.launch(
+                "write_gradients", (here, m),
+                (self.k, self.v, w.ends, w.states, w.steps, w.hidden, w.zh, w.norm, self.operands, self.gamma,
+                 self.beta, after, g_z1, w.g_steps, w.read_k, w.g_k, w.g_v, g_ends, g_last, g_norms),
+                (self.k, self.v, w.g_k), sizes, self.numbers[1:], **self.loss, READS=self.dual,
+            )  # fmt: skip
+            if self.targets is not None:
+                target_gradients_kernel[(triton.cdiv(length, TARGET_BLOCK), m)](
+                    w.last, after, w.g_targets_read, w.g_targets, m, self.chunks, first, here, span, length,
+                    self.parts * self.size, BLOCK=TARGET_BLOCK, READS=self.dual,
+                )  # fmt: skip
+
+        return run
+
+    def cuda_writes_backward(self, w: _Writes, span: int) -> Callable[..., None]:
+        """The same in CUDA, where the walk makes more of the gradients."""
+        m, c, p, split = self.walks, self.chunk, self.width, self.split
+        # Parts of each program of a walk; of ends those of halves of its columns, of last those of its warps.
+        parts = (
+            self.new(m, span, split, c, p),
+            self.floats(m, span, split, 2, 2, c),
+            self.floats(m, span, split, 8, 4),
+        )
+
+        def run(first: int, here: int, g_ends: Tensor, g_last: Tensor, g_norms: Tensor) -> None:
+            sizes = self.sizes(first, span)
+            self.launch(
+                "write_backward", (m * split,),
+                (self.k, self.v, w.ends, w.last, w.states, w.steps, w.hidden, w.zh, w.norm, self.operands,
+                 self.gamma, self.beta, self.resets, self.opened, w.g_states, w.g_targets_read, w.g_u1,
+                 w.g_x2, w.g_u2, w.carried, w.g_targets, *parts, w.g_steps, w.g_anchor, w.g_start),
+                (self.k, self.v), sizes, self.numbers[1:], **self.loss, **self.events, READS=self.dual,
+            )  # fmt: skip
+            self.launch(
+                "write_gradients", (here, m),
+                (self.k, self.v, w.zh, w.norm, self.gamma, self.beta, w.g_steps, *parts, w.read_k,
+                 w.g_k, w.g_v, g_ends, g_last, g_norms),
+                (self.k, self.v, w.g_k), sizes, self.numbers[1:], **self.loss, READS=self.dual,
+            )  # fmt: skip
+
+        return run
 
     def backward(
         self, checkpoints: Tensor, z: Tensor, r: Tensor, g_y: Tensor, g_final: Tensor, g_anchor: Tensor
@@ -167,65 +254,32 @@ class _Walk(Call):
         span = span_of(BACKWARD_SPAN, m, n)
         # What the kernels of a span leave for each other lies where that of the last span lay.
         room = self.written(span, False)
-        states, steps, hidden, zh, norm = room
-        g_states = self.new(m, span, parts, size)
-        g_targets_here = self.new(m, span, 2 * size) if has_targets and self.dual else nothing
+        states, steps, hidden, _, _ = room
+        g_targets_read = self.new(m, span, 2 * size) if has_targets and self.dual else nothing
         g_u1 = g_x2 = g_u2 = nothing
         if self.dual:
             g_u1, g_x2 = self.new(m, span, c, self.hidden), self.new(m, span, c, self.hidden)
             g_u2 = self.new(m, span, c, p)
-        read_k, g_steps = self.new(m, span, c, p), self.floats(m, span, c, p)
-        if self.tiled:
-            # Of each program of a walk; its warps, or halves of its columns.
-            k_parts, split = self.new(m, span, self.split, c, p), self.split
-            ends_parts, last_parts = self.floats(m, span, split, 2, 2, c), self.floats(m, span, split, 8, 4)
-        else:
-            after, g_z1 = self.new(m, span, parts, size), self.new(m, span, c, self.hidden)
+        writes = _Writes(
+            ends, last, *room, g_states=self.new(m, span, parts, size), g_targets_read=g_targets_read,
+            g_u1=g_u1, g_x2=g_x2, g_u2=g_u2, read_k=self.new(m, span, c, p), carried=carried,
+            g_targets=g_targets, g_k=g_k, g_v=g_v, g_steps=self.floats(m, span, c, p), g_anchor=g_anchor,
+            g_start=g_start,
+        )  # fmt: skip
+        begin = self.cuda_writes_backward if self.tiled else self.triton_writes_backward
+        writes_backward = begin(writes, span)
         collected = self.collected(span, self.dual)
         for first in reversed(range(0, n, span)):
             g_rows, g_G, g_ends, g_last, g_norms = (x[first // span] for x in collected)
             here = min(span, n - first)
-            sizes = (m, heads, n, self.tokens, first, span)
             self.write(room, checkpoints, ends, last, None, first, span, INTERVAL, False)
             self.launch(
                 "read_backward", (here, m),
                 (self.q, self.k, rows, G, states, steps, hidden, self.operands, self.gamma, z, r, g_y,
-                 g_q, read_k, g_rows, g_G, g_states, g_targets_here, g_u1, g_x2, g_u2, g_norms),
-                (self.q, self.k, g_y, g_q), sizes, (), **self.activation, DUAL=self.dual,
+                 g_q, writes.read_k, g_rows, g_G, writes.g_states, g_targets_read, g_u1, g_x2, g_u2, g_norms),
+                (self.q, self.k, g_y, g_q), self.sizes(first, span), (), **self.activation, DUAL=self.dual,
             )  # fmt: skip
-            written = (self.k, self.v, ends, last, states, steps, hidden, zh, norm, self.operands)
-            events = (self.gamma, self.beta, self.resets, self.opened)
-            if self.tiled:
-                walked = (
-                    *written, *events, g_states, g_targets_here, g_u1, g_x2, g_u2,
-                    carried, g_targets, k_parts, ends_parts, last_parts, g_steps, g_anchor, g_start,
-                )  # fmt: skip
-                found = (
-                    self.k, self.v, zh, norm, self.gamma, self.beta, g_steps, k_parts, ends_parts, last_parts,
-                    read_k, g_k, g_v, g_ends, g_last, g_norms,
-                )  # fmt: skip
-            else:
-                walked = (
-                    *written, *events, g_states, g_u1, g_x2, g_u2,
-                    carried, after, g_z1, g_steps, g_anchor, g_start,
-                )  # fmt: skip
-                found = (
-                    self.k, self.v, ends, states, steps, hidden, zh, norm, self.operands, self.gamma,
-                    self.beta, after, g_z1, g_steps, read_k, g_k, g_v, g_ends, g_last, g_norms,
-                )  # fmt: skip
-            self.launch(
-                "write_backward", (m * self.split,), walked, (self.k, self.v), sizes, self.numbers[1:],
-                **self.loss, **self.events, READS=self.dual,
-            )  # fmt: skip
-            self.launch(
-                "write_gradients", (here, m), found, (self.k, self.v, g_k), sizes, self.numbers[1:],
-                **self.loss, READS=self.dual,
-            )  # fmt: skip
-            if has_targets and not self.tiled:
-                target_gradients_kernel[(triton.cdiv(2 * size, TARGET_BLOCK), m)](
-                    last, after, g_targets_here, g_targets, m, n, first, here, span, 2 * size, parts * size,
-                    BLOCK=TARGET_BLOCK, READS=self.dual,
-                )  # fmt: skip
+            writes_backward(first, here, g_ends, g_last, g_norms)
         self.gate_gradients(g_gates, rows, G, E, *collected[:-1], span, self.dual)
         g_shared = self.norm_gradients(collected[-1]) if has_norm else [nothing, nothing]
         if has_targets:
