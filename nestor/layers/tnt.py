@@ -186,14 +186,15 @@ class TNT(nn.Module):
             queries, after["projection"] = query_projection(
                 q, k, carried, mode=self.projection, mask=mask, resets=begins
             )
-        total, strengths = torch.zeros_like(q), []
+        answers: list[Tensor] = []
+        strengths: list[Tensor] = []
         for index, (local, theta) in enumerate(zip(self.locals, thetas, strict=True)):
             own = part_of(state, f"local.{index}")
             y, memory, written = read_and_write(local, local.spec, (queries, k, v, theta), own, mask, begins)  # type: ignore[arg-type]
-            total = total + y
+            answers.append(y)
             strengths += written
             after |= {f"local.{index}.{name}": tensor for name, tensor in memory.items()}
-        return (total, *strengths), after
+        return (sum(answers[1:], answers[0]), *strengths), after
 
     def _fresh(self, batch: int) -> LayerState:
         """The local state with which a shard begins."""

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from nestor.errors import ConfigError, ShapeError, suggest
+from nestor.ops.kernels import covered
 
 MODES = ("raw", "unit", "trace")
 BLOCK = 64
 EPSILON = 1e-6
+# Of the kernel.
+WIDTHS = (16, 32, 64)
 
 
 def query_projection(
@@ -42,6 +45,14 @@ def query_projection(
     _check(q, k, state, mode, mask, resets)
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     dtype = q.dtype if half or q.dtype == torch.float64 else torch.float32
+    # What a kernel does at once: nothing of the size of the scores or of Pi for each block leaves the chip.
+    plain = mask is None and resets is None and mode != "trace" and q.dtype == k.dtype
+    if plain and q.shape[-1] in WIDTHS and covered(q, k, state):
+        from nestor.ops.kernels import query_projection as kernels
+
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        state = None if state is None else state.float().contiguous()
+        return kernels.query_projection(q, k, state, mode == "unit", EPSILON)
     with torch.autocast(q.device.type, enabled=False):
         return _project(q.to(dtype), k.to(dtype), state, mode, mask, resets)
 

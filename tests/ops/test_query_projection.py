@@ -1,4 +1,12 @@
-"""Queries projected onto the keys so far: against a token loop, and as a projector."""
+"""Queries projected onto the keys so far: against a token loop, and as a projector.
+
+Run as a program, with TRITON_INTERPRET=1, this file checks the kernel on a CPU.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -133,3 +141,66 @@ def test_wrong_arguments_are_refused() -> None:
         query_projection(q, k[:, 1:])
     with pytest.raises(ShapeError, match=r"state has shape .* must be \(2, 2, 3, 3\)"):
         query_projection(q, k, q.new_zeros(1, 2, 3, 3))
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------
+
+# Sequences, tokens, heads, width, whether there is a state, whether of unit length.
+CASES = [
+    (2, 64, 1, 16, False, True), (1, 150, 2, 16, True, True), (1, 5, 2, 32, True, False),
+    (2, 130, 1, 64, False, True),
+]  # fmt: skip
+
+
+def check(device, dtype, batch, length, heads, width, carried, unit, tolerance):
+    """The kernel's outputs and gradients against the block form in float64."""
+    from nestor.ops.kernels.query_projection import query_projection as kernel
+
+    mode = "unit" if unit else "raw"
+    exact = [x.to(dtype).double() for x in draw(batch, length, heads, width)]
+    state = None
+    if carried:
+        root = torch.randn(batch, heads, width, width, generator=torch.Generator().manual_seed(1))
+        state = root.double() @ root.double().mT
+    generator = torch.Generator().manual_seed(2)
+    upstream = [torch.randn(s, generator=generator, dtype=torch.float64) for s in (exact[0].shape,)]
+    upstream.append(torch.randn(batch, heads, width, width, generator=generator, dtype=torch.float64))
+
+    def run(function, tensors, places):
+        pairs = zip(tensors, places, strict=False)
+        leaves = [x.detach().to(device=where, dtype=kind).requires_grad_() for x, (where, kind) in pairs]
+        outputs = function(*leaves)
+        grads = [g.to(y) for g, y in zip(upstream, outputs, strict=True)]
+        return [x.double().cpu() for x in (*outputs, *torch.autograd.grad(outputs, leaves, grads))]
+
+    inputs = [*exact, *([] if state is None else [state])]
+    wide = [("cpu", torch.float64)] * 3
+    expected = run(lambda q, k, s=None: query_projection(q, k, s, mode=mode), inputs, wide)
+    places = [(device, dtype), (device, dtype), (device, torch.float32)]
+    found = run(lambda q, k, s=None: kernel(q, k, s, unit, 1e-6), inputs, places)
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        error = float((a - b).norm() / b.norm())
+        assert error < tolerance, (
+            f"result {index} of {(batch, length, heads, width, carried, unit)}: {error:.1e}"
+        )
+
+
+def test_the_kernel_computes_the_block_form_under_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton; pip install triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, (3, 2048, 4, 64, False, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_computes_the_block_form(dtype, case) -> None:
+    pytest.importorskip("triton")
+    check("cuda", dtype, *case, tolerance=1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+if __name__ == "__main__":
+    for one in CASES:
+        check("cpu", torch.float32, *one, tolerance=1e-4)
