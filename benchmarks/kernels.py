@@ -1,11 +1,13 @@
 """Where the time of the operation `neural_memory` goes: milliseconds of each kernel, forward and backward.
 
-The operation alone, without the layer around it: a 2-layer memory with momentum and forgetting. On a GPU the
-table also has registers, spilled registers and shared memory of the Triton kernels; on a CPU it has PyTorch's
-operations instead of kernels. Writes benchmarks/results/kernels-<device>.json and a printed table.
+The operation alone, without the layer around it: a 2-layer memory with momentum and forgetting; with --layers
+also whole layers of the bars, and how long the host takes to queue their kernels. On a GPU the table also has
+registers, spilled registers and shared memory of the Triton kernels; on a CPU it has PyTorch's operations
+instead of kernels. Writes benchmarks/results/kernels-<device>.json and a printed table.
 
 Examples:
     python benchmarks/kernels.py --device cuda
+    python benchmarks/kernels.py --device cuda --layers neural_memory tnt kda
     python benchmarks/kernels.py --shapes 1x256 --dim 64 --heads 2 --chunk 16     # on a CPU
 """
 
@@ -16,13 +18,15 @@ import importlib
 import importlib.util
 import json
 import pkgutil
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from bars import parse_shape
+from bars import bar_layer, bar_step, parse_shape
 from rich.console import Console
 from rich.table import Table
 from rounds import Deadline, attempt, timed
@@ -43,6 +47,7 @@ class Settings:
     Attributes:
         device: cpu or cuda.
         shapes: B x T. dim, heads, expansion, chunk: of the memory.
+        layers: of those that bars.py knows, to be profiled beside the operation.
         dtype: bfloat16 or float32, of q, k, v.
         read_mode: inclusive or chunk_start.
         steps: profiled forwards and backwards. seconds: time after which no new shape is begun.
@@ -56,6 +61,7 @@ class Settings:
     heads: int = Bars.heads
     expansion: int = Bars.expansion
     chunk: int = Bars.chunk
+    layers: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     read_mode: str = "inclusive"
     steps: int = 5
@@ -152,17 +158,25 @@ def _variants() -> Iterator[tuple[str, Any]]:
                         yield function.__name__, kernel
 
 
-def measure(s: Settings, shape: str) -> dict[str, Any]:
-    """Milliseconds of a step at a shape, and of its kernels."""
+def layer(s: Settings, name: str, batch: int, tokens: int) -> Callable[[], object]:
+    """Forward and backward of a whole layer."""
+    sizes = {size: getattr(s, size) for size in ("dim", "heads", "expansion", "chunk", "dtype")}
+    bars = LayerSettings(device=s.device, bars=dataclasses.replace(Bars(), tnt_chunk=s.chunk, **sizes))
+    return bar_step(bar_layer(name, bars), bars, batch, tokens, name)
+
+
+def measure(s: Settings, shape: str, name: str | None) -> dict[str, Any]:
+    """Milliseconds of a step of the operation or a layer, those on the host, and those of its kernels."""
     batch, tokens = parse_shape(shape)
     found: dict[str, Any] = {}
 
     def work() -> None:
-        step = operation(s, batch, tokens)
+        step = operation(s, batch, tokens) if name is None else layer(s, name, batch, tokens)
         for _ in range(2):
             step()
         times = sorted(timed(step, s.device) for _ in range(s.steps))
         found["ms"] = times[len(times) // 2] * 1e3
+        found["host_ms"] = statistics.median(on_host(step, s.device) for _ in range(s.steps)) * 1e3
         found["tokens_per_second"] = batch * tokens / found["ms"] * 1e3
         found["kernels"] = profiled(s, step)
         found["kernels_ms"] = sum(kernel["ms"] for kernel in found["kernels"])
@@ -171,12 +185,24 @@ def measure(s: Settings, shape: str) -> dict[str, Any]:
     return found if failure is None else {"failure": failure}
 
 
+def on_host(step: Callable[[], object], device: str) -> float:
+    """Seconds until the call returns; on a GPU kernels may still run then."""
+    start = time.perf_counter()
+    step()
+    taken = time.perf_counter() - start
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return taken
+
+
 def print_shape(console: Console, shape: str, found: dict[str, Any], rows: int) -> None:
     """The longest kernels of a shape."""
     if "failure" in found:
         console.print(f"{shape}: {found['failure']}")
         return
-    title = f"{shape}: {found['ms']:.2f} ms, {found['kernels_ms']:.2f} ms of it in kernels"
+    launches = sum(kernel["calls"] for kernel in found["kernels"])
+    title = f"{shape}: {found['ms']:.2f} ms, {found['kernels_ms']:.2f} ms of it in {launches:g} kernels"
+    title += f", {found['host_ms']:.2f} ms on the host"
     table = Table("kernel", "calls", "ms", "share", "registers", "spills", "shared KiB", title=title)
     for kernel in found["kernels"][:rows]:
         same = [one for one in found["variants"] if one["name"] == kernel["name"]]
@@ -197,12 +223,14 @@ def main(s: Settings) -> None:
     about = describe_bars(LayerSettings(device=s.device))
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "output"}
     deadline = Deadline(s.seconds)
-    for shape in s.shapes:
-        found = {"failure": "out of time"} if deadline.over() else measure(s, shape)
-        variants = compiled() if s.device == "cuda" else []
-        result[shape] = {"about": {**about, "settings": settings}, **found, "variants": variants}
-        write_json(file, result)
-        print_shape(console, shape, result[shape], s.rows)
+    for name in (None, *s.layers):
+        for shape in s.shapes:
+            key = shape if name is None else f"{name} {shape}"
+            found = {"failure": "out of time"} if deadline.over() else measure(s, shape, name)
+            variants = compiled() if s.device == "cuda" else []
+            result[key] = {"about": {**about, "settings": settings}, **found, "variants": variants}
+            write_json(file, result)
+            print_shape(console, key, result[key], s.rows)
     console.print(f"written to {file}")
 
 

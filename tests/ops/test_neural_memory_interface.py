@@ -191,6 +191,7 @@ def changes(p) -> dict[str, tuple[dict, str]]:
     return {
         "q without heads": ({"q": zeros(2, 9, 3)}, "q has shape (2, 9, 3)"),
         "no tokens": ({"q": zeros(2, 0, 2, 3)}, "q has no tokens"),
+        "no sequences": ({"q": zeros(0, 9, 2, 3)}, "q has a batch of 0 sequences"),
         "short k": ({"k": zeros(2, 8, 2, 3)}, f"k has shape (2, 8, 2, 3); with q {q} it must be {q}"),
         "wide v": ({"v": zeros(2, 9, 2, 4)}, f"v has shape (2, 9, 2, 4); with q {q} it must be {q}"),
         "theta per channel": ({"theta": zeros(2, 9, 2, 3)}, "theta has shape (2, 9, 2, 3)"),
@@ -246,8 +247,9 @@ def changes(p) -> dict[str, tuple[dict, str]]:
 
 
 CASES = [
-    "q without heads", "no tokens", "short k", "wide v", "theta per channel", "eta without heads",
-    "alpha of one head", "mask per head", "resets short", "mask of numbers", "resets of numbers",
+    "q without heads", "no tokens", "no sequences", "short k", "wide v", "theta per channel",
+    "eta without heads", "alpha of one head", "mask per head", "resets short", "mask of numbers",
+    "resets of numbers",
     "no gamma", "no beta", "gamma of one head", "unused gamma", "no weights", "weights of another width",
     "weights that end elsewhere", "weights that do not chain", "weights of one head",
     "state of one sequence", "state without momentum", "momentum without eta",

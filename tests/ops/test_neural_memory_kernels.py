@@ -145,7 +145,9 @@ def _decode(draw_problem, flat, dtype, **choices) -> None:
         return None if x is None else x.detach().to(DEVICE).float()
 
     parts = (tuple(move(w) for w in part) for part in p.state[:3])
-    state, outputs = MemoryState(*parts, p.state.phase.to(DEVICE)), []
+    # As in a larger tensor, which a state's part may be a view of.
+    phase = torch.stack((p.state.phase, p.state.phase + 1), 1).to(DEVICE)[:, 0]
+    state, outputs = MemoryState(*parts, phase), []
     for t in range(p.q.shape[1]):
         one = p.tokens(slice(t, t + 1))
         tokens = (move(x).to(dtype) for x in (one.q, one.k, one.v))

@@ -37,6 +37,8 @@ def check_call(
     batch, length, heads, width = q.shape
     if length == 0:
         raise ShapeError("q has no tokens; neural_memory needs at least one.")
+    if batch == 0:
+        raise ShapeError("q has a batch of 0 sequences; neural_memory needs at least one.")
     place = (batch, length, heads)
     v = tokens["v"]
     # Without a residual the network may map keys to values of another width.

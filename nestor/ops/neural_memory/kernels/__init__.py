@@ -164,7 +164,8 @@ def decode_token(
     inputs = (
         q.contiguous(), k.contiguous(), v.contiguous(),
         theta.float().contiguous(), floats(eta), floats(alpha),
-        state.phase, *weights, *momentum, *anchor, *targets, floats(gamma), floats(beta), spec.chunk_size,
+        state.phase.contiguous(), *weights, *momentum, *anchor, *targets,
+        floats(gamma), floats(beta), spec.chunk_size,
     )  # fmt: skip
     choices = (
         NORMS.index(spec.norm), LOSSES.index(spec.inner_loss), READS.index(spec.read_mode),

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nestor.errors import ShapeError
 from nestor.ops.neural_memory.kernels.coefficients import coefficients_backward_kernel, coefficients_kernel
 
 # Chunks from one checkpoint of the state to the next.
 INTERVAL = 8
+# Sequences x heads, one side of a grid.
+MOST_WALKS = 65_535
 # Chunks of one head that a span holds, over all sequences and heads.
 FORWARD_SPAN = 4096
 BACKWARD_SPAN = 1024
@@ -74,6 +77,11 @@ class Call:
         self.valid, self.resets, self.opened = inputs[10:]
         self.batch, self.tokens, self.heads, self.width = self.q.shape
         self.walks, self.chunks, self.chunk = self.batch * self.heads, -(-self.tokens // chunk), chunk
+        if self.walks > MOST_WALKS:
+            raise ShapeError(
+                f"{self.batch} sequences with {self.heads} heads each are {self.walks} memories; the kernels "
+                f"take at most {MOST_WALKS} in a call. Split the batch."
+            )
         self.layers, self.size, self.momentum = layers, size, self.eta is not None
         self.parts = 2 * layers if self.momentum else layers
         self.gates = {"C": chunk, "MOMENTUM": self.momentum, "FORGET": self.alpha is not None}

@@ -119,7 +119,9 @@ def memory_decode(
         "ACTIVATION": activation, "NORM": norm, "LOSS": loss, "READ": read, "MOMENTUM": eta is not None,
         "FORGET": alpha is not None, "TARGET": m1 is not None,
     }  # fmt: skip
-    if tiled.covers_decode(q.device, width, hidden):
+    # Whole pieces of 16 bytes are read and written; all of them begin at such, if each tensor does.
+    aligned = all(x is None or x.data_ptr() % 16 == 0 for x in tensors[7:])
+    if aligned and tiled.covers_decode(q.device, width, hidden):
         split = hidden // tiled.TILE
         choices |= {"SPLIT": split, "EXACT": q.dtype == torch.float32}
         tiled.launch("decode", (batch * heads * split,), choices, tensors, (), sizes, numbers, q.device)

@@ -92,8 +92,9 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     if (threadIdx.x < TILE) q[c] = number(Q[m * TILE + c]), k[c] = number(K[m * TILE + c]);
     float theta = THETA[m], eta = MOMENTUM ? ETA[m] : 0.f, alpha = FORGET ? ALPHA[m] : 0.f;
     bool closes = PHASE[b] + 1 == chunk;
-    // All programs have begun before one writes to another.
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    // All programs have begun before one writes to another. Relaxed, for it publishes nothing: with a release it would
+    // wait for all that is under way.
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     __syncthreads();
 
     through_rows(k, a1, parts);
