@@ -21,7 +21,7 @@ REPLACED = (
 
 def _ptx(start: str) -> str:
     """A statement of PTX that begins so, without operands."""
-    return rf'asm volatile\("{start}[^;]*;" ::: "memory"\);'
+    return rf'asm volatile\(\s*"{start}[^;]*;"\s*::\s*:\s*"memory"\);'
 
 
 ARRIVE, WAIT = r"barrier\.cluster\.arrive", r"barrier\.cluster\.wait"
@@ -30,7 +30,7 @@ STATEMENTS = {
     _ptx(ARRIVE): "cluster_arrive();",
     _ptx(WAIT): "cluster_wait();",
     _ptx(r"fence\.proxy"): "",
-    r'asm volatile\("st\.shared::cluster\.f32[^;]*;" ::"r"\((.*?)\), "f"\((\w+)\)\s*: "memory"\);':
+    r'asm volatile\(\s*"st\.shared::cluster\.f32[^;]*;"\s*::"r"\((.*?)\),\s*"f"\((\w+)\)\s*:\s*"memory"\);':
         r"*(float*)(arena.data() + \1) = \2;",
     r"extern __shared__ __align__\(1024\) char shared\[\];": "char* shared = block_memory();",
 }  # fmt: skip

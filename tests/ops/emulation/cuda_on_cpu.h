@@ -1,7 +1,7 @@
-// What the CUDA kernels of nestor/ops/neural_memory/kernels/tiled need, on a CPU: the language's names, and in the
-// place of functions in PTX what they mean. Threads of a group of blocks take turns, one after the other runs to its next
-// barrier, shuffle or wait, so that a missing one is mostly a wrong result. Copies and products are done when they begin:
-// what a kernel leaves to them too early or too late is not found here.
+// What the CUDA kernels of nestor/ops/neural_memory/kernels/tiled need, on a CPU: the language's names, and
+// in the place of functions in PTX what they mean. Threads of a group of blocks take turns, one after the
+// other runs to its next barrier, shuffle or wait, so that a missing one is mostly a wrong result. Copies and
+// products are done when they begin: what a kernel leaves to them too early or too late is not found here.
 
 #include <ucontext.h>
 
@@ -12,14 +12,30 @@
 #include <memory>
 #include <vector>
 
-struct uint2 { unsigned x, y; };
-struct uint4 { unsigned x, y, z, w; };
-struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct uint2 {
+    unsigned x, y;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) {
+    return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+    return {x, y, z, w};
+}
+inline float2 make_float2(float x, float y) {
+    return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+    return {x, y, z, w};
+}
 
 #define __device__
 #define __forceinline__ inline
@@ -28,24 +44,54 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 #define __cluster_dims__(...)
 #define __expf expf
 #define rsqrtf(x) (1.f / sqrtf(x))
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __uint_as_float(unsigned w) { float x; memcpy(&x, &w, 4); return x; }
-inline unsigned __float_as_uint(float x) { unsigned w; memcpy(&w, &x, 4); return w; }
-inline int min(int a, int b) { return a < b ? a : b; }
-inline long min(long a, long b) { return a < b ? a : b; }
-template <typename T> T __ldcs(const T* p) { return *p; }
-template <typename T> void __stcs(T* p, T x) { *p = x; }
+inline float __fdividef(float a, float b) {
+    return a / b;
+}
+inline float __uint_as_float(unsigned w) {
+    float x;
+    memcpy(&x, &w, 4);
+    return x;
+}
+inline unsigned __float_as_uint(float x) {
+    unsigned w;
+    memcpy(&w, &x, 4);
+    return w;
+}
+inline int min(int a, int b) {
+    return a < b ? a : b;
+}
+inline long min(long a, long b) {
+    return a < b ? a : b;
+}
+template <typename T>
+T __ldcs(const T* p) {
+    return *p;
+}
+template <typename T>
+void __stcs(T* p, T x) {
+    *p = x;
+}
 
 // --- threads ---
 
-struct Place { int x, y; };
+struct Place {
+    int x, y;
+};
 static Place threadIdx, blockIdx;
 static const int BLOCK = 256, WARP = 32;
 static const int PATIENCE = 100;  // rounds in which all only look
 static const long ROOM = 232 * 1024, STACK = 128 * 1024;
 
-struct Meeting { int members, here = 0; long turn = 0; };
-struct Thread { ucontext_t at; Place thread, block; int number; bool done; };
+struct Meeting {
+    int members, here = 0;
+    long turn = 0;
+};
+struct Thread {
+    ucontext_t at;
+    Place thread, block;
+    int number;
+    bool done;
+};
 
 static std::vector<Thread> threads;
 static std::vector<char> stacks, arena;
@@ -57,9 +103,15 @@ static Thread* running;
 static long moves;  // so that threads that all wait are found out
 static void (*body)();
 
-inline int block_of() { return running->number / BLOCK; }
-inline char* block_memory() { return arena.data() + block_of() * ROOM; }
-inline void rest() { swapcontext(&running->at, &scheduler); }
+inline int block_of() {
+    return running->number / BLOCK;
+}
+inline char* block_memory() {
+    return arena.data() + block_of() * ROOM;
+}
+inline void rest() {
+    swapcontext(&running->at, &scheduler);
+}
 inline void meet(Meeting& m) {
     ++moves;
     long turn = m.turn;
@@ -69,7 +121,9 @@ inline void meet(Meeting& m) {
     }
     while (m.turn == turn) rest();
 }
-inline void __syncthreads() { meet(blocks[block_of()]); }
+inline void __syncthreads() {
+    meet(blocks[block_of()]);
+}
 inline unsigned exchanged(unsigned x, int other) {
     Meeting& warp = warps[running->number / WARP];
     slots[running->number] = x;
@@ -81,15 +135,23 @@ inline unsigned exchanged(unsigned x, int other) {
 inline float __shfl_xor_sync(unsigned, float x, int d) {
     return __uint_as_float(exchanged(__float_as_uint(x), running->number % WARP ^ d));
 }
-inline int __shfl_sync(unsigned, int x, int lane) { return (int)exchanged((unsigned)x, lane); }
-inline unsigned atomicAdd(unsigned* p, unsigned x) { unsigned y = *p; *p += x; return y; }
+inline int __shfl_sync(unsigned, int x, int lane) {
+    return (int)exchanged((unsigned)x, lane);
+}
+inline unsigned atomicAdd(unsigned* p, unsigned x) {
+    unsigned y = *p;
+    *p += x;
+    return y;
+}
 static thread_local long cluster_turn[4096];
 inline void cluster_arrive() {
     ++moves;
     cluster_turn[running->number] = cluster.turn;
     if (++cluster.here == cluster.members) cluster.here = 0, ++cluster.turn;
 }
-inline void cluster_wait() { while (cluster.turn == cluster_turn[running->number]) rest(); }
+inline void cluster_wait() {
+    while (cluster.turn == cluster_turn[running->number]) rest();
+}
 
 static void begin_thread() {
     body();
@@ -102,7 +164,8 @@ static void begin_thread() {
 static bool run_grid(int grid_x, int grid_y, int group, void (*kernel)()) {
     body = kernel;
     int count = group * BLOCK;
-    threads.resize(count), stacks.resize(count * STACK), arena.resize(group * ROOM + 1024), slots.assign(count, 0);
+    threads.resize(count), stacks.resize(count * STACK), arena.resize(group * ROOM + 1024),
+        slots.assign(count, 0);
     for (int y = 0; y < grid_y; ++y)
         for (int x = 0; x < grid_x; x += group) {
             warps.assign(count / WARP, Meeting{WARP});
@@ -113,7 +176,8 @@ static bool run_grid(int grid_x, int grid_y, int group, void (*kernel)()) {
                 Thread& t = threads[i];
                 t.number = i, t.done = false, t.thread = {i % BLOCK, 0}, t.block = {x + i / BLOCK, y};
                 getcontext(&t.at);
-                t.at.uc_stack.ss_sp = stacks.data() + i * STACK, t.at.uc_stack.ss_size = STACK, t.at.uc_link = nullptr;
+                t.at.uc_stack.ss_sp = stacks.data() + i * STACK, t.at.uc_stack.ss_size = STACK,
+                t.at.uc_link = nullptr;
                 makecontext(&t.at, begin_thread, 0);
             }
             for (int left = count, idle = 0; left;) {

@@ -1,10 +1,11 @@
-// The programs of one walk; each has SLICES of the hidden width's SPLIT slices. A sum over the hidden width is a sum over
-// the programs: each owns ROWS rows of it, to which the others send their parts, and sends what it makes of them to all.
-// Sixteen threads work on a row.
+// The programs of one walk; each has SLICES of the hidden width's SPLIT slices. A sum over the hidden width
+// is a sum over the programs: each owns ROWS rows of it, to which the others send their parts, and sends what
+// it makes of them to all. Sixteen threads work on a row.
 //
-// They are a cluster and write into each other's shared memory, where arriving bytes are counted; or, IN_MEMORY, they
-// run anywhere and meet in global memory, where each word comes with the number of the turn: a reader waits until it
-// finds this turn's. A cluster is faster, but finds room only where enough multiprocessors are neighbours.
+// They are a cluster and write into each other's shared memory, where arriving bytes are counted; or,
+// IN_MEMORY, they run anywhere and meet in global memory, where each word comes with the number of the turn:
+// a reader waits until it finds this turn's. A cluster is faster, but finds room only where enough
+// multiprocessors are neighbours.
 
 #define EACH_SLICE _Pragma("unroll") for (int i = 0; i < SLICES; ++i)
 static const int PROGRAMS = SPLIT / SLICES;
@@ -18,21 +19,28 @@ __device__ __forceinline__ void await_and_expect(Arrival& x) {
     if (threadIdx.x == 0) expect(x);
 }
 __device__ __forceinline__ void push(u32 address, u32 x, u32 y, u32 barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
-                 "r"(x), "r"(y), "r"(barrier) : "memory");
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+            address),
+        "r"(x), "r"(y), "r"(barrier)
+        : "memory");
 }
 // A pair of words with their turn, twice; to be written and read as one.
 __device__ __forceinline__ void leave(uint4* place, u32 x, u32 y, u32 turn) {
-    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(place), "r"(x), "r"(turn), "r"(y) : "memory");
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(place), "r"(x), "r"(turn), "r"(y)
+                 : "memory");
 }
 __device__ __forceinline__ uint4 look(const uint4* place) {
     uint4 x;
     asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(place) : "memory");
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(place)
+                 : "memory");
     return x;
 }
-// The pairs at N places, `at(i)` for each i. All are asked for at once, until all are there; before that `late`, one of
-// another program, is waited for alone: threads that ask for all again and again are in the way of those that write.
+// The pairs at N places, `at(i)` for each i. All are asked for at once, until all are there; before that
+// `late`, one of another program, is waited for alone: threads that ask for all again and again are in the
+// way of those that write.
 template <int N, typename Places>
 __device__ __forceinline__ void find(uint2 (&pairs)[N], u32 turn, int late, Places at) {
     while (look(at(late)).w != turn) {
@@ -53,13 +61,13 @@ __device__ __forceinline__ void find(uint2 (&pairs)[N], u32 turn, int late, Plac
 
 // What MEETING has in front of the walks' places: the number of programs that have begun.
 static const int TICKET = 16;
-// Pairs of words of a walk: parts of sums from each program, and what is made of them, for even and for odd turns. A
-// place is free again after two turns: who begins a turn has something of the turn before from all.
+// Pairs of words of a walk: parts of sums from each program, and what is made of them, for even and for odd
+// turns. A place is free again after two turns: who begins a turn has something of the turn before from all.
 static const int PART_PAIRS = PROGRAMS * NUMBERS / 2;
 static const int MADE_PAIRS = NUMBERS / 4;
 
-// The number of this program: in the order in which they begin if they meet in memory, so that those which a program
-// waits for run already, or will without it.
+// The number of this program: in the order in which they begin if they meet in memory, so that those which a
+// program waits for run already, or will without it.
 __device__ __forceinline__ int program_number(uint4* meeting, char* shared) {
     if (!IN_MEMORY) return blockIdx.x;
     if (threadIdx.x == 0) *(u32*)shared = atomicAdd((u32*)meeting, 1);
@@ -70,14 +78,17 @@ __device__ __forceinline__ int program_number(uint4* meeting, char* shared) {
 }
 
 struct Exchange {
-    float* inbox;          // float32 [PROGRAMS, ROWS, 64], its pieces of 32 bytes swizzled
-    Arrival parts, made;   // in a cluster
-    uint4* meeting;        // in memory: the walk's place
+    float* inbox;         // float32 [PROGRAMS, ROWS, 64], its pieces of 32 bytes swizzled
+    Arrival parts, made;  // in a cluster
+    uint4* meeting;       // in memory: the walk's place
     u32 turn;
 
     __device__ __forceinline__ Exchange(float* inbox, u64* barriers, uint4* meeting, int walk)
-        : inbox(inbox), parts{barriers, INBOX_BYTES, 0}, made{barriers + 1, TILE_BYTES, 0},
-          meeting(meeting + TICKET + (long)walk * 2 * (PART_PAIRS + MADE_PAIRS)), turn(1) {}
+        : inbox(inbox),
+          parts{barriers, INBOX_BYTES, 0},
+          made{barriers + 1, TILE_BYTES, 0},
+          meeting(meeting + TICKET + (long)walk * 2 * (PART_PAIRS + MADE_PAIRS)),
+          turn(1) {}
 
     // By all threads, after other arrivals are prepared.
     __device__ __forceinline__ void prepare_all() {
@@ -89,7 +100,8 @@ struct Exchange {
         if (IN_MEMORY)
             __syncthreads();
         else
-            asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+            asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                             : "memory");
     }
     __device__ __forceinline__ uint4* part_place(int source, int row, int column) const {
         return meeting + (turn & 1) * PART_PAIRS + (source * TILE + row) * (TILE / 2) + column / 2;
@@ -124,7 +136,8 @@ struct Exchange {
         float4 sum;
         uint2 pairs[2 * PROGRAMS];
         if (IN_MEMORY)
-            find(pairs, turn, 2 * ((owner + 1) % PROGRAMS), [&](int i) { return part_place(i >> 1, owner * ROWS + row, column) + (i & 1); });
+            find(pairs, turn, 2 * ((owner + 1) % PROGRAMS),
+                 [&](int i) { return part_place(i >> 1, owner * ROWS + row, column) + (i & 1); });
 #pragma unroll
         for (int source = 0; source < PROGRAMS; ++source) {
             uint2 one = pairs[2 * source], other = pairs[2 * source + 1];
@@ -148,9 +161,11 @@ struct Exchange {
         if (IN_MEMORY) {
             // Sixteen rows at a time.
             uint2 pairs[MADE_PAIRS / THREADS];
-            find(pairs, turn, (rank + 1) % PROGRAMS * TURNS, [&](int i) { return made_place((threadIdx.x + i * THREADS) * 8); });
+            find(pairs, turn, (rank + 1) % PROGRAMS * TURNS,
+                 [&](int i) { return made_place((threadIdx.x + i * THREADS) * 8); });
 #pragma unroll
-            for (int i = 0; i < MADE_PAIRS / THREADS; ++i) ((uint2*)tile)[threadIdx.x + i * THREADS] = pairs[i];
+            for (int i = 0; i < MADE_PAIRS / THREADS; ++i)
+                ((uint2*)tile)[threadIdx.x + i * THREADS] = pairs[i];
             tiles_ready();
         } else {
             await_and_expect(made);

@@ -1,18 +1,28 @@
-// One token of every sequence: `decode_kernel` of ../decode.py for heads of 64 and hidden widths of up to 4 x 64.
+// One token of every sequence: `decode_kernel` of ../decode.py for heads of 64 and hidden widths of up to 4
+// x 64.
 //
-// A cluster takes one sequence and head; each program a slice of 64 of the hidden width. It reads its part of the State
-// once, all of it before it waits for anything, and writes it once; no matrix units, for all is float32. z_2 and the output are sums over the programs.
-// Sixteen threads to a row of 64 numbers, sixteen rows at a time.
+// A cluster takes one sequence and head; each program a slice of 64 of the hidden width. It reads its part of
+// the State once, all of it before it waits for anything, and writes it once; no matrix units, for all is
+// float32. z_2 and the output are sums over the programs. Sixteen threads to a row of 64 numbers, sixteen
+// rows at a time.
 
 // q, k, v and y in bfloat16 or float32.
 #if EXACT
 typedef float NUMBER;
-__device__ __forceinline__ float number(float x) { return x; }
-__device__ __forceinline__ float rounded(float x) { return x; }
+__device__ __forceinline__ float number(float x) {
+    return x;
+}
+__device__ __forceinline__ float rounded(float x) {
+    return x;
+}
 #else
 typedef bf16 NUMBER;
-__device__ __forceinline__ float number(bf16 x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ bf16 rounded(float x) { return (bf16)(pack(x, 0.f) & 0xffffu); }
+__device__ __forceinline__ float number(bf16 x) {
+    return __uint_as_float((u32)x << 16);
+}
+__device__ __forceinline__ bf16 rounded(float x) {
+    return (bf16)(pack(x, 0.f) & 0xffffu);
+}
 #endif
 
 struct Block {
@@ -22,7 +32,8 @@ __device__ __forceinline__ Block load_block(const float* base, int stride) {
     Block x;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        x.row[i] = __ldcs((const float4*)(base + ((threadIdx.x >> 4) + 16 * i) * stride + (threadIdx.x & 15) * 4));
+        x.row[i] =
+            __ldcs((const float4*)(base + ((threadIdx.x >> 4) + 16 * i) * stride + (threadIdx.x & 15) * 4));
     return x;
 }
 __device__ __forceinline__ void store_block(float* base, int stride, const Block& x) {
@@ -51,9 +62,12 @@ __device__ __forceinline__ float sum_over_cluster(float own, float* inbox, int r
     if (threadIdx.x < TILE)
 #pragma unroll
         for (int other = 0; other < SPLIT; ++other)
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote(inbox + rank * TILE + threadIdx.x, other)), "f"(own)
-                         : "memory");
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+            asm volatile(
+                "st.shared::cluster.f32 [%0], %1;" ::"r"(remote(inbox + rank * TILE + threadIdx.x, other)),
+                "f"(own)
+                : "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
     return threadIdx.x < TILE ? sum_of_parts(inbox, SPLIT, threadIdx.x) : 0.f;
 }
 // The state's W and S after the write, and W before it.
@@ -74,14 +88,16 @@ __device__ __forceinline__ void step(Block& w, Block& s, const float* target, in
     }
 }
 
-extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 2) decode_kernel(
-    const NUMBER* Q, const NUMBER* K, const NUMBER* V, const float* THETA, const float* ETA, const float* ALPHA,
-    const long* PHASE, const float* W1, const float* W2, const float* S1, const float* S2, const float* A1,
-    const float* A2, const float* M1, const float* M2, const float* GAMMA, const float* BETA, NUMBER* Y, float* NEW_W1,
-    float* NEW_W2, float* NEW_S1, float* NEW_S2, float* NEW_A1, float* NEW_A2, int heads, int chunk, float eps,
-    float scale, float threshold) {
+extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 2)
+    decode_kernel(const NUMBER* Q, const NUMBER* K, const NUMBER* V, const float* THETA, const float* ETA,
+                  const float* ALPHA, const long* PHASE, const float* W1, const float* W2, const float* S1,
+                  const float* S2, const float* A1, const float* A2, const float* M1, const float* M2,
+                  const float* GAMMA, const float* BETA, NUMBER* Y, float* NEW_W1, float* NEW_W2,
+                  float* NEW_S1, float* NEW_S2, float* NEW_A1, float* NEW_A2, int heads, int chunk, float eps,
+                  float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
-    float *q = (float*)shared, *k = q + TILE, *x = k + TILE, *slope = x + TILE, *u1 = slope + TILE, *u2 = u1 + TILE;
+    float *q = (float*)shared, *k = q + TILE, *x = k + TILE, *slope = x + TILE, *u1 = slope + TILE,
+          *u2 = u1 + TILE;
     float *parts = u2 + TILE, *inbox = parts + 8 * TILE, *other_inbox = inbox + SPLIT * TILE;
     int rank = blockIdx.x % SPLIT, m = blockIdx.x / SPLIT, b = m / heads, h = m % heads;
     long first = (long)m * SIZE + rank * TILE, second = (long)m * SIZE + rank * NUMBERS;
@@ -92,8 +108,8 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     if (threadIdx.x < TILE) q[c] = number(Q[m * TILE + c]), k[c] = number(K[m * TILE + c]);
     float theta = THETA[m], eta = MOMENTUM ? ETA[m] : 0.f, alpha = FORGET ? ALPHA[m] : 0.f;
     bool closes = PHASE[b] + 1 == chunk;
-    // All programs have begun before one writes to another. Relaxed, for it publishes nothing: with a release it would
-    // wait for all that is under way.
+    // All programs have begun before one writes to another. Relaxed, for it publishes nothing: with a release
+    // it would wait for all that is under way.
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     __syncthreads();
 
@@ -114,7 +130,9 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     if (threadIdx.x < 32) {
         int column = (threadIdx.x & 15) * 4;
         float4 gamma = all_of(1.f), beta = all_of(0.f), kk = *(float4*)(k + column), zh;
-        if (NORM == 2) gamma = *(const float4*)(GAMMA + h * TILE + column), beta = *(const float4*)(BETA + h * TILE + column);
+        if (NORM == 2)
+            gamma = *(const float4*)(GAMMA + h * TILE + column),
+            beta = *(const float4*)(BETA + h * TILE + column);
         const NUMBER* at = V + m * TILE + column;
         float4 v = make_float4(number(at[0]), number(at[1]), number(at[2]), number(at[3]));
         float inverse;
@@ -165,10 +183,13 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     if (rank == 0 && threadIdx.x < 32) {
         int column = (threadIdx.x & 15) * 4;
         float4 gamma = all_of(1.f), beta = all_of(0.f), qq = *(float4*)(q + column);
-        if (NORM == 2) gamma = *(const float4*)(GAMMA + h * TILE + column), beta = *(const float4*)(BETA + h * TILE + column);
+        if (NORM == 2)
+            gamma = *(const float4*)(GAMMA + h * TILE + column),
+            beta = *(const float4*)(BETA + h * TILE + column);
         float inverse;
         float4 y = head(qq, standardise(*(float4*)(u1 + column), eps, inverse), gamma, beta);
         NUMBER* at = Y + m * TILE + column;
-        if (threadIdx.x < 16) at[0] = rounded(y.x), at[1] = rounded(y.y), at[2] = rounded(y.z), at[3] = rounded(y.w);
+        if (threadIdx.x < 16)
+            at[0] = rounded(y.x), at[1] = rounded(y.y), at[2] = rounded(y.z), at[3] = rounded(y.w);
     }
 }

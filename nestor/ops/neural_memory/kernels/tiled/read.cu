@@ -1,6 +1,7 @@
-// The reads: `read_kernel` of ../read.py for heads and chunks of 64 in bfloat16. One program a chunk of one sequence and
-// head; it walks the hidden width in SPLIT slices of 64, the operands of the next slice on their way while it works on
-// one. Without DUAL all queries see the weights at the chunk's start. Order in memory as in write.cu.
+// The reads: `read_kernel` of ../read.py for heads and chunks of 64 in bfloat16. One program a chunk of one
+// sequence and head; it walks the hidden width in SPLIT slices of 64, the operands of the next slice on their
+// way while it works on one. Without DUAL all queries see the weights at the chunk's start. Order in memory
+// as in write.cu.
 
 static const bool SURPRISED = DUAL && MOMENTUM;  // whether queries see the momentum
 static const int OPERANDS = 2 + (SURPRISED ? 2 : 0) + (TARGET ? 2 : 0);
@@ -15,16 +16,16 @@ __device__ __forceinline__ Slice slice_at(char* tiles) {
     return x;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
-    const bf16* Q, const bf16* K, const float* SCALES, const float* G, const bf16* STATES, const bf16* STEPS,
-    const bf16* TARGETS, const float* GAMMA, const float* BETA, bf16* Y, bf16* Z, float* R, long qb, long qt, long qh,
-    long kb, long kt, long kh, long yb, long yt, long yh, int walks, int heads, int chunks, int tokens, int first_chunk,
-    int span, float eps) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    read_kernel(const bf16* Q, const bf16* K, const float* SCALES, const float* G, const bf16* STATES,
+                const bf16* STEPS, const bf16* TARGETS, const float* GAMMA, const float* BETA, bf16* Y,
+                bf16* Z, float* R, long qb, long qt, long qh, long kb, long kt, long kh, long yb, long yt,
+                long yh, int walks, int heads, int chunks, int tokens, int first_chunk, int span, float eps) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
     char *q_tile = shared, *k_tile = q_tile + TILE_BYTES, *u2_tile = k_tile + TILE_BYTES,
-         *weighted_tile = u2_tile + TILE_BYTES, *x2_tile = weighted_tile + TILE_BYTES, *u1_tile = x2_tile + TILE_BYTES,
-         *x_tile = u1_tile + TILE_BYTES, *operands = x_tile + TILE_BYTES;
+         *weighted_tile = u2_tile + TILE_BYTES, *x2_tile = weighted_tile + TILE_BYTES,
+         *u1_tile = x2_tile + TILE_BYTES, *x_tile = u1_tile + TILE_BYTES, *operands = x_tile + TILE_BYTES;
     u64* barriers = (u64*)(operands + 2 * OPERANDS * TILE_BYTES);
     Arrival slices[2] = {{barriers, OPERANDS * TILE_BYTES, 0}, {barriers + 1, OPERANDS * TILE_BYTES, 0}};
     Arrival step = {barriers + 2, TILE_BYTES, 0};
@@ -86,7 +87,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_kernel(
 
 #pragma unroll 1
     for (int i = 0; i < SPLIT; ++i) {
-        if (i & 1) await(slices[1]); else await(slices[0]);
+        if (i & 1)
+            await(slices[1]);
+        else
+            await(slices[0]);
         tiles_ready();
         Slice o = slice_at(operands + (i & 1) * OPERANDS * TILE_BYTES);
         Fragment z, zw, zs, x2, u1;

@@ -1,13 +1,13 @@
 // The gradient of the reads: `read_backward_kernel` of ../read.py for heads and chunks of 64 in bfloat16. One
-// program a chunk of one sequence and head; it walks the hidden width in SPLIT slices of 64, the operands of the next
-// slice on their way while it works on one. Without DUAL all queries see the weights at the chunk's start, and nothing
-// but the gradients of q, of the state and of the norm is written. Row scales (A, F, 1 - A) are applied to sums where they
-// can be, and to q and g_z once where they cannot.
+// program a chunk of one sequence and head; it walks the hidden width in SPLIT slices of 64, the operands of
+// the next slice on their way while it works on one. Without DUAL all queries see the weights at the chunk's
+// start, and nothing but the gradients of q, of the state and of the norm is written. Row scales (A, F, 1 -
+// A) are applied to sums where they can be, and to q and g_z once where they cannot.
 //
 // Order in memory as in write.cu and write_backward.cu; G_TARGETS and G_K as fragments.
 
 static const bool SURPRISED = DUAL && MOMENTUM;  // whether queries see the momentum
-static const bool LOSING = DUAL && TARGET;        // whether they see part of the way to the targets
+static const bool LOSING = DUAL && TARGET;       // whether they see part of the way to the targets
 static const int OPERANDS = 2 + (DUAL ? 2 : 0) + (SURPRISED ? 2 : 0) + (TARGET ? 2 : 0);
 
 // One slice's operands, in the order of their tiles.
@@ -22,19 +22,21 @@ __device__ __forceinline__ Slice slice_at(char* tiles) {
     return x;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
-    const bf16* Q, const bf16* K, const float* SCALES, const float* G, const bf16* STATES, const bf16* STEPS,
-    const bf16* HIDDENS, const bf16* TARGETS, const float* GAMMA, const bf16* Z, const float* R, const bf16* G_Y,
-    bf16* G_Q, bf16* G_K, float* G_ROWS, float* G_G, bf16* G_STATES, bf16* G_TARGETS, bf16* G_U1, bf16* G_X2,
-    bf16* G_U2, float* G_NORM, long qb, long qt, long qh, long kb, long kt, long kh, long yb, long yt, long yh,
-    long gb, long gt, long gh, int walks, int heads, int chunks, int tokens, int first_chunk, int span) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    read_backward_kernel(const bf16* Q, const bf16* K, const float* SCALES, const float* G,
+                         const bf16* STATES, const bf16* STEPS, const bf16* HIDDENS, const bf16* TARGETS,
+                         const float* GAMMA, const bf16* Z, const float* R, const bf16* G_Y, bf16* G_Q,
+                         bf16* G_K, float* G_ROWS, float* G_G, bf16* G_STATES, bf16* G_TARGETS, bf16* G_U1,
+                         bf16* G_X2, bf16* G_U2, float* G_NORM, long qb, long qt, long qh, long kb, long kt,
+                         long kh, long yb, long yt, long yh, long gb, long gt, long gh, int walks, int heads,
+                         int chunks, int tokens, int first_chunk, int span) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
     char *q_tile = shared, *aq_tile = q_tile + TILE_BYTES, *fq_tile = aq_tile + TILE_BYTES,
          *mq_tile = fq_tile + TILE_BYTES, *gz_tile = mq_tile + TILE_BYTES, *agz_tile = gz_tile + TILE_BYTES,
-         *fgz_tile = agz_tile + TILE_BYTES, *mgz_tile = fgz_tile + TILE_BYTES, *weighted_tile = mgz_tile + TILE_BYTES,
-         *scores_tile = weighted_tile + TILE_BYTES, *x_tile = scores_tile + TILE_BYTES, *z_tile = x_tile + TILE_BYTES,
-         *operands = z_tile + TILE_BYTES;
+         *fgz_tile = agz_tile + TILE_BYTES, *mgz_tile = fgz_tile + TILE_BYTES,
+         *weighted_tile = mgz_tile + TILE_BYTES, *scores_tile = weighted_tile + TILE_BYTES,
+         *x_tile = scores_tile + TILE_BYTES, *z_tile = x_tile + TILE_BYTES, *operands = z_tile + TILE_BYTES;
     u64* barriers = (u64*)(operands + 2 * OPERANDS * TILE_BYTES);
     Arrival slices[2] = {{barriers, OPERANDS * TILE_BYTES, 0}, {barriers + 1, OPERANDS * TILE_BYTES, 0}};
     Arrival step = {barriers + 2, TILE_BYTES, 0};
@@ -125,7 +127,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
             __syncthreads();
             if (threadIdx.x < 2 * TILE) {
                 float sum = 0.f;
-                for (int r = 0; r < 16; ++r) sum += sums[((threadIdx.x >> 6) * 16 + r) * TILE + (threadIdx.x & 63)];
+                for (int r = 0; r < 16; ++r)
+                    sum += sums[((threadIdx.x >> 6) * 16 + r) * TILE + (threadIdx.x & 63)];
                 G_NORM[here * 2 * TILE + threadIdx.x] = sum;
             }
         }
@@ -154,7 +157,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
 
 #pragma unroll 1
     for (int i = 0; i < SPLIT; ++i) {
-        if (i & 1) await(slices[1]); else await(slices[0]);
+        if (i & 1)
+            await(slices[1]);
+        else
+            await(slices[0]);
         tiles_ready();
         Slice o = slice_at(operands + (i & 1) * OPERANDS * TILE_BYTES);
         {
@@ -186,7 +192,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_backward_kernel(
             store_tile(z_tile, packed(g));
         }
         tiles_ready();
-        bf16 *out = G_STATES + here * PARTS * SIZE + i * NUMBERS, *more = G_TARGETS + here * 2 * SIZE + i * NUMBERS;
+        bf16 *out = G_STATES + here * PARTS * SIZE + i * NUMBERS,
+             *more = G_TARGETS + here * 2 * SIZE + i * NUMBERS;
         {
             Fragment x1, x2, x3, x4;
             if (DUAL) begin_product<false, true, true>(scores, x_tile, o.x2, side);

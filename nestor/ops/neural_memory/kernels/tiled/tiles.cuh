@@ -1,10 +1,11 @@
 // Tiles of 64 x 64 numbers, and the products of two of them, for programs of 8 warps.
 //
-// A tile of operands lies in shared memory as bfloat16, its 16-byte pieces swizzled as the matrix units want them, and in
-// global memory in the same order ("as a tile"): copies of 8 KiB in one piece. A tile of sums is a fragment: warp w has
-// the rows 16 (w % 4) .. + 16 and the columns 32 (w / 4) .. + 32, and of these thread 4 g + t of the warp has
-// f[j][0..3] = (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1) with c = 8 j + 2 t. Work on elements needs no exchange
-// then: all tiles of a program are cut alike. What only such work reads again lies in global memory "as a fragment".
+// A tile of operands lies in shared memory as bfloat16, its 16-byte pieces swizzled as the matrix units want
+// them, and in global memory in the same order ("as a tile"): copies of 8 KiB in one piece. A tile of sums is
+// a fragment: warp w has the rows 16 (w % 4) .. + 16 and the columns 32 (w / 4) .. + 32, and of these thread
+// 4 g + t of the warp has f[j][0..3] = (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1) with c = 8 j + 2 t.
+// Work on elements needs no exchange then: all tiles of a program are cut alike. What only such work reads
+// again lies in global memory "as a fragment".
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -29,16 +30,30 @@ struct Packed {
 
 #define FOR_EACH _Pragma("unroll") for (int j = 0; j < 4; ++j) _Pragma("unroll") for (int r = 0; r < 4; ++r)
 
-__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
-__device__ __forceinline__ int warp_row() { return (threadIdx.x >> 5 & 3) * 16; }
-__device__ __forceinline__ int warp_column() { return (threadIdx.x >> 7) * 32; }
+__device__ __forceinline__ int lane_id() {
+    return threadIdx.x & 31;
+}
+__device__ __forceinline__ int warp_row() {
+    return (threadIdx.x >> 5 & 3) * 16;
+}
+__device__ __forceinline__ int warp_column() {
+    return (threadIdx.x >> 7) * 32;
+}
 // Which half of the columns the warp has, as a value that the compiler knows to be the warp's.
-__device__ __forceinline__ int side_of_warp() { return __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0); }
+__device__ __forceinline__ int side_of_warp() {
+    return __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0);
+}
 // The thread's first row, and its first column in the columns of group j.
-__device__ __forceinline__ int own_row() { return warp_row() + (lane_id() >> 2); }
-__device__ __forceinline__ int own_column(int j) { return warp_column() + 8 * j + 2 * (lane_id() & 3); }
+__device__ __forceinline__ int own_row() {
+    return warp_row() + (lane_id() >> 2);
+}
+__device__ __forceinline__ int own_column(int j) {
+    return warp_column() + 8 * j + 2 * (lane_id() & 3);
+}
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return (u32)__cvta_generic_to_shared(p);
+}
 // The address of `p`, a place in shared memory, in the program `rank` of the cluster.
 __device__ __forceinline__ u32 remote(const void* p, int rank) {
     u32 r;
@@ -51,8 +66,12 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
     return w;
 }
-__device__ __forceinline__ float low_half(u32 w) { return __uint_as_float(w << 16); }
-__device__ __forceinline__ float high_half(u32 w) { return __uint_as_float(w & 0xffff0000u); }
+__device__ __forceinline__ float low_half(u32 w) {
+    return __uint_as_float(w << 16);
+}
+__device__ __forceinline__ float high_half(u32 w) {
+    return __uint_as_float(w & 0xffff0000u);
+}
 
 __device__ __forceinline__ Packed packed(const Fragment& x) {
     Packed y;
@@ -67,11 +86,21 @@ __device__ __forceinline__ float at(const Packed& x, int j, int r) {
     u32 w = x.w[j][r >> 1];
     return r & 1 ? high_half(w) : low_half(w);
 }
-__device__ __forceinline__ void clear(Fragment& x) { FOR_EACH x.f[j][r] = 0.f; }
-__device__ __forceinline__ void multiply(Fragment& x, float by) { FOR_EACH x.f[j][r] *= by; }
-__device__ __forceinline__ void scale_rows(Fragment& x, const float (&by)[2]) { FOR_EACH x.f[j][r] *= by[r >> 1]; }
-__device__ __forceinline__ void add(Fragment& x, const Fragment& y) { FOR_EACH x.f[j][r] += y.f[j][r]; }
-__device__ __forceinline__ void add(Fragment& x, const Packed& y) { FOR_EACH x.f[j][r] += at(y, j, r); }
+__device__ __forceinline__ void clear(Fragment& x) {
+    FOR_EACH x.f[j][r] = 0.f;
+}
+__device__ __forceinline__ void multiply(Fragment& x, float by) {
+    FOR_EACH x.f[j][r] *= by;
+}
+__device__ __forceinline__ void scale_rows(Fragment& x, const float (&by)[2]) {
+    FOR_EACH x.f[j][r] *= by[r >> 1];
+}
+__device__ __forceinline__ void add(Fragment& x, const Fragment& y) {
+    FOR_EACH x.f[j][r] += y.f[j][r];
+}
+__device__ __forceinline__ void add(Fragment& x, const Packed& y) {
+    FOR_EACH x.f[j][r] += at(y, j, r);
+}
 // x = a x + b y.
 __device__ __forceinline__ void combine(Fragment& x, float a, float b, const Fragment& y) {
     FOR_EACH x.f[j][r] = a * x.f[j][r] + b * y.f[j][r];
@@ -117,14 +146,16 @@ __device__ __forceinline__ void store_tile(char* tile, const Packed& x) {
     for (int j = 0; j < 4; j += 2)
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                          base + tile_byte(row, warp_column() + 8 * (j + (i >> 1)))),
-                     "r"(x.w[j][0]), "r"(x.w[j][1]), "r"(x.w[j + 1][0]), "r"(x.w[j + 1][1]) : "memory");
+                     "r"(x.w[j][0]), "r"(x.w[j][1]), "r"(x.w[j + 1][0]), "r"(x.w[j + 1][1])
+                     : "memory");
 }
 __device__ __forceinline__ Packed load_tile(const char* tile) {
     Packed x;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) x.w[j][h] = *(const u32*)(tile + tile_byte(own_row() + 8 * h, own_column(j)));
+        for (int h = 0; h < 2; ++h)
+            x.w[j][h] = *(const u32*)(tile + tile_byte(own_row() + 8 * h, own_column(j)));
     return x;
 }
 // Writes to tiles by the threads, seen by the matrix and copy units after the barrier.
@@ -163,11 +194,12 @@ template <int TA, int TB>
 __device__ __forceinline__ void matrix_step(Fragment& d, u64 a, u64 b, int add) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+        "%11, "
         "%12, %13, %14, %15}, %16, %17, p, 1, 1, %19, %20;\n}"
-        : "+f"(d.f[0][0]), "+f"(d.f[0][1]), "+f"(d.f[0][2]), "+f"(d.f[0][3]), "+f"(d.f[1][0]), "+f"(d.f[1][1]),
-          "+f"(d.f[1][2]), "+f"(d.f[1][3]), "+f"(d.f[2][0]), "+f"(d.f[2][1]), "+f"(d.f[2][2]), "+f"(d.f[2][3]),
-          "+f"(d.f[3][0]), "+f"(d.f[3][1]), "+f"(d.f[3][2]), "+f"(d.f[3][3])
+        : "+f"(d.f[0][0]), "+f"(d.f[0][1]), "+f"(d.f[0][2]), "+f"(d.f[0][3]), "+f"(d.f[1][0]),
+          "+f"(d.f[1][1]), "+f"(d.f[1][2]), "+f"(d.f[1][3]), "+f"(d.f[2][0]), "+f"(d.f[2][1]),
+          "+f"(d.f[2][2]), "+f"(d.f[2][3]), "+f"(d.f[3][0]), "+f"(d.f[3][1]), "+f"(d.f[3][2]), "+f"(d.f[3][3])
         : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
 }
 // Begin sum = A B or, with ADD, sum += A B, where A is tile a or, with TA, its transpose; B likewise.
@@ -183,22 +215,29 @@ __device__ __forceinline__ void begin_product(Fragment& sum, const char* a, cons
     settle(sum);
 }
 // All products that were begun are there; each fragment is to be settled before it is used.
-__device__ __forceinline__ void end_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ __forceinline__ void end_products() {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
 #else
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address)
+                     : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address)
+                     : "memory");
 }
 __device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <bool TA, bool TB, bool ADD>
 __device__ __forceinline__ void begin_product(Fragment& sum, const char* a, const char* b, int side) {
@@ -222,7 +261,8 @@ __device__ __forceinline__ void begin_product(Fragment& sum, const char* a, cons
                 load_matrices<true>(y[h], b0 + tile_byte(k + (i & 1) * 8 + r, column + (i >> 1) * 8));
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add(sum.f[j], x, y[j >> 1][2 * (j & 1)], y[j >> 1][2 * (j & 1) + 1]);
+        for (int j = 0; j < 4; ++j)
+            multiply_add(sum.f[j], x, y[j >> 1][2 * (j & 1)], y[j >> 1][2 * (j & 1) + 1]);
     }
 }
 __device__ __forceinline__ void end_products() {}
@@ -251,7 +291,8 @@ __device__ __forceinline__ void store_floats(float* base, int stride, const Frag
     for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-            *(float2*)(base + (own_row() + 8 * h) * stride + own_column(j)) = make_float2(x.f[j][2 * h], x.f[j][2 * h + 1]);
+            *(float2*)(base + (own_row() + 8 * h) * stride + own_column(j)) =
+                make_float2(x.f[j][2 * h], x.f[j][2 * h + 1]);
 }
 __device__ __forceinline__ Fragment load_floats(const float* base, int stride) {
     Fragment x;
@@ -270,7 +311,8 @@ __device__ __forceinline__ void store_rows(bf16* base, long stride, int rows, co
     for (int h = 0; h < 2; ++h)
         if (own_row() + 8 * h < rows)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) *(u32*)(base + (own_row() + 8 * h) * stride + own_column(j)) = x.w[j][h];
+            for (int j = 0; j < 4; ++j)
+                *(u32*)(base + (own_row() + 8 * h) * stride + own_column(j)) = x.w[j][h];
 }
 __device__ __forceinline__ Packed load_rows(const bf16* base, long stride, int rows) {
     Packed x;
@@ -278,10 +320,13 @@ __device__ __forceinline__ Packed load_rows(const bf16* base, long stride, int r
     for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-            x.w[j][h] = own_row() + 8 * h < rows ? *(const u32*)(base + (own_row() + 8 * h) * stride + own_column(j)) : 0;
+            x.w[j][h] = own_row() + 8 * h < rows
+                            ? *(const u32*)(base + (own_row() + 8 * h) * stride + own_column(j))
+                            : 0;
     return x;
 }
-// bfloat16 in rows `stride` numbers apart, a tile's two pieces of 16 bytes to a thread; rows from `rows` on are 0.
+// bfloat16 in rows `stride` numbers apart, a tile's two pieces of 16 bytes to a thread; rows from `rows` on
+// are 0.
 struct Pieces {
     uint4 piece[2];
 };
@@ -313,30 +358,45 @@ struct Arrival {
 __device__ __forceinline__ void prepare(const Arrival& x) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(x.barrier)) : "memory");
 }
-__device__ __forceinline__ void prepared() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void prepared() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void expect(const Arrival& x) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(x.barrier)), "r"(x.bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(x.barrier)),
+                 "r"(x.bytes)
                  : "memory");
 }
 __device__ __forceinline__ void await(Arrival& x) {
-    asm volatile("{\n.reg .pred p;\nWAIT:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@!p bra WAIT;\n}" ::"r"(shared_address(x.barrier)), "r"(x.parity) : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nWAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra WAIT;\n}" ::"r"(shared_address(x.barrier)),
+        "r"(x.parity)
+        : "memory");
     x.parity ^= 1;
 }
 // A tile on its way into shared memory; `arrival` counts its bytes.
 __device__ __forceinline__ void fetch(char* tile, const bf16* from, const Arrival& arrival) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(tile)), "l"(from), "r"(TILE_BYTES), "r"(shared_address(arrival.barrier)) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(tile)),
+        "l"(from), "r"(TILE_BYTES), "r"(shared_address(arrival.barrier))
+        : "memory");
 }
 // Keeps the compiler from holding a register for every address that follows from i.
-__device__ __forceinline__ void opaque(int& i) { asm volatile("" : "+r"(i)); }
+__device__ __forceinline__ void opaque(int& i) {
+    asm volatile("" : "+r"(i));
+}
 // A tile on its way to global memory; it is not to be written before `sent`.
 __device__ __forceinline__ void send(bf16* to, const char* tile) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
-                 "r"(shared_address(tile)), "r"(TILE_BYTES) : "memory");
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+        "r"(shared_address(tile)), "r"(TILE_BYTES)
+        : "memory");
 }
-__device__ __forceinline__ void sent() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void sent() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 // A tile from memory to the cache.
 __device__ __forceinline__ void bring(const bf16* from) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(TILE_BYTES) : "memory");
@@ -350,7 +410,8 @@ __device__ __forceinline__ void activate(float z, float& value, float& slope, fl
     if (ACTIVATION == 0) {
         float e = __expf(-0.5f * z * z), t = __fdividef(1.f, 1.f + 0.23164189f * fabsf(z));
         float tail = 0.5f * e * t *
-                     (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+                     (0.254829592f +
+                      t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
         float cdf = z >= 0.f ? 1.f - tail : tail, density = 0.3989422804f * e;
         value = z * cdf;
         slope = cdf + z * density;
@@ -382,7 +443,9 @@ __device__ __forceinline__ float row_sum(float x) {
     for (int d = 1; d < 16; d *= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
     return x;
 }
-__device__ __forceinline__ float row_sum(float4 x) { return row_sum(x.x + x.y + x.z + x.w); }
+__device__ __forceinline__ float row_sum(float4 x) {
+    return row_sum(x.x + x.y + x.z + x.w);
+}
 __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
@@ -392,9 +455,15 @@ __device__ __forceinline__ float4 operator-(float4 a, float4 b) {
 __device__ __forceinline__ float4 operator*(float4 a, float4 b) {
     return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
 }
-__device__ __forceinline__ float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
-__device__ __forceinline__ float4 operator-(float4 a, float b) { return make_float4(a.x - b, a.y - b, a.z - b, a.w - b); }
-__device__ __forceinline__ float4 all_of(float x) { return make_float4(x, x, x, x); }
+__device__ __forceinline__ float4 operator*(float4 a, float b) {
+    return make_float4(a.x * b, a.y * b, a.z * b, a.w * b);
+}
+__device__ __forceinline__ float4 operator-(float4 a, float b) {
+    return make_float4(a.x - b, a.y - b, a.z - b, a.w - b);
+}
+__device__ __forceinline__ float4 all_of(float x) {
+    return make_float4(x, x, x, x);
+}
 
 // The standardised row, and 1/s; without a layer norm the row and 1.
 __device__ __forceinline__ float4 standardise(float4 z, float eps, float& inverse) {
@@ -427,12 +496,14 @@ __device__ __forceinline__ float4 loss_error(float4 f, float4 v, float scale, fl
     return e * scale;
 }
 // The gradient of f from that of the error; f and v only with Huber's loss.
-__device__ __forceinline__ float4 output_gradient(float4 g, float4 f, float4 v, float scale, float threshold) {
+__device__ __forceinline__ float4 output_gradient(float4 g, float4 f, float4 v, float scale,
+                                                  float threshold) {
     if (LOSS == 1) return all_of(0.f);
     if (LOSS == 2) {
         float4 miss = f - v;
-        return make_float4(fabsf(miss.x) < threshold ? g.x * scale : 0.f, fabsf(miss.y) < threshold ? g.y * scale : 0.f,
-                           fabsf(miss.z) < threshold ? g.z * scale : 0.f, fabsf(miss.w) < threshold ? g.w * scale : 0.f);
+        return make_float4(
+            fabsf(miss.x) < threshold ? g.x * scale : 0.f, fabsf(miss.y) < threshold ? g.y * scale : 0.f,
+            fabsf(miss.z) < threshold ? g.z * scale : 0.f, fabsf(miss.w) < threshold ? g.w * scale : 0.f);
     }
     return g * scale;
 }

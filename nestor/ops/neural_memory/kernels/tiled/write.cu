@@ -1,11 +1,13 @@
-// The writes of a two-layer memory, forward: `write_kernel` of ../write.py for heads and chunks of 64 in bfloat16.
+// The writes of a two-layer memory, forward: `write_kernel` of ../write.py for heads and chunks of 64 in
+// bfloat16.
 //
-// A group of programs walks one sequence and head; each has SLICES times 64 columns of W1 and rows of W2, with their
-// momentum, in registers from chunk to chunk. For z_2 each sends its part to the owners of the rows, and an owner sends
-// the step u_2 of its rows to all (see cluster.cuh). W is never put together from what a state holds, D, and its target M: products take both.
+// A group of programs walks one sequence and head; each has SLICES times 64 columns of W1 and rows of W2,
+// with their momentum, in registers from chunk to chunk. For z_2 each sends its part to the owners of the
+// rows, and an owner sends the step u_2 of its rows to all (see cluster.cuh). W is never put together from
+// what a state holds, D, and its target M: products take both.
 //
-// Order in memory, besides ../write.py's: STATES, STEPS, x_2 and u_1 of HIDDENS, and TARGETS [heads, 2, SPLIT] as tiles;
-// phi'(z_1) and u_2 W2^T phi''(z_1) as fragments.
+// Order in memory, besides ../write.py's: STATES, STEPS, x_2 and u_1 of HIDDENS, and TARGETS [heads, 2,
+// SPLIT] as tiles; phi'(z_1) and u_2 W2^T phi''(z_1) as fragments.
 
 struct State {
     Fragment w1, w2, s1, s2;
@@ -36,18 +38,20 @@ struct Slice {
 };
 __device__ __forceinline__ Slice slice_at(char* tiles) {
     Slice o;
-    o.w1 = tiles, o.w2 = o.w1 + TILE_BYTES, o.x = o.w2 + TILE_BYTES, o.xg = o.x + TILE_BYTES, o.ug = o.xg + TILE_BYTES;
+    o.w1 = tiles, o.w2 = o.w1 + TILE_BYTES, o.x = o.w2 + TILE_BYTES, o.xg = o.x + TILE_BYTES,
+    o.ug = o.xg + TILE_BYTES;
     o.m1 = o.ug + TILE_BYTES, o.m2 = o.m1 + TILE_BYTES;
     o.xe = o.ug + (TARGET ? 3 : 1) * TILE_BYTES, o.s1 = o.xe + TILE_BYTES, o.s2 = o.s1 + TILE_BYTES;
     return o;
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) write_kernel(
-    const bf16* K, const bf16* V, const float* ENDS, const float* LAST, float* CHECKPOINTS, bf16* STATES,
-    bf16* STEPS, bf16* HIDDENS, bf16* ZH, float* NORMS, const bf16* TARGETS, const float* GAMMA,
-    const float* BETA, const float* START, const unsigned char* RESETS, const int* OPEN, float* ANCHOR, uint4* MEETING,
-    long kb, long kt, long kh, long vb, long vt, long vh, int walks, int heads, int chunks, int tokens,
-    int first_chunk, int span, int interval, int rows, float eps, float scale, float threshold) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+    write_kernel(const bf16* K, const bf16* V, const float* ENDS, const float* LAST, float* CHECKPOINTS,
+                 bf16* STATES, bf16* STEPS, bf16* HIDDENS, bf16* ZH, float* NORMS, const bf16* TARGETS,
+                 const float* GAMMA, const float* BETA, const float* START, const unsigned char* RESETS,
+                 const int* OPEN, float* ANCHOR, uint4* MEETING, long kb, long kt, long kh, long vb, long vt,
+                 long vh, int walks, int heads, int chunks, int tokens, int first_chunk, int span,
+                 int interval, int rows, float eps, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
     int program = program_number(MEETING, shared), rank = program % PROGRAMS, walk = program / PROGRAMS;
@@ -71,7 +75,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         norm[TILE + threadIdx.x] = BETA[h * TILE + threadIdx.x];
     }
     State state[SLICES];
-    EACH_SLICE load_state(state[i], CHECKPOINTS + ((long)(begin / interval) * walks + m) * PARTS * SIZE, rank * SLICES + i);
+    EACH_SLICE load_state(state[i], CHECKPOINTS + ((long)(begin / interval) * walks + m) * PARTS * SIZE,
+                          rank * SLICES + i);
     Pieces next = load_pieces(k_at + (long)begin * TILE * kt, kt, tokens - begin * TILE);
     if (TARGET && threadIdx.x == 0) prepare(targets);
     exchange.prepare_all();
@@ -175,8 +180,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int r = 0; r < TURNS; ++r) {
             int row = r * 16 + own, t = rank * ROWS + row;
-            float4 gamma = all_of(1.f), beta = all_of(0.f), v = four(values[r]), k = load_four(k_tile, t, column);
-            if (NORM == 2) gamma = *(const float4*)(norm + column), beta = *(const float4*)(norm + TILE + column);
+            float4 gamma = all_of(1.f), beta = all_of(0.f), v = four(values[r]),
+                   k = load_four(k_tile, t, column);
+            if (NORM == 2)
+                gamma = *(const float4*)(norm + column), beta = *(const float4*)(norm + TILE + column);
             float inverse;
             float4 zh = standardise(exchange.sum_of_row(rank, row, column), eps, inverse);
             float4 e = loss_error(head(k, zh, gamma, beta), v, scale, threshold) * gamma;
@@ -237,7 +244,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
     EACH_SLICE {
         if (SAVE)
-            save_state(state[i], CHECKPOINTS + ((long)((stop + interval - 1) / interval) * walks + m) * PARTS * SIZE,
+            save_state(state[i],
+                       CHECKPOINTS + ((long)((stop + interval - 1) / interval) * walks + m) * PARTS * SIZE,
                        rank * SLICES + i);
     }
 }

@@ -1,16 +1,18 @@
-// The gradient of the writes, last chunk first: `write_backward_kernel` of ../write.py for heads and chunks of 64 in
-// bfloat16. Programs, sums over them and order in memory as in write.cu. G_STATES, G_TARGETS_READ, G_U1 and G_X2, what the
-// reads of each chunk add, are fragments.
+// The gradient of the writes, last chunk first: `write_backward_kernel` of ../write.py for heads and chunks
+// of 64 in bfloat16. Programs, sums over them and order in memory as in write.cu. G_STATES, G_TARGETS_READ,
+// G_U1 and G_X2, what the reads of each chunk add, are fragments.
 //
-// The gradients of keys, coefficients and targets are made here too, for all they need is at hand: of the keys each
-// program's part as a fragment, of the coefficients each program's parts (sums over a half of the columns, and over a
-// warp), which write_gradients.cu adds up; of the targets a sum in shared memory, as a fragment of float32.
+// The gradients of keys, coefficients and targets are made here too, for all they need is at hand: of the
+// keys each program's part as a fragment, of the coefficients each program's parts (sums over a half of the
+// columns, and over a warp), which write_gradients.cu adds up; of the targets a sum in shared memory, as a
+// fragment of float32.
 
-// g (a B) + e (a C), rows scaled by g and e. With `like` also the sums of its rows times those of a B and of a C.
+// g (a B) + e (a C), rows scaled by g and e. With `like` also the sums of its rows times those of a B and of
+// a C.
 template <bool TB, bool SUMS>
-__device__ __forceinline__ Fragment through_steps(const char* a, const char* b, const char* c, const float (&g)[2],
-                                                  const float (&e)[2], int side, const char* like, float (&g_sums)[2],
-                                                  float (&e_sums)[2]) {
+__device__ __forceinline__ Fragment through_steps(const char* a, const char* b, const char* c,
+                                                  const float (&g)[2], const float (&e)[2], int side,
+                                                  const char* like, float (&g_sums)[2], float (&e_sums)[2]) {
     Fragment x, y;
     begin_product<false, TB, false>(x, a, b, side);
     if (MOMENTUM) begin_product<false, TB, false>(y, a, c, side);
@@ -52,14 +54,17 @@ struct State {
     Fragment w1, w2, s1, s2;
 };
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) write_backward_kernel(
-    const bf16* K, const bf16* V, const float* ENDS, const float* LAST, const bf16* STATES, const bf16* STEPS,
-    const bf16* HIDDENS, const bf16* ZH, const float* NORMS, const bf16* TARGETS, const float* GAMMA,
-    const float* BETA, const unsigned char* RESETS, const int* OPEN, const bf16* G_STATES, const bf16* G_TARGETS_READ,
-    const bf16* G_U1, const bf16* G_X2, const bf16* G_U2, float* CARRIED, float* G_TARGETS, bf16* G_K_PARTS,
-    float* G_ENDS_PARTS, float* G_LAST_PARTS, float* G_STEPS, const float* G_ANCHOR, float* G_START, uint4* MEETING,
-    long kb, long kt, long kh, long vb, long vt, long vh, int walks, int heads, int chunks, int tokens, int first_chunk,
-    int span, float scale, float threshold) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+    write_backward_kernel(const bf16* K, const bf16* V, const float* ENDS, const float* LAST,
+                          const bf16* STATES, const bf16* STEPS, const bf16* HIDDENS, const bf16* ZH,
+                          const float* NORMS, const bf16* TARGETS, const float* GAMMA, const float* BETA,
+                          const unsigned char* RESETS, const int* OPEN, const bf16* G_STATES,
+                          const bf16* G_TARGETS_READ, const bf16* G_U1, const bf16* G_X2, const bf16* G_U2,
+                          float* CARRIED, float* G_TARGETS, bf16* G_K_PARTS, float* G_ENDS_PARTS,
+                          float* G_LAST_PARTS, float* G_STEPS, const float* G_ANCHOR, float* G_START,
+                          uint4* MEETING, long kb, long kt, long kh, long vb, long vt, long vh, int walks,
+                          int heads, int chunks, int tokens, int first_chunk, int span, float scale,
+                          float threshold) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
     int program = program_number(MEETING, shared), rank = program % PROGRAMS, m = program / PROGRAMS;
@@ -70,8 +75,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         end += count * TILE_BYTES;
         return first;
     };
-    char *k_tile = tiles(1), *u_tile = tiles(1), *z2_tile = tiles(1), *x = tiles(1), *w2 = tiles(1), *dw1 = tiles(1);
-    char *dw2 = tiles(1), *pulled = tiles(1), *u1 = tiles(1), *both_w1 = tiles(2), *m1 = end, *m2 = end, *ds1 = end;
+    char *k_tile = tiles(1), *u_tile = tiles(1), *z2_tile = tiles(1), *x = tiles(1), *w2 = tiles(1),
+         *dw1 = tiles(1);
+    char *dw2 = tiles(1), *pulled = tiles(1), *u1 = tiles(1), *both_w1 = tiles(2), *m1 = end, *m2 = end,
+         *ds1 = end;
     float* sums = (float*)end;
     if (TARGET) m1 = tiles(1), m2 = tiles(1), sums = (float*)tiles(4);
     char *ds2 = end, *s1 = end, *s2 = end;
@@ -83,7 +90,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Arrival targets = {barriers + 3, 2 * TILE_BYTES, 0};
 
     const bf16 *k_at = K + b * kb + h * kh, *v_at = V + b * vb + h * vh;
-    float *carried = CARRIED + (long)m * PARTS * SIZE, *g_targets = G_TARGETS + (long)m * 2 * SIZE + rank * NUMBERS;
+    float *carried = CARRIED + (long)m * PARTS * SIZE,
+          *g_targets = G_TARGETS + (long)m * 2 * SIZE + rank * NUMBERS;
     long kind = (long)walks * span * SIZE;
     int own = threadIdx.x >> 4, column = (threadIdx.x & 15) * 4;
     if (NORM == 2 && threadIdx.x < TILE) {
@@ -160,7 +168,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         long wide = (here * SPLIT + rank) * NUMBERS;
         const bf16* reads = G_STATES + (here * PARTS * SPLIT + rank) * NUMBERS;
         char* w1 = both_w1 + (n & 1) * TILE_BYTES;
-        Packed slope = load_fragment(HIDDENS + kind + wide), bend = load_fragment(HIDDENS + 3 * kind + wide), extra;
+        Packed slope = load_fragment(HIDDENS + kind + wide), bend = load_fragment(HIDDENS + 3 * kind + wide),
+               extra;
         if (READS) extra = load_fragment(G_U1 + wide);
         const float* ends = ENDS + cell * 2 * TILE;
         float g_end[2] = {ends[own_row()], ends[own_row() + 8]}, e_end[2] = {0.f, 0.f};
@@ -191,9 +200,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
             for (int i = 0; i < 3; ++i) {
 #pragma unroll
-                for (int lanes = 1; lanes < 32; lanes *= 2) g_last[i] += __shfl_xor_sync(0xffffffffu, g_last[i], lanes);
+                for (int lanes = 1; lanes < 32; lanes *= 2)
+                    g_last[i] += __shfl_xor_sync(0xffffffffu, g_last[i], lanes);
                 if (lane_id() == 0)
-                    G_LAST_PARTS[((here * SPLIT + rank) * (THREADS / 32) + (threadIdx.x >> 5)) * 4 + i] = g_last[i];
+                    G_LAST_PARTS[((here * SPLIT + rank) * (THREADS / 32) + (threadIdx.x >> 5)) * 4 + i] =
+                        g_last[i];
             }
         }
 
@@ -222,13 +233,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 Packed read;
-                if (READS) read = load_fragment(G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS + i * SIZE);
+                if (READS)
+                    read = load_fragment(G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS + i * SIZE);
                 const Fragment& after = i ? d.w2 : d.w1;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     float4* sum = wide_place(sums + i * NUMBERS, j);
-                    float4 more = make_float4(after.f[j][0], after.f[j][1], after.f[j][2], after.f[j][3]) * (1.f - A);
-                    if (READS) more = more + make_float4(at(read, j, 0), at(read, j, 1), at(read, j, 2), at(read, j, 3));
+                    float4 more =
+                        make_float4(after.f[j][0], after.f[j][1], after.f[j][2], after.f[j][3]) * (1.f - A);
+                    if (READS)
+                        more = more +
+                               make_float4(at(read, j, 0), at(read, j, 1), at(read, j, 2), at(read, j, 3));
                     *sum = *sum + more;
                 }
             }
@@ -247,7 +262,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         // Sums over the columns of a warp: those of the other half are another's.
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float* out = G_ENDS_PARTS + ((here * SPLIT + rank) * 2 + (threadIdx.x >> 7)) * 2 * TILE + own_row() + 8 * r;
+            float* out = G_ENDS_PARTS + ((here * SPLIT + rank) * 2 + (threadIdx.x >> 7)) * 2 * TILE +
+                         own_row() + 8 * r;
             float by_w = warp_sum_of_four(g_sums[r]), by_s = MOMENTUM ? warp_sum_of_four(e_sums[r]) : 0.f;
             if ((lane_id() & 3) == 0) out[0] = by_w, out[TILE] = by_s;
         }
@@ -272,7 +288,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             float4 weighted = through_norm(g_u * -1.f, zh, inverse), f = zh, v = zh;
             if (LOSS == 2) {
                 v = all_of(0.f);
-                if (n * TILE + t < tokens) v = four(*(const uint2*)(v_at + (long)(n * TILE + t) * vt + column));
+                if (n * TILE + t < tokens)
+                    v = four(*(const uint2*)(v_at + (long)(n * TILE + t) * vt + column));
                 f = head(load_four(k_tile, t, column), zh, gamma, beta);
             }
             float4 g_z = output_gradient(weighted * gamma, f, v, scale, threshold);

@@ -1,24 +1,29 @@
-// The gradients of keys and values, and of coefficients: `write_gradients_kernel` of ../write.py for heads and chunks of
-// 64 in bfloat16, from the parts that write_backward.cu leaves. One program a chunk of one sequence and head.
+// The gradients of keys and values, and of coefficients: `write_gradients_kernel` of ../write.py for heads
+// and chunks of 64 in bfloat16, from the parts that write_backward.cu leaves. One program a chunk of one
+// sequence and head.
 
-extern "C" __global__ void __launch_bounds__(THREADS) write_gradients_kernel(
-    const bf16* K, const bf16* V, const bf16* ZH, const float* NORMS, const float* GAMMA, const float* BETA,
-    const float* G_STEPS, const bf16* G_K_PARTS, const float* G_ENDS_PARTS, const float* G_LAST_PARTS, const bf16* READ_K,
-    bf16* G_K, bf16* G_V, float* G_ENDS, float* G_LAST, float* G_NORM, long kb, long kt, long kh, long vb, long vt, long vh,
-    long gb, long gt, long gh, int walks, int heads, int chunks, int tokens, int first_chunk, int span, float scale,
-    float threshold) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    write_gradients_kernel(const bf16* K, const bf16* V, const bf16* ZH, const float* NORMS,
+                           const float* GAMMA, const float* BETA, const float* G_STEPS, const bf16* G_K_PARTS,
+                           const float* G_ENDS_PARTS, const float* G_LAST_PARTS, const bf16* READ_K,
+                           bf16* G_K, bf16* G_V, float* G_ENDS, float* G_LAST, float* G_NORM, long kb,
+                           long kt, long kh, long vb, long vt, long vh, long gb, long gt, long gh, int walks,
+                           int heads, int chunks, int tokens, int first_chunk, int span, float scale,
+                           float threshold) {
     extern __shared__ __align__(1024) char shared[];
     float *head_k = (float*)shared, *by_norm = head_k + NUMBERS;
     int n = first_chunk + blockIdx.x, m = blockIdx.y, b = m / heads, h = m % heads;
     long here = (long)m * span + blockIdx.x;
     int rest = tokens - n * TILE;
-    const bf16 *k_at = K + b * kb + h * kh + (long)n * TILE * kt, *v_at = V + b * vb + h * vh + (long)n * TILE * vt;
+    const bf16 *k_at = K + b * kb + h * kh + (long)n * TILE * kt,
+               *v_at = V + b * vb + h * vh + (long)n * TILE * vt;
     long out = b * gb + h * gh + (long)n * TILE * gt;
     int own = threadIdx.x >> 4, column = (threadIdx.x & 15) * 4;
 
     float4 gamma = all_of(1.f), beta = all_of(0.f), g_gamma = beta, g_beta = beta;
     if (NORM == 2)
-        gamma = *(const float4*)(GAMMA + h * TILE + column), beta = *(const float4*)(BETA + h * TILE + column);
+        gamma = *(const float4*)(GAMMA + h * TILE + column),
+        beta = *(const float4*)(BETA + h * TILE + column);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
         int t = r * 16 + own;
@@ -57,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) write_gradients_kernel(
         G_ENDS[here * 2 * TILE + threadIdx.x] = sum;
         if (NORM == 2) {
             sum = G_NORM[here * 2 * TILE + threadIdx.x];
-            for (int r = 0; r < 16; ++r) sum += by_norm[((threadIdx.x >> 6) * 16 + r) * TILE + (threadIdx.x & 63)];
+            for (int r = 0; r < 16; ++r)
+                sum += by_norm[((threadIdx.x >> 6) * 16 + r) * TILE + (threadIdx.x & 63)];
             G_NORM[here * 2 * TILE + threadIdx.x] = sum;
         }
     } else if (threadIdx.x < 2 * TILE + 3) {
