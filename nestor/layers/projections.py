@@ -22,4 +22,6 @@ def project_together(x: Tensor, projections: Sequence[nn.Module]) -> list[Tensor
 
 def _plain(module: nn.Module) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is nn.Linear and module.bias is None and not hooked
+    linear = type(module) is nn.Linear and module.bias is None and not hooked
+    # Quantised and distributed weights are tensors of another class.
+    return linear and type(module.weight) in (nn.Parameter, Tensor)

@@ -16,10 +16,17 @@ def test_what_is_not_plain_is_called() -> None:
     class Adapted(nn.Linear):
         pass
 
+    class Quantised(torch.Tensor):
+        pass
+
+    quantised = nn.Linear(4, 4, bias=False)
+    quantised.weight = nn.Parameter(torch.randn(4, 4).as_subclass(Quantised))
     hooked = nn.Linear(4, 4, bias=False)
     hooked.register_forward_hook(lambda *arguments: None)
     assert _plain(nn.Linear(4, 4, bias=False))
-    assert not any(map(_plain, (Adapted(4, 4, bias=False), nn.Linear(4, 4), nn.Identity(), hooked)))
+    assert not any(
+        map(_plain, (Adapted(4, 4, bias=False), nn.Linear(4, 4), nn.Identity(), quantised, hooked))
+    )
 
 
 def test_on_a_cpu_each_is_called() -> None:
