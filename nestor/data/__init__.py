@@ -13,6 +13,7 @@ from nestor.data.tokenizers import (
     load_tokenizer,
     tokenizer_identity,
 )
+from nestor.data.workers import WorkerStream
 
 __all__ = [
     "IGNORED",
@@ -25,6 +26,7 @@ __all__ = [
     "StreamDecoder",
     "TokenStream",
     "TokenizedCorpus",
+    "WorkerStream",
     "check_vocabulary",
     "default_cache_dir",
     "encode_text",

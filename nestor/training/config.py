@@ -26,6 +26,7 @@ FREE_ON_RESUME = frozenset(
         "run.keep_last",
         "run.tracker",
         "run.prefetch",
+        "run.data_workers",
         "run.compile",
         "run.activation_checkpointing",
     }
@@ -138,6 +139,8 @@ class RunConfig:
     device: Literal["auto", "cpu"] = "auto"
     #: Batches made ahead of time.
     prefetch: int = 2
+    #: Processes that make them, each some of the lanes; 0: a thread of the training process.
+    data_workers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +260,7 @@ def check(config: TrainConfig) -> None:
         ("run.log_every", run.log_every, 1),
         ("run.eval_batches", run.eval_batches, 1),
         ("run.prefetch", run.prefetch, 0),
+        ("run.data_workers", run.data_workers, 0),
         ("run.eval_every", run.eval_every, 0),
         ("run.save_every", run.save_every, 0),
         ("run.steps", run.steps, 0),

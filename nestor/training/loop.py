@@ -13,6 +13,7 @@ import signal as signals
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nestor.data import IGNORED, Batch, Prefetcher, check_vocabulary
+from nestor.data import IGNORED, Batch, LaneStream, Prefetcher, WorkerStream, check_vocabulary
 from nestor.errors import NonFiniteError
 from nestor.files import FileLock
 from nestor.training import checkpoint as checkpoints
@@ -119,7 +120,10 @@ class Run:
         if config.run.activation_checkpointing:
             # Named differently by the versions of transformers that are supported.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        stream = train_stream(config.data, self.tokenizer, config.run.seed, processes.lanes)
+        make = partial(train_stream, config.data, self.tokenizer, config.run.seed)
+        stream: LaneStream = make(processes.lanes)
+        if config.run.data_workers:
+            stream = WorkerStream(stream, make, config.run.data_workers)
         self.stream = Prefetcher(stream, config.run.prefetch)
         self.held_out = valid_stream(config, self.tokenizer, processes) if config.run.eval_every else None
 
