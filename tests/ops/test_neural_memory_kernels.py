@@ -33,6 +33,8 @@ CASES = {
     "masks and resets": {"masked": 0.3, "reset": 0.1},
     "resets to a start": {"reset": 0.1, "with_start": True, "momentum": False},
 }
+# Of these the interpreter, which is slow, computes some in every run of the tests.
+QUICK = ("plain", "N2, dot product, silu", "chunk-start reads", "decay to zero", "masks and resets")
 
 
 def _draw(draw_problem, seed=0, **choices):
@@ -111,7 +113,9 @@ def _tolerance(name, dtype, p) -> float:
 
 @pytest.mark.skipif(HAS_TRITON and not INTERPRETED, reason="runs in a process of its own, see below")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_interpreted_kernels_equal_the_chunked_form(draw_problem, flat, gradients, case) -> None:
     _compare(draw_problem, flat, gradients, torch.float32, **{**SMALL, **CASES[case]})
 
@@ -197,15 +201,26 @@ def test_kernels_decode_half_precision(draw_problem, flat, hidden) -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and starts its interpreter itself")
-def test_the_kernels_in_tritons_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        ("not slow", len(QUICK) + len(DECODE_CASES) + 1),
+        pytest.param("slow", len(CASES) - len(QUICK), marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernels_in_tritons_interpreter(chosen, count) -> None:
     """The variable must be set before Triton is imported, so those tests run in a process of their own."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(Path(__file__))]
     done = subprocess.run(
-        [*command, "-k", "interpreted_kernels"], env=env, capture_output=True, text=True, check=False
+        [*command, "-k", "interpreted_kernels", "-m", chosen],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert f"{len(CASES) + len(DECODE_CASES) + 1} passed" in done.stdout, done.stdout[-500:]
+    assert f"{count} passed" in done.stdout, done.stdout[-500:]
 
 
 # Slices to a program of a walk, whether its programs meet in memory, and the problem.
@@ -219,7 +234,14 @@ EMULATED = {
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED or ON_GPU, reason="is for a CPU with Triton's modules")
-@pytest.mark.parametrize("case", EMULATED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Each compiles its kernels, for ten seconds and more.
+        pytest.param(case, marks=() if case in ("cluster, masks, resets", "in memory") else pytest.mark.slow)
+        for case in EMULATED
+    ],
+)
 def test_emulated_cuda_kernels(draw_problem, flat, gradients, emulation, monkeypatch, case) -> None:
     slices, in_memory, choices = EMULATED[case]
     ran = emulation.install(monkeypatch, slices, in_memory)
