@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nestor.ops.kernels import most_warps
 from nestor.ops.operators import operator
 
 BLOCK = 64
@@ -120,8 +121,7 @@ def _choices(q: Tensor, state: Tensor | None, unit: bool) -> dict[str, Any]:
         "UNIT": unit,
         "HAS_STATE": state is not None,
         "PRECISION": precision,
-        # Programs of two warps have no warp group, whose products fail on rows of 64 bytes (Triton 3.6).
-        "num_warps": 2 if q.shape[-1] * q.element_size() == 64 else 4,
+        "num_warps": min(4, most_warps(q)),
     }
 
 

@@ -33,15 +33,6 @@ def span_of(budget: int, walks: int, chunks: int) -> int:
     return min(whole, max(INTERVAL, budget // walks // INTERVAL * INTERVAL))
 
 
-def most_warps(x: Tensor) -> int:
-    """Warps of a program at most, for tokens x.
-
-    On rows of 64 bytes Triton 3.6's products of warp groups fail (an illegal memory access); programs of two
-    warps have no warp group.
-    """
-    return 2 if x.shape[-1] * x.element_size() == 64 else 8
-
-
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of sequences, tokens and heads."""
     return x.stride(0), x.stride(1), x.stride(2)
@@ -133,7 +124,10 @@ class Call:
         return rows, G, ends, last, norms
 
     def norm_gradients(self, collected: Tensor) -> list[Tensor]:
-        """The gradients of gamma and beta, of which `collected` has the parts."""
+        """The gradients of gamma and beta, of which `collected` has the parts; empty without a norm."""
+        if self.gamma is None:
+            # Two, for what an operator returns must not share memory.
+            return [self.floats(0), self.floats(0)]
         shape = (collected.shape[0], self.batch, self.heads, *collected.shape[2:])
         return [g.clone() for g in collected.view(shape).sum((0, 1, 3)).unbind(1)]
 

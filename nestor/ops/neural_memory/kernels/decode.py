@@ -119,8 +119,7 @@ def memory_decode(
         "ACTIVATION": activation, "NORM": norm, "LOSS": loss, "READ": read, "MOMENTUM": eta is not None,
         "FORGET": alpha is not None, "TARGET": m1 is not None,
     }  # fmt: skip
-    # Whole pieces of 16 bytes are read and written; all of them begin at such, if each tensor does.
-    aligned = all(x is None or x.data_ptr() % 16 == 0 for x in tensors[7:])
+    aligned = all(x is None or tiled.begins_aligned(x) for x in tensors[7:])
     if aligned and tiled.covers_decode(q.device, width, hidden):
         split = hidden // tiled.TILE
         choices |= {"SPLIT": split, "EXACT": q.dtype == torch.float32}

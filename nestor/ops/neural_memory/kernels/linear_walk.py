@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nestor.ops.kernels import most_warps
 from nestor.ops.neural_memory.kernels.calls import (
     BACKWARD_SPAN,
     FORWARD_SPAN,
@@ -11,7 +12,6 @@ from nestor.ops.neural_memory.kernels.calls import (
     Inputs,
     attach_autograd,
     gradients_like,
-    most_warps,
     outputs_like,
     span_of,
     strides,
@@ -109,7 +109,7 @@ class _LinearWalk(Call):
         gates = (self.theta, self.eta, self.alpha)
         g_gates = [self.floats(0) if g is None else g.new_empty(g.shape) for g in gates]
         carried = g_final.clone()
-        has_targets, has_norm = self.targets is not None, self.gamma is not None
+        has_targets = self.targets is not None
         g_targets = self.zeros(m, self.size) if has_targets else self.floats(0)
         g_start = torch.zeros_like(g_final) if self.resets is not None else self.floats(0)
         span = span_of(BACKWARD_SPAN, m, n)
@@ -162,7 +162,7 @@ class _LinearWalk(Call):
         def over_sequences(x: Tensor, *shape: int) -> Tensor:
             return x.view(self.batch, self.heads, *shape).sum(0)
 
-        g_shared = self.norm_gradients(collected[-1]) if has_norm else [self.floats(0)] * 2
+        g_shared = self.norm_gradients(collected[-1])
         if has_targets:
             g_targets = over_sequences(g_targets, 1, self.size)
         if self.resets is not None:

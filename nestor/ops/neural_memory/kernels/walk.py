@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from nestor.ops.kernels import most_warps
 from nestor.ops.neural_memory.kernels import tiled
 from nestor.ops.neural_memory.kernels.calls import (
     BACKWARD_SPAN,
@@ -25,7 +26,6 @@ from nestor.ops.neural_memory.kernels.calls import (
     Inputs,
     attach_autograd,
     gradients_like,
-    most_warps,
     outputs_like,
     span_of,
     strides,
@@ -100,7 +100,7 @@ class _Walk(Call):
         if self.tiled:
             self.q, self.k, self.v = (tiled.aligned(x) for x in (self.q, self.k, self.v))
             self.gamma, self.beta = (
-                x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in (self.gamma, self.beta)
+                x if x is None or tiled.begins_aligned(x) else x.clone() for x in (self.gamma, self.beta)
             )
             self.operands = None if self.targets is None else tiled.targets_as_tiles(self.targets)
         self.slices = {name: min(32 if exact else size, hidden) for name, size in SLICES.items()}
@@ -248,7 +248,7 @@ class _Walk(Call):
         g_gates = [nothing if g is None else g.new_empty(g.shape) for g in (self.theta, self.eta, self.alpha)]
         carried = g_final.clone()
         g_y = tiled.aligned(g_y) if self.tiled else g_y
-        has_targets, has_norm = self.targets is not None, self.gamma is not None
+        has_targets = self.targets is not None
         g_targets = self.zeros(1 if self.tiled else 2, m, 2 * size) if has_targets else nothing
         g_start = torch.zeros_like(g_final) if self.resets is not None else nothing
         span = span_of(BACKWARD_SPAN, m, n)
@@ -281,7 +281,7 @@ class _Walk(Call):
             )  # fmt: skip
             writes_backward(first, here, g_ends, g_last, g_norms)
         self.gate_gradients(g_gates, rows, G, E, *collected[:-1], span, self.dual)
-        g_shared = self.norm_gradients(collected[-1]) if has_norm else [nothing, nothing]
+        g_shared = self.norm_gradients(collected[-1])
         if has_targets:
             g_targets = g_targets.view(-1, self.batch, heads, 2 * size).sum((0, 1))
             g_targets = tiled.targets_from_fragments(g_targets) if self.tiled else g_targets

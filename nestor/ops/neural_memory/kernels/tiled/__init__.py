@@ -48,9 +48,14 @@ def covers_decode(device: torch.device, width: int, hidden: int) -> bool:
     return ENABLED and sizes and cuda.obstacle(device) is None
 
 
+def begins_aligned(x: Tensor) -> bool:
+    """Whether x begins at a multiple of 16 bytes: kernels read and write such pieces."""
+    return x.data_ptr() % 16 == 0
+
+
 def aligned(x: Tensor) -> Tensor:
     """x ``[B, T, H, p]`` with rows that begin at multiples of 16 bytes."""
-    whole = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
+    whole = begins_aligned(x) and all(stride % 8 == 0 for stride in x.stride()[:3])
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
