@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 
 from nestor.files import write_json
 from nestor.ops.linear_cross_entropy import choose_backend, has_liger, linear_cross_entropy
@@ -65,16 +65,6 @@ def step_of(s: Settings, width: int, vocabulary: int, backend: str) -> Callable[
     return step
 
 
-def timed(s: Settings, step: Callable[[], None]) -> float:
-    """Milliseconds of a step, the device's queue included."""
-    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def peak(s: Settings, step: Callable[[], None]) -> float | None:
     """MiB that a step needs beside its inputs; None on a CPU."""
     if s.device != "cuda":
@@ -95,7 +85,7 @@ def measure(s: Settings, size: str) -> dict[str, Any]:
     steps = {backend: step_of(s, width, vocabulary, backend) for backend in backends}
     for backend in backends:
         try:
-            timed(s, steps[backend]), timed(s, steps[backend])
+            seconds(steps[backend], s.device), seconds(steps[backend], s.device)
             result[backend] = {"peak_mib": peak(s, steps[backend])}
         except torch.OutOfMemoryError as error:
             result[backend] = {"error": str(error).splitlines()[0]}
@@ -103,7 +93,7 @@ def measure(s: Settings, size: str) -> dict[str, Any]:
     times: dict[str, list[float]] = {backend: [] for backend in steps}
     for _ in range(s.repeats):
         for backend, step in steps.items():
-            times[backend].append(timed(s, step))
+            times[backend].append(1e3 * seconds(step, s.device))
     for backend, found in times.items():
         result[backend] |= {"ms_median": statistics.median(found), "ms_min": min(found)}
     return result

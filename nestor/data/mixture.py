@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nestor.data.streams import Batch, LaneStream, as_batch, empty_piece
+from nestor.data.streams import Batch, LaneStream, as_batch, empty_piece, put_rows
 from nestor.errors import ConfigError
 
 #: Builds a source for so many lanes in the whole job, of which this process makes the given ones.
@@ -60,9 +60,7 @@ class Mixture(LaneStream):
     def __next__(self) -> Batch:
         batch = as_batch(empty_piece(len(self.lanes), self.length))
         for stream, rows in zip(self.streams, self._rows, strict=True):
-            part = next(stream)
-            for name in batch:
-                batch[name][rows] = part[name]  # type: ignore[literal-required]
+            put_rows(batch, rows, next(stream))
         self.position += self.length
         return batch
 

@@ -54,6 +54,18 @@ def as_batch(piece: Piece) -> Batch:
     return Batch(input_ids=ids, labels=labels, resets=resets, weights=weights)
 
 
+def as_piece(batch: Batch) -> Piece:
+    """Reverse of `as_batch`."""
+    ids, labels, resets, weights = batch["input_ids"], batch["labels"], batch["resets"], batch["weights"]
+    return ids.numpy(), labels.numpy(), resets.numpy(), weights.numpy()
+
+
+def put_rows(batch: Batch, rows: Sequence[int], part: Batch) -> None:
+    """Write a batch of some lanes to their rows of the whole."""
+    for name in batch:
+        batch[name][rows] = part[name]  # type: ignore[literal-required]
+
+
 class LaneStream:
     """An endless iterator of batches. A subclass says what lane `lane` holds at `start .. start + length`.
 

@@ -6,12 +6,11 @@ import multiprocessing
 import queue
 import signal
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from nestor.data.streams import Batch, LaneStream, as_batch, empty_piece
+from nestor.data.streams import Batch, LaneStream, Piece, as_batch, as_piece, empty_piece, put_rows
 from nestor.errors import DataError
 
 # Batches that a process is ahead.
@@ -47,9 +46,7 @@ class WorkerStream(LaneStream):
             self._start()
         batch = as_batch(empty_piece(len(self.lanes), self.length))
         for rows, (process, parts) in zip(self._rows, self._running, strict=True):
-            part = _next_part(process, parts)
-            for name in batch:
-                batch[name][rows] = torch.from_numpy(part[name])  # type: ignore[literal-required]
+            put_rows(batch, rows, as_batch(_next_part(process, parts)))
         self.position += self.length
         return batch
 
@@ -85,7 +82,7 @@ class WorkerStream(LaneStream):
         self._running = []
 
 
-def _next_part(process: Any, parts: Any) -> dict[str, Any]:
+def _next_part(process: Any, parts: Any) -> Piece:
     while True:
         try:
             part = parts.get(timeout=1.0)
@@ -111,8 +108,7 @@ def _make(build: Build, lanes: Sequence[int], state: dict[str, Any], parts: Any)
         stream.load_state_dict(state)
         while True:
             # As arrays: tensors would be shared memory that ends with this process.
-            batch = cast(dict[str, Tensor], next(stream))
-            parts.put({name: tensor.numpy() for name, tensor in batch.items()})
+            parts.put(as_piece(next(stream)))
     except BaseException as error:  # whatever it is, the consumer gets it
         parts.put(error)
         parts.close()

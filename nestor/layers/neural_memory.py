@@ -258,8 +258,7 @@ class NeuralMemory(nn.Module):
         if len(result) == 3:
             theta = gates.theta.detach()
             report_write((theta if theta.dim() == 3 else theta.mean(-1)) * result[2])
-        # A GPU's operations take and give half precision; elsewhere the memory is float32 at least.
-        return self._output(y if y.is_cuda else y.to(x.dtype), gate), {**pack(after), **tails}
+        return self._output(y, gate, x.dtype), {**pack(after), **tails}
 
     def project(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None
@@ -349,7 +348,9 @@ class NeuralMemory(nn.Module):
             state[f"tail.{name}"] = like.new_zeros(batch, self.conv_kernel - 1, width)
         return state
 
-    def _output(self, y: Tensor, gate: Tensor | None) -> Tensor:
+    def _output(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # A GPU's operations take and give half precision; elsewhere the memory is float32 at least.
+        y = y if y.is_cuda else y.to(dtype)
         return self.o_proj(gated_norm(y, self.out_norm.weight, gate, eps=self.out_norm.eps))
 
 

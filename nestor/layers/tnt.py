@@ -127,7 +127,7 @@ class TNT(nn.Module):
             y, writes, state_after = y + near, [*writes, *strengths], state_after | local_state
         for strength in writes:
             report_write(strength)
-        return self.memory._output(y if y.is_cuda else y.to(x.dtype), gate), state_after
+        return self.memory._output(y, gate, x.dtype), state_after
 
     def _shards(self, tokens: Tokens, state: LayerState | None, span: Span) -> tuple[Tokens, LayerState]:
         """What the local memories answer, and their state. Tokens as in `_shard`."""

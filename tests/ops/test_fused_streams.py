@@ -3,10 +3,6 @@
 Run as a program, with TRITON_INTERPRET=1, this file checks the kernels on a CPU.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -153,12 +149,8 @@ def test_kernels_do_not_cover_a_cpu_and_wrong_shapes_are_named():
 
 
 @pytest.mark.slow
-def test_the_kernels_compute_the_pytorch_form_under_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton; pip install triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_kernels_compute_the_pytorch_form_under_the_interpreter(run_interpreted):
+    run_interpreted(__file__)
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------

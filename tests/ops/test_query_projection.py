@@ -3,11 +3,6 @@
 Run as a program, with TRITON_INTERPRET=1, this file checks the kernel on a CPU.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -185,12 +180,8 @@ def check(device, dtype, batch, length, heads, width, carried, unit, tolerance):
         )
 
 
-def test_the_kernel_computes_the_block_form_under_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton; pip install triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_kernel_computes_the_block_form_under_the_interpreter(run_interpreted) -> None:
+    run_interpreted(__file__)
 
 
 @pytest.mark.gpu

@@ -110,68 +110,49 @@ def build(folder: Path, name: str, definitions: tuple[tuple[str, int], ...], hea
     return run
 
 
-def _recurrences(theta, eta, keep, here):
-    """rows, ends, last, G and E of gates ``[M, N, C]``, as in kernels/coefficients.py, token after token."""
-    rows, g_rows, e_rows = [], [], []
-    e = g = torch.zeros_like(theta)
-    A, F, m = torch.ones_like(theta[..., 0]), torch.zeros_like(theta[..., 0]), torch.ones_like(theta[..., 0])
-    for i, place in enumerate(torch.eye(theta.shape[-1])):
-        e = eta[..., i, None] * e + theta[..., i, None] * place
-        g = keep[..., i, None] * g + e * here[..., i, None]
-        A, m = A * keep[..., i], m * eta[..., i]
-        F = keep[..., i] * F + m * here[..., i]
-        rows.append(torch.stack((A, F, m), -1))
-        g_rows.append(g)
-        e_rows.append(e)
-    last = torch.stack((A, F, m, torch.zeros_like(A)), -1)
-    matrices = torch.stack(g_rows, 2), torch.stack(e_rows, 2)
-    return torch.stack(rows, 3), torch.stack((g, e), 2), last, *matrices
+def _coefficients(call):
+    """Leaves theta, eta, alpha (None: off) ``[M, N, C]``, and rows, ends, last and G from them, as
+    kernels/coefficients.py has them; without the rows of m, which only its own backward reads."""
+    from nestor.ops.neural_memory.coefficients import chunk_coefficients
 
-
-def _gates(call):
-    """theta, eta, keep and whether there is a token, ``[M, N, C]``; gates require gradients."""
     room = call.chunks * call.chunk
 
-    def cells(gate, none):
-        gate = torch.nn.functional.pad(gate.detach().float(), (0, 0, 0, room - call.tokens), value=none)
+    def cells(gate):
+        gate = torch.nn.functional.pad(gate.detach().float(), (0, 0, 0, room - call.tokens))
         return gate.transpose(1, 2).reshape(call.walks, call.chunks, call.chunk)
 
     there = torch.ones(call.batch, call.tokens, call.heads)
     if call.valid is not None:
         there = there * call.valid[..., None]
-    here = cells(there, 0.0)
-    gates = [
-        None if gate is None else cells(gate, 0.0).requires_grad_()
-        for gate in (call.theta, call.eta, call.alpha)
-    ]
-    theta, eta, alpha = gates
-    silent = here == 0
-    eta = torch.zeros_like(here) if eta is None else torch.where(silent, 1.0, eta)
-    keep = torch.ones_like(here) if alpha is None else torch.where(silent, 1.0, 1.0 - alpha)
-    return gates, (torch.where(silent, 0.0, theta), eta, keep, here)
+    gates = (call.theta, call.eta, call.alpha)
+    leaves = [None if gate is None else cells(gate).requires_grad_() for gate in gates]
+    found = chunk_coefficients(*leaves, cells(there).bool())
+    A, G, none = found.A, found.G, torch.zeros_like(found.A)
+    F, E_end = (none, none) if found.F is None else (found.F, found.E_end)
+    F_end, m_end = (none[..., :1],) * 2 if found.F is None else (found.F_end, found.m_end)
+    rows, ends = torch.stack((A, F, none), 2), torch.stack((found.G_end, E_end), 2)
+    return leaves, rows, ends, torch.cat((found.A_end, F_end, m_end, none[..., :1]), -1), G
 
 
 def coefficients(call, keep):
     """In the place of `Call.coefficients`."""
-    _, gates = _gates(call)
-    return [x.detach().contiguous() for x in _recurrences(*gates)]
+    _, *found = _coefficients(call)
+    rows, ends, last, G = (x.detach().contiguous() for x in found)
+    return rows, ends, last, G, G
 
 
 def gate_gradients(call, out, rows, G, E, g_rows, g_G, g_ends, g_last, span, read):
     """In the place of `Call.gate_gradients`."""
     with torch.enable_grad():
-        leaves, gates = _gates(call)
-        rows, ends, last, G, _ = _recurrences(*gates)
+        leaves, rows, ends, last, G = _coefficients(call)
 
         def along(x, grad):
             grad = grad.transpose(0, 1).flatten(1, 2)[:, : call.chunks]
             return (x * grad).sum()
 
-        parts = slice(0, 2 if call.momentum else 1)
+        parts, count = (slice(0, 2), 3) if call.momentum else (slice(0, 1), 1)
         total = along(ends[:, :, parts], g_ends[..., parts, :])
-        total = total + along(
-            last[..., : 3 if call.momentum else 1], g_last[..., : 3 if call.momentum else 1]
-        )
+        total = total + along(last[..., :count], g_last[..., :count])
         if read:
             total = total + along(rows[:, :, parts], g_rows[..., parts, :]) + along(G, g_G)
         present = [leaf for leaf in leaves if leaf is not None]
