@@ -185,6 +185,9 @@ def run_users(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
                 x = torch.randn(b.users, size, b.dim, device=s.device, dtype=dtype)
                 _, state = layer.call(x, state)
         token = torch.randn(b.users, 1, b.dim, device=s.device, dtype=dtype)
+        with autocast():
+            # A first step lays the state out as later steps find it.
+            _, state = layer.call(token, state)
         opened = state
         values = [tensor for tensor in opened.values() if isinstance(tensor, torch.Tensor)]
         source = torch.empty(sum(tensor.nbytes for tensor in values), dtype=torch.uint8, device=s.device)

@@ -12,6 +12,9 @@ import torch
 from timing import release
 
 Step = Callable[[], object]
+# Seconds of a step's turn in a round on a GPU, and runs at most.
+ROUND = 0.15
+MOST_RUNS = 20
 
 
 class Deadline:
@@ -30,12 +33,14 @@ class Measured:
     """What one step took.
 
     Attributes:
-        seconds: of each counted round.
+        runs: of a round, one queued after the other.
+        seconds: of one run, in each counted round.
         first: seconds of the first run, compilation included.
         peak: bytes that the second run added to what stood before it; None on a CPU.
         failure: why there is nothing more: "out of memory", "out of time", or an error.
     """
 
+    runs: int = 1
     seconds: list[float] = dataclasses.field(default_factory=list)
     first: float | None = None
     peak: int | None = None
@@ -50,6 +55,7 @@ class Measured:
             middle = statistics.median(self.seconds)
             result |= {
                 "rounds": len(self.seconds),
+                "runs": self.runs,
                 "seconds_median": middle,
                 "seconds_min": min(self.seconds),
             }
@@ -57,25 +63,30 @@ class Measured:
         return result
 
 
-def timed(step: Step, device: str) -> float:
-    """Seconds of one run: by the device's events on a GPU, by the clock elsewhere."""
+def timed(step: Step, device: str, runs: int = 1) -> float:
+    """Seconds of one of several runs: by the device's events on a GPU, by the clock elsewhere."""
     if device != "cuda":
         start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
+        for _ in range(runs):
+            step()
+        return (time.perf_counter() - start) / runs
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
-    step()
+    for _ in range(runs):
+        step()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3 / runs
 
 
 def measure(
     steps: dict[str, Step], device: str, repeats: int, seconds: float, begin: Deadline | None = None
 ) -> dict[str, Measured]:
-    """Run every step twice, then for at most `seconds` in rounds, each step once a round.
+    """Run every step twice, then for at most `seconds` in rounds, the steps in turn.
+
+    On a GPU a step's turn is as many runs as take ROUND seconds, queued without a wait between them: as in
+    training, where what the host does for a run goes on while the device works on the one before.
 
     A step that fails is left out of what follows. One round is run however long it takes. After `begin` no
     step is run for the first time: that may compile for minutes.
@@ -92,9 +103,11 @@ def measure(
             continue
         result.first = time.perf_counter() - start
         before = _reset_peak() if device == "cuda" else 0
-        result.failure = attempt(lambda step=step: timed(step, device))
+        second: list[float] = []
+        result.failure = attempt(lambda step=step, second=second: second.append(timed(step, device)))
         if device == "cuda" and result.failure is None:
             result.peak = torch.cuda.max_memory_allocated() - before
+            result.runs = max(1, min(MOST_RUNS, round(ROUND / second[0])))
     deadline = Deadline(seconds)
     for round_ in range(repeats):
         if round_ and deadline.over():
@@ -102,7 +115,7 @@ def measure(
         for name, step in steps.items():
             result = results[name]
             if result.failure is None:
-                result.failure = attempt(lambda: result.seconds.append(timed(step, device)))  # noqa: B023
+                result.failure = attempt(lambda: result.seconds.append(timed(step, device, result.runs)))  # noqa: B023
     return results
 
 

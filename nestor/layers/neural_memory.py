@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import pairwise
@@ -15,12 +16,12 @@ from torch.nn import functional as F
 from nestor.errors import ConfigError, suggest
 from nestor.layers.convolution import ShortConvolution
 from nestor.layers.norm import RMSNorm
-from nestor.layers.projections import project_together
+from nestor.layers.projections import project_together, stacked
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.walking import pack, unpack
 from nestor.layers.writes import recording, report_write, unrecorded
-from nestor.ops.fused_streams import convolved_heads
+from nestor.ops.fused_streams import convolved_heads, fuses, memory_inputs
 from nestor.ops.gated_norm import gated_norm
 from nestor.ops.heads import silu_heads
 from nestor.ops.neural_memory import MemorySpec, MemoryState, apply_network, neural_memory
@@ -239,12 +240,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         if span is None:
             span = Span.build(None, x.shape[0], x.shape[1], x.device)
-        low = x
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            # Once for all projections; autocast would do it for each.
-            low = x.to(torch.get_autocast_dtype("cuda"))
-        q, k, v, gate, tails = self.project(low, state, span, start)
-        gates = self.gates(x)
+        q, k, v, gate, gates, tails, _ = self.inputs(x, state, span, start)
         opening = None if state is None else unpack(state)
         begin = None if start is None else unpack(start)
         result = neural_memory(
@@ -259,6 +255,58 @@ class NeuralMemory(nn.Module):
             theta = gates.theta.detach()
             report_write((theta if theta.dim() == 3 else theta.mean(-1)) * result[2])
         return self._output(y, gate, x.dtype), {**pack(after), **tails}
+
+    def inputs(
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        span: Span,
+        start: LayerState | None,
+        others: Sequence[Any] = (),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Gates, LayerState, list[Tensor]]:
+        """What the memory reads: `project` and `gates` in one, and the write steps `[B, T, H]` of `others`.
+
+        others: each with a `step_proj`, of which `max_theta` times the sigmoid is its step, `theta(x)`. On a
+        GPU one product makes streams and gates, gates then being as exact as the streams before their biases
+        are added.
+        """
+        low = x
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            # Once for all projections; autocast would do it for each.
+            low = x.to(torch.get_autocast_dtype("cuda"))
+        weights = self._fused_weights(low, span, others)
+        if weights is None:
+            q, k, v, gate, tails = self.project(low, state, span, start)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32)) if others else x  # once for all
+            return q, k, v, gate, self.gates(wide), tails, [other.theta(wide) for other in others]
+        convolutions = [cast(ShortConvolution, module) for module in self.convolutions.values()]  # type: ignore[union-attr]
+        names = [f"tail.{name}" for name in "qkv"]
+        before = None
+        if state is not None:
+            before = [state[name] for name in names]
+        elif start is not None:
+            before = [start[name].expand(len(x), -1, -1) for name in names]
+        biases = [self.gate_proj.bias, *(other.step_proj.bias for other in others)]
+        ones = [1.0] * (len(self._gate_names()) - 1)
+        (q, k, v), made, after = memory_inputs(
+            F.linear(low, weights), torch.cat([module.weight for module in convolutions]), torch.cat(biases),
+            before, self.heads, [self.max_theta, *ones, *(other.max_theta for other in others)],
+            coupled=self.momentum,
+        )  # fmt: skip
+        own: dict[str, Any] = dict(zip(self._gate_names(), made, strict=False))
+        gate = None if self.output_gate is None else self.output_gate(low)
+        steps = made[len(own) :]
+        gates = Gates(**{"eta": None, "alpha": None, **own})
+        return q, k, v, gate, gates, dict(zip(names, after, strict=True)), steps
+
+    def _fused_weights(self, x: Tensor, span: Span, others: Sequence[Any]) -> Tensor | None:
+        """Of all projections that the memory reads, as one matrix; None where they are not to be fused."""
+        usual = type(self).gates is NeuralMemory.gates and self._key_widths()[0] == self.head_dim
+        whole = span.resets is None and span.lengths is None
+        if not (usual and whole and fuses(x, self.head_dim, self.conv_kernel)):
+            return None
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.gate_proj]
+        return stacked(projections + [other.step_proj for other in others])
 
     def project(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None

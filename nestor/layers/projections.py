@@ -14,14 +14,22 @@ def project_together(x: Tensor, projections: Sequence[nn.Module]) -> list[Tensor
     of plain `nn.Linear` without biases and hooks; what stands in their place (adapters, quantised weights) is
     called.
     """
-    if x.is_cuda and x.shape[1] > 1 and all(map(_plain, projections)):
-        weights = [projection.weight for projection in projections]
-        return list(F.linear(x, torch.cat(weights)).split([len(w) for w in weights], -1))  # type: ignore[arg-type]
-    return [projection(x) for projection in projections]
+    biased = any(getattr(projection, "bias", None) is not None for projection in projections)
+    weights = stacked(projections) if x.is_cuda and x.shape[1] > 1 and not biased else None
+    if weights is None:
+        return [projection(x) for projection in projections]
+    return list(F.linear(x, weights).split([len(projection.weight) for projection in projections], -1))  # type: ignore[arg-type]
 
 
-def _plain(module: nn.Module) -> bool:
+def stacked(projections: Sequence[nn.Module]) -> Tensor | None:
+    """The weights of several projections as one matrix; None unless all are plain."""
+    if not all(map(plain, projections)):
+        return None
+    return torch.cat([projection.weight for projection in projections])  # type: ignore[misc]
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a module is `nn.Linear` and nothing else, so that its weight can be used without calling it."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    linear = type(module) is nn.Linear and module.bias is None and not hooked
     # Quantised and distributed weights are tensors of another class.
-    return linear and type(module.weight) in (nn.Parameter, Tensor)
+    return type(module) is nn.Linear and not hooked and type(module.weight) in (nn.Parameter, Tensor)

@@ -15,6 +15,7 @@ from nestor.layers.span import Span
 from nestor.layers.substate import part_of
 from nestor.layers.walking import pack, read_and_write
 from nestor.layers.writes import report_write
+from nestor.ops.beside import Beside
 from nestor.ops.neural_memory import MemoryState
 from nestor.ops.query_projection import MODES, query_projection
 
@@ -113,18 +114,23 @@ class TNT(nn.Module):
         if span is None:
             span = Span.build(None, x.shape[0], x.shape[1], x.device)
         own = part_of(state, "memory")
-        q, k, v, gate, after = self.memory.project(x, own, span, None)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # once for all gates
-        theta = self.memory.gates(wide).theta * self.global_share
-        y, memory, writes = read_and_write(
-            self.memory, self.memory.spec, (q, k, v, theta), own, span.valid, span.resets
-        )
+        q, k, v, gate, gates, after, thetas = self.memory.inputs(x, own, span, None, list(self.locals))
+        theta = gates.theta if self.global_share == 1.0 else gates.theta * self.global_share
+        # One sequence after another is little work at a time, all shards side by side are much.
+        beside = Beside(q, k, v, theta)
+        with beside:
+            y, memory, writes = read_and_write(
+                self.memory, self.memory.spec, (q, k, v, theta), own, span.valid, span.resets
+            )
         after |= memory
         state_after = {f"memory.{name}": tensor for name, tensor in after.items()}
+        near: Tokens = ()
         if len(self.locals):
-            thetas = [local.theta(wide) for local in self.locals]  # type: ignore[operator]
-            (near, *strengths), local_state = self._shards((q, k, v, *thetas), state, span)
-            y, writes, state_after = y + near, [*writes, *strengths], state_after | local_state
+            near, local_state = self._shards((q, k, v, *thetas), state, span)
+            state_after |= local_state
+        beside.join(y, *memory.values(), *writes)
+        if near:
+            y, writes = y + near[0], [*writes, *near[1:]]
         for strength in writes:
             report_write(strength)
         return self.memory._output(y, gate, x.dtype), state_after
@@ -169,6 +175,8 @@ class TNT(nn.Module):
         if length > whole * size:
             answers, state = self._shard(tuple(x[:, whole * size :] for x in tokens), None, None, None)
             parts.append(answers)
+        if len(parts) == 1:
+            return parts[0], state
         return tuple(torch.cat(same, 1) for same in zip(*parts, strict=True)), state
 
     def _shard(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 _recorder: ContextVar[list[Tensor] | None] = ContextVar("nestor_writes", default=None)
@@ -16,30 +18,32 @@ def record_writes() -> Iterator[list[Tensor]]:
     """Collect how hard each token is written.
 
     Within the block every layer with a memory appends a float32 `[B, T, H]`, over its own tokens: the write
-    step times the norm of the inner gradient (the "surprise" of Titans), 0 where a token is padding.
+    step times the norm of the inner gradient (the "surprise" of Titans), 0 where a token is padding. What
+    torch.compile has compiled is run uncompiled.
     """
     collected: list[Tensor] = []
-    with _recording_to(collected):
+    # The import of torch._dynamo takes seconds; nothing is compiled before it.
+    loaded = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if loaded else nullcontext(), _recording_to(collected):
         yield collected
 
 
 def recording() -> bool:
     """Whether a call is inside `record_writes`."""
-    return _recorder.get() is not None
+    # torch.compile cannot trace a context variable; what it traces never records.
+    return not torch.compiler.is_compiling() and _recorder.get() is not None
 
 
 def report_write(strength: Tensor) -> None:
     """Add `[B, T, H]` to the innermost `record_writes`; outside of one, nothing happens."""
-    collected = _recorder.get()
+    collected = None if torch.compiler.is_compiling() else _recorder.get()
     if collected is not None:
         collected.append(strength.float())
 
 
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """Within the block, writes are not reported: they belong to no token of the caller."""
-    with _recording_to(None):
-        yield
+def unrecorded() -> AbstractContextManager[None]:
+    """A block within which writes are not reported: they belong to no token of the caller."""
+    return nullcontext() if torch.compiler.is_compiling() else _recording_to(None)
 
 
 @contextmanager

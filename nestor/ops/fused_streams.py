@@ -1,5 +1,7 @@
 """From a projected stream to the heads of a memory: short convolution, SiLU, heads, unit length."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,37 @@ def convolved_heads(
     y = short_convolution(x, weight, tail, start_tail=start_tail)
     after = next_tail(x, kernel, tail, start_tail=start_tail)
     return silu_heads(y, heads, unit=unit).to(dtype), after
+
+
+def fuses(x: Tensor, width: int, kernel: int) -> bool:
+    """Whether `memory_inputs` takes what is projected from x, for heads of this width."""
+    return kernel in KERNELS and width <= WIDEST and covered(x)
+
+
+def memory_inputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tails: Sequence[Tensor] | None,
+    heads: int,
+    scales: Sequence[float],
+    *,
+    coupled: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """q, k, v as of `convolved_heads` (q and k of unit length), gates, and the next tails, by kernels.
+
+    x: ``[B, T, 3d + G H]``, three streams and G gates a head; weight: ``[3d, K]``; bias: ``[G H]``; tails:
+    three of ``[B, K-1, d]``. A gate, float32 ``[B, T, H]``, is its one of the scales times the sigmoid of its
+    part of ``x + bias``; the first is multiplied by 1 minus the second if they are `coupled`. Where `fuses`
+    says so.
+    """
+    from nestor.ops.kernels import streams
+
+    before = [None] * 3 if tails is None else [tail.to(x.dtype).contiguous() for tail in tails]
+    q, k, v, gates, *after = streams.memory_inputs(
+        x, weight.contiguous(), bias, *before, heads, EPSILON, list(scales), coupled
+    )
+    return [q, k, v], list(gates.unbind(0)), after
 
 
 def _fits(x: Tensor, weight: Tensor, tail: Tensor | None, heads: int) -> bool:

@@ -1,12 +1,17 @@
 """Attention: every way of running it equals one masked softmax, and nothing sees what it must not."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from nestor.errors import ConfigError, ShapeError
 from nestor.layers import attention as module
+from nestor.layers import flex
 from nestor.layers.attention import Attention, attend, keep_recent
 from nestor.layers.span import Span
 
@@ -237,6 +242,111 @@ def test_impossible_shapes_are_refused():
         Attention(16, 3)
     with pytest.raises(ConfigError, match="'sdpa' or 'flex_attention'"):
         Attention(16, 4, implementation="eager")
+
+
+def random_first(batch, length, stored):
+    """A `first_visible` that lets every query see itself."""
+    return torch.arange(length) - torch.randint(0, stored, (batch, length))
+
+
+def seen_pairs(length, cached, window, prefix, sets, first=None):
+    """Which of the columns `[prefix | keys ...]` each query sees, pair by pair: `[1 or B, T, columns]`."""
+    row, index = torch.arange(length)[:, None], torch.arange(-cached, length)
+    seen = (index <= row)[None]
+    if window is not None:
+        seen = seen & (index > row - window)
+    if first is not None:
+        seen = seen & (index >= first[..., None])
+    return torch.cat((seen.new_ones(*seen.shape[:2], prefix), *[seen] * sets), dim=2)
+
+
+def in_blocks(pairs):
+    """`[B, T, columns]` as `[B, blocks of T, blocks of columns, 128 * 128]`, False where there is no pair."""
+    pairs = F.pad(pairs, (0, -pairs.shape[2] % 128, 0, -pairs.shape[1] % 128))
+    return pairs.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).transpose(2, 3).flatten(3)
+
+
+def marked(number, order):
+    """The blocks `[blocks of T, blocks of columns]` that a block mask lists."""
+    listed = torch.arange(order.shape[-1]) < number[..., None]
+    return torch.zeros_like(listed).scatter(-1, order.long(), listed)[0, 0]
+
+
+# The last five put the edge of what a block sees on the edge of another block.
+@pytest.mark.parametrize(
+    "length, cached, window",
+    [
+        *product([128, 300, 1000], [0, 77], [None, 64, 200]),
+        (300, 0, 129),
+        (300, 0, 255),
+        (300, 0, 256),
+        (300, 1, None),
+        (300, 127, None),
+    ],
+)
+@pytest.mark.parametrize("prefix", [0, 16, 150])
+@pytest.mark.parametrize("sets", [1, 2])
+def test_flex_blocks_agree_with_the_rule_of_every_pair(length, cached, window, prefix, sets):
+    torch.manual_seed(0)
+    stored = length + cached
+    total = prefix + sets * stored
+    owner = torch.arange(sets + 1).repeat_interleave(torch.tensor([prefix, *[stored] * sets]))
+    owner = F.pad(owner, (0, -total % 128), value=-1).unflatten(0, (-1, 128))
+    undivided = owner.amin(1) == owner.amax(1)
+    reached = in_blocks(seen_pairs(length, cached, window, prefix, sets)).any(-1)[0]
+    for first in (None, random_first(2, length, stored)):
+        mask = flex.block_mask(length, stored, sets, prefix, first, window, "cpu")
+        partial = marked(mask.kv_num_blocks, mask.kv_indices)
+        full = marked(mask.full_kv_num_blocks, mask.full_kv_indices)
+        pairs = seen_pairs(length, cached, window, prefix, sets, first)
+        batch = torch.arange(len(pairs))[:, None, None]
+        asked = mask.mask_mod(batch, batch, torch.arange(length)[:, None], torch.arange(total))
+        assert torch.equal(asked.expand_as(pairs), pairs)
+        assert not (partial & full).any()
+        assert torch.equal(partial | full, reached)
+        may_be_full = undivided if first is None else undivided & (owner[:, 0] == 0)
+        assert torch.equal(full, in_blocks(pairs).all(-1).all(0) & may_be_full)
+
+
+def test_flex_blocks_of_a_long_stream_need_no_pairs_and_no_reading_back():
+    mask = flex.block_mask(65_536, 65_536, 1, 0, None, 4096, "cpu")
+    assert mask.shape == (1, 1, 65_536, 65_536)
+    assert mask.full_kv_num_blocks[0, 0, [0, 31, 511]].tolist() == [0, 31, 31]
+    assert mask.kv_num_blocks[0, 0, [0, 31, 511]].tolist() == [1, 1, 2]
+    first = torch.zeros(2, 300, dtype=torch.int64, device="meta")
+    flex.block_mask(300, 377, 2, 16, first, 64, "meta")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "cached, window, prefix, sets, first",
+    [
+        (0, None, 0, 2, False),
+        (77, None, 16, 1, False),
+        (77, 64, 16, 2, False),
+        (77, 64, 0, 1, True),
+        (0, None, 16, 2, True),
+    ],
+)
+def test_flex_attention_equals_sdpa(monkeypatch, cached, window, prefix, sets, first):
+    # Not compiled it asks the rule of every pair, and it has no gradient on a CPU.
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    torch.manual_seed(0)
+    query = normal(2, 150, 4, 8)
+    keys = [normal(2, cached + 150, 2, 8) for _ in range(sets)]
+    values = [normal(2, cached + 150, 2, 8) for _ in range(sets)]
+    pair = (normal(prefix, 2, 8), normal(prefix, 2, 8)) if prefix else None
+    visible = random_first(2, 150, cached + 150) if first else None
+    plain = attend(
+        query,
+        keys,
+        values,
+        first_visible=visible,
+        window=window,
+        prefix_key=pair and pair[0],
+        prefix_value=pair and pair[1],
+    )
+    torch.testing.assert_close(flex.attend_flex(query, keys, values, visible, window, pair), plain, **EXACT)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nestor.layers.projections import _plain, project_together
+from nestor.layers.projections import plain, project_together, stacked
 
 
 def _projections(device):
@@ -23,10 +23,10 @@ def test_what_is_not_plain_is_called() -> None:
     quantised.weight = nn.Parameter(torch.randn(4, 4).as_subclass(Quantised))
     hooked = nn.Linear(4, 4, bias=False)
     hooked.register_forward_hook(lambda *arguments: None)
-    assert _plain(nn.Linear(4, 4, bias=False))
-    assert not any(
-        map(_plain, (Adapted(4, 4, bias=False), nn.Linear(4, 4), nn.Identity(), quantised, hooked))
-    )
+    assert plain(nn.Linear(4, 4)) and plain(nn.Linear(4, 4, bias=False))
+    others = (Adapted(4, 4), nn.Identity(), quantised, hooked)
+    assert not any(map(plain, others))
+    assert all(stacked([nn.Linear(4, 4), other]) is None for other in others)
 
 
 def test_on_a_cpu_each_is_called() -> None:

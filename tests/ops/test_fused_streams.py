@@ -82,6 +82,82 @@ def check(device, dtype, out_dtype, p, heads, tokens, kernel, unit, tail):
     assert [g.dtype for g in found[2:4]] == [dtype, torch.float32]
 
 
+INPUTS = [
+    (p, heads, tokens, scales, coupled, tail)
+    for p, heads, scales, coupled in (
+        (16, 4, (0.5, 1.0, 1.0), True), (64, 3, (0.25,), False), (32, 2, (0.5, 1.0), True),
+        (16, 2, (0.5, 2.0), False),
+    )
+    for tokens, tail in ((1, True), (5, False), (150, True))
+]  # fmt: skip
+
+
+def exact_inputs(x, weight, bias, *tails, heads, scales, coupled):
+    """q, k, v, gates and next tails, of PyTorch."""
+    streams = x[..., : len(weight)].chunk(3, -1)
+    tails = tails or (None,) * 3
+    outputs = [
+        silu_heads(short_convolution(stream, taps, tail), heads, unit=index < 2)
+        for index, (stream, taps, tail) in enumerate(zip(streams, weight.chunk(3), tails, strict=True))
+    ]
+    gates = torch.sigmoid(x[..., len(weight) :] + bias).unflatten(-1, (len(scales), heads)).movedim(-2, 0)
+    first = gates[0] * (1 - gates[1]) if coupled else gates[0]
+    gates = torch.stack([scale * y for scale, y in zip(scales, (first, *gates[1:]), strict=True)])
+    after = [next_tail(stream, weight.shape[1], tail) for stream, tail in zip(streams, tails, strict=True)]
+    return *outputs, gates, *after
+
+
+def draw_inputs(p, heads, tokens, scales, tail, dtype, device):
+    """x, weight, bias, tails, and a cotangent of each output."""
+    d, kind = p * heads, {"dtype": dtype, "device": device}
+    x = normal(2, tokens, 3 * d + len(scales) * heads, **kind)
+    weight, bias = normal(3 * d, 4, seed=1, device=device), normal(len(scales) * heads, seed=2, device=device)
+    tails = [normal(2, 3, d, seed=3 + i, **kind) for i in range(3)] if tail else [None] * 3
+    # Two of the three lie inside of tokens.
+    g = [normal(2, tokens, heads, p, seed=6 + i, **kind) for i in range(2)]
+    g += [normal(2, heads, tokens, p, seed=8, **kind).transpose(1, 2)]
+    g += [normal(len(scales), 2, tokens, heads, seed=9, device=device)]
+    return [x, weight, bias, *tails], g + [normal(2, 3, d, seed=10 + i, **kind) for i in range(3)]
+
+
+def check_inputs(device, dtype, p, heads, tokens, scales, coupled, tail):
+    from nestor.ops.kernels import streams
+
+    inputs, cotangents = draw_inputs(p, heads, tokens, scales, tail, dtype, device)
+    doubles = [x.double() for x in inputs if x is not None]
+    expected = results(
+        lambda *x: exact_inputs(*x, heads=heads, scales=scales, coupled=coupled), doubles, cotangents
+    )
+    with poisoned():
+        found = results(
+            lambda *x: streams.memory_inputs(*x, heads, EPSILON, list(scales), coupled), inputs, cotangents
+        )
+    assert len(found) == len(expected) == 7 + 3 + 3 * tail
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        error = float((a - b).detach().abs().max() / b.detach().abs().max())
+        assert error < tolerance, (
+            f"output {index} of {(p, heads, tokens, scales, coupled, tail)}: {error:.3g}"
+        )
+
+
+def check_inputs_compilation(device):
+    from nestor.ops.kernels import streams
+
+    inputs, cotangents = draw_inputs(16, 4, 5, (0.5, 1.0), True, torch.float32, device)
+    rest = (4, EPSILON, [0.5, 1.0], True)
+
+    def run(*x):
+        q, k, v, gates, *after = streams.memory_inputs(*x, *rest)
+        return q * 2, k, v, gates, *after
+
+    found = results(torch.compile(run, fullgraph=True, backend="aot_eager"), inputs, cotangents)
+    for a, b in zip(found, results(run, inputs, cotangents), strict=True):
+        torch.testing.assert_close(a, b)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    torch.library.opcheck(streams.memory_inputs.overload, (*leaves, *rest))
+
+
 def check_each_output_alone(device):
     """A loss of one output alone has the gradients that it has beside a zero for the other."""
     from nestor.ops.kernels import streams
@@ -168,6 +244,14 @@ def test_the_kernels_compute_the_pytorch_form(dtype, out_dtype, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", INPUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_compute_the_inputs_of_a_memory(dtype, case):
+    pytest.importorskip("triton")
+    check_inputs("cuda", dtype, *case)
+
+
+@pytest.mark.gpu
 def test_many_tokens_and_sequences():
     pytest.importorskip("triton")
     check("cuda", torch.float32, torch.float32, 64, 12, 3001, 4, True, True)
@@ -178,6 +262,7 @@ def test_a_gpu_takes_the_kernels_and_torch_compile_them():
     pytest.importorskip("triton")
     check_each_output_alone("cuda")
     check_compilation("cuda")
+    check_inputs_compilation("cuda")
     x, weight, tail = draw(64, 2, 9, 4, True, torch.bfloat16, "cuda")
     for start in (None, tail[0]):
         y, after = convolved_heads(
@@ -193,3 +278,6 @@ if __name__ == "__main__":
         check("cpu", torch.float32, torch.float32, *case)
     check_each_output_alone("cpu")
     check_compilation("cpu")
+    for case in INPUTS:
+        check_inputs("cpu", torch.float32, *case)
+    check_inputs_compilation("cpu")

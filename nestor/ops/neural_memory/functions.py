@@ -9,8 +9,7 @@ Rows are tokens: ``x, z, f, e`` are ``[..., C, width]``; ``gamma, beta`` are ``[
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -86,8 +85,7 @@ ACTIVATIONS: dict[str, Activation] = {"gelu": Gelu(), "silu": Silu()}
 # --- heads: how the output of the MLP becomes the output of the memory -------------------------------------
 
 
-@dataclass(frozen=True)
-class HeadCache:
+class HeadCache(NamedTuple):
     """What the derivatives of a head need from its forward pass."""
 
     z: Tensor | None = None  # [..., C, p]
@@ -174,7 +172,7 @@ class NormHead:
         assert cache.gamma is not None
         u = cache.gamma * e
         delta = _through_norm(u, cache)
-        return delta, replace(cache, weighted_error=u, delta=delta)
+        return delta, cache._replace(weighted_error=u, delta=delta)
 
     def value_vjp(self, grad_f: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
         assert cache.gamma is not None and cache.normalised is not None
