@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from rounds import Deadline, Step, attempt, measure
+from rounds import Deadline, Step, attempt, capture_graph, measure
 from settings import PEER, Settings
 from subjects import Layer, build_memory, build_titans_pytorch, nestor_layer, size_of
 from timing import in_a_process
@@ -206,7 +206,7 @@ def run_users(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
         found: dict[str, Any] = {"state_bytes": source.nbytes}
         if s.device == "cuda":
             graph = torch.cuda.CUDAGraph()
-            failure = attempt(lambda one=one, graph=graph: _capture(graph, one))
+            failure = attempt(lambda one=one, graph=graph: capture_graph(graph, one))
             if failure is None:
                 steps["graph"] = lambda graph=graph: graph.replay()
             else:
@@ -228,15 +228,3 @@ def run_users(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
             ratio = last[name]["seconds_median"] / first[name]["seconds_median"]
             result[f"{name}_last_over_first"] = ratio
     return result
-
-
-def _capture(graph: Any, work: Callable[[], object]) -> None:
-    """Record the work as a CUDA graph, after runs outside of it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
-        work()

@@ -49,7 +49,7 @@ from rich.progress import Progress
 from sections import RUN
 from settings import BARS, SECTIONS, Settings, describe, describe_bars
 from timing import release
-from training import run_training
+from training import run_captured, run_training
 
 from nestor.files import write_json
 
@@ -59,6 +59,7 @@ RUN_BARS: dict[str, Callable[..., dict[str, Any]]] = {
     "first_call": run_first_call,
     "users": run_users,
     "training": run_training,
+    "captured": run_captured,
 }
 
 

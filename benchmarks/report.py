@@ -82,7 +82,7 @@ BAR_HEADER = ["layer at B x T", "tokens/s", "over KDA", "over titans-pytorch x4"
 
 
 def bar_rows_of(result: dict[str, Any]) -> list[list[str]]:
-    """One line a layer and shape of the section shapes, one a model and T of the section training."""
+    """One line a layer and shape of the section shapes, one a model and T of training and captured."""
     lines = []
     for shape, layers in result.get("shapes", {}).items():
         for name, one in layers.items() if "x" in shape else ():
@@ -94,14 +94,16 @@ def bar_rows_of(result: dict[str, Any]) -> list[list[str]]:
             cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in others]
             rate = one.get("failure", "-") if speed is None else f"{speed:,.0f}"
             lines.append([f"{name} {shape}", rate, *cells, "-" if peak is None else f"{peak / 2**20:,.0f}"])
-    for processes, contexts in result.get("training", {}).items():
-        for context, models in contexts.items() if processes.isdigit() else ():
-            for name, one in models.items():
+    steps = {f"processes: {n}": one for n, one in result.get("training", {}).items() if n.isdigit()}
+    steps |= {"captured": result["captured"]} if "captured" in result else {}
+    for how, contexts in steps.items():
+        for context, models in contexts.items():
+            for name, one in models.items() if context.isdigit() else ():
                 speed, mfu, peak = (one.get(k) for k in ("tokens_per_second", "mfu", "step_peak_bytes"))
                 rate = one.get("failure", "-") if speed is None else f"{speed:,.0f}"
                 rate += "" if mfu is None else f" (MFU {mfu:.1%})"
                 size = "-" if peak is None else f"{peak / 2**20:,.0f}"
-                lines.append([f"model {name} T{context}, processes: {processes}", rate, "-", "-", size])
+                lines.append([f"model {name} T{context}, {how}", rate, "-", "-", size])
     return lines
 
 

@@ -134,6 +134,20 @@ def attempt(work: Callable[[], object]) -> str | None:
     return failure
 
 
+def capture_graph(graph: Any, work: Step, between: Step | None = None) -> None:
+    """Record the work as a CUDA graph, after runs outside of it; between: done after each of those."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+            if between is not None:
+                between()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        work()
+
+
 def _reset_peak() -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

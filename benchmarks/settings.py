@@ -20,7 +20,7 @@ import nestor
 from nestor.ops.neural_memory import MemorySpec, choose_backend
 
 SECTIONS = ("layers", "models", "length", "long")
-BARS = ("shapes", "growth", "first_call", "users", "training")
+BARS = ("shapes", "growth", "first_call", "users", "training", "captured")
 PEER = "titans-pytorch"
 REFERENCE = {"layers": "full_attention", "models": "transformer"}
 
@@ -35,8 +35,8 @@ class Bars:
         dim, heads, expansion, chunk: of the layers; memories have 2 layers.
         tnt_chunk, tnt_locals, tnt_shard: chunk sizes of TNT's global and local memories, and its shard.
         users, read, slice: sequences of the section users, tokens they have read, and tokens a call reads.
-        models, size, vocabulary: presets of the section training.
-        contexts: T of the section training. step_tokens: tokens of a device's step, or T if that is more.
+        models, size, vocabulary: presets of the sections training and captured.
+        contexts: T of those sections. step_tokens: tokens of a device's step, or T if that is more.
         dtype: bfloat16 (autocast) or float32.
         peak_flops: dense matrix rate of the device a second; default: known for some GPUs.
         repeats: rounds. seconds: of the rounds of a section, of which there are fewer if they take longer.
@@ -76,7 +76,8 @@ class Settings:
 
     Attributes:
         device: cpu or cuda.
-        sections: which of layers, models, length, long, and of shapes, growth, first_call, users, training;
+        sections: which of layers, models, length, long, and of shapes, growth, first_call, users, training,
+            captured;
             default: the former on a CPU, the latter on a GPU.
         batch, tokens: B and T of the layers and models.
         dim, heads, expansion, chunk, window: of the layers; memories have 2 layers, `expansion` times as
@@ -90,7 +91,7 @@ class Settings:
         titans_pytorch: folder with an installed titans-pytorch, see above.
         output: JSON file; default: benchmarks/results/layers-<device>.json.
         gpus: processes of the section training (torchrun, FSDP2); more than 1 measures one as well.
-        bars: of the sections shapes, growth, first_call, users, training.
+        bars: of the sections shapes to captured.
         measure: (internal) measure one subject in this process, print the result and exit.
     """
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from flops import peak_of, training_flops
 from rich.progress import Progress
-from rounds import Step, measure
+from rounds import Step, capture_graph, measure
 from settings import Settings
 from subjects import build_model
-from timing import in_a_process
+from timing import in_a_process, release
 
 from nestor.models.presets import count_parameters
 from nestor.training.distributed import shard
@@ -97,13 +97,56 @@ def measure_contexts(s: Settings, keep: Keep, recomputed: list[str] | None = Non
     return result
 
 
+def run_captured(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
+    """The same steps in one process with the work of the host taken out, as far as PyTorch can.
+
+    Blocks are compiled, windows of attention run through FlexAttention, and forward and backward of a step
+    are replayed as a CUDA graph; where that does not fit, activations are recomputed and nothing is captured.
+    """
+    b = s.bars
+    rate = b.peak_flops or peak_of(torch.cuda.get_device_name() if s.device == "cuda" else "")
+    task = progress.add_task("captured", total=len(b.models) * len(b.contexts))
+    result: dict[str, Any] = {str(context): {} for context in b.contexts}
+    for name in b.models:
+        subject = Subject(name, s, 1, compiled=True)
+        for context in b.contexts:
+            batch = max(1, b.step_tokens // context)
+            for recompute in (False, True):
+                capture = s.device == "cuda" and not recompute
+                step = subject.step(s, batch, context, recompute, capture)
+                measured = measure({name: step}, s.device, b.repeats, b.seconds / len(b.contexts))[name]
+                del step
+                subject.optimizer.zero_grad(set_to_none=True)
+                release()
+                if measured.failure is None:
+                    break
+            found = {"parameters": subject.parameters, "batch": batch, "recomputed": recompute}
+            found |= {"captured": capture, **measured.summary(batch * context)}
+            if measured.seconds:
+                achieved = subject.flops[context] * found["tokens_per_second"]
+                found |= {"flops_per_token": subject.flops[context], "mfu": achieved / rate if rate else None}
+            result[str(context)][name] = found
+            reference = result[str(context)].get("transformer", {}).get("tokens_per_second")
+            if reference and measured.seconds:
+                found["speed_over_transformer"] = found["tokens_per_second"] / reference
+            keep(result)
+            progress.advance(task)
+        del subject
+        release()
+    return result
+
+
 class Subject:
     """A preset with its optimiser, on the device, sharded over several processes if there are."""
 
-    def __init__(self, name: str, s: Settings, world: int) -> None:
+    def __init__(self, name: str, s: Settings, world: int, compiled: bool = False) -> None:
         torch.manual_seed(0)
+        attention = {"attn_implementation": "flex_attention"} if compiled else {}
         with torch.device(s.device):
-            self.model = build_model(name, s.for_bars()).train()
+            self.model = build_model(name, s.for_bars(), **attention).train()
+        for block in self.model.layers if compiled else ():
+            # On a CPU, where this is only tried, inductor takes minutes.
+            block.compile(dynamic=False, backend="inductor" if s.device == "cuda" else "eager")
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         (enable or self.model.gradient_checkpointing_enable)()
         self.parameters = count_parameters(self.model)
@@ -113,22 +156,35 @@ class Subject:
         fused = s.device == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
 
-    def step(self, s: Settings, batch: int, tokens: int, recompute: bool) -> Step:
-        """A training step on random tokens."""
+    def step(self, s: Settings, batch: int, tokens: int, recompute: bool, capture: bool = False) -> Step:
+        """A training step on random tokens; capture: what comes before the optimiser as a CUDA graph."""
         bars = s.for_bars()
         ids = torch.randint(0, bars.vocabulary, (batch, tokens), device=s.device)
 
-        def step() -> None:
+        def gradients() -> None:
             # Enabled once, switched here; the methods of the model that do it change their names.
             for module in self.model.modules():
                 if hasattr(module, "gradient_checkpointing"):
                     module.gradient_checkpointing = recompute
+            with bars.autocast():
+                loss = self.model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+
+        def step() -> None:
             try:
-                with bars.autocast():
-                    loss = self.model(ids, labels=ids, use_cache=False).loss
-                loss.backward()
+                gradients()
                 self.optimizer.step()
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
 
-        return step
+        graph: list[torch.cuda.CUDAGraph] = []
+
+        def replay() -> None:
+            if not graph:
+                captured = torch.cuda.CUDAGraph()
+                capture_graph(captured, gradients, lambda: self.optimizer.zero_grad(set_to_none=True))
+                graph.append(captured)
+            graph[0].replay()
+            self.optimizer.step()
+
+        return replay if capture else step

@@ -84,6 +84,11 @@ def _users(result: dict[str, Any]) -> Iterator[Verdict]:
 
 
 def _training(result: dict[str, Any]) -> Iterator[Verdict]:
+    for context, models in result.get("captured", {}).items():
+        memory = models.get("titans-mag", {}) if context.isdigit() else {}
+        if "speed_over_transformer" in memory and context in OVER_TRANSFORMER:
+            bar = f"T = {context}, captured: titans-mag's speed over the transformer's"
+            yield _least(bar, OVER_TRANSFORMER[context], memory["speed_over_transformer"])
     for processes, contexts in result.get("training", {}).items():
         if not processes.isdigit():
             continue

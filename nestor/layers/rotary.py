@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nestor.ops.operators import operator
+
 
 def rotary_table(position: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each `[B, T, 1, width / 2]` of `dtype`, for positions `[B, T]` int64.
@@ -15,10 +17,28 @@ def rotary_table(position: Tensor, width: int, theta: float, dtype: torch.dtype)
     """
     if position.stride(0) == 0:
         position = position[:1]
+    # torch.compile would form the angles anew, in float64, for each element that it turns.
+    return (
+        _opaque_table(position, width, theta, dtype)
+        if torch.compiler.is_compiling()
+        else _table(position, width, theta, dtype)
+    )
+
+
+def _table(position: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     exact = torch.float32 if position.device.type == "mps" else torch.float64
     exponent = torch.arange(0, width, 2, device=position.device, dtype=exact) / width
     angle = position[:, :, None, None].to(exact) * theta**-exponent
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+_opaque_table = operator("rotary_table")(_table)
+
+
+@_opaque_table.register_fake
+def _(position: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (*position.shape, 1, (width + 1) // 2)
+    return position.new_empty(shape, dtype=dtype), position.new_empty(shape, dtype=dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

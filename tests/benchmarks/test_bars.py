@@ -85,6 +85,19 @@ def test_training_counts_its_operations(tiny) -> None:
     assert "| model titans-mag T32" in report.bars_markdown(json.loads(tiny.output.read_text()))
 
 
+def test_captured_steps_are_of_compiled_blocks(tiny) -> None:
+    """On a CPU nothing is captured."""
+    tiny.bars.models = ("transformer",)
+    result = run(tiny, "captured")["captured"]
+    for context in tiny.bars.contexts:
+        found = result[str(context)]["transformer"]
+        assert found["tokens_per_second"] > 0 and not found["recomputed"] and not found["captured"]
+    assert "captured" in importlib.import_module("report").bars_markdown({"captured": result})
+    models = {"titans-mag": {"speed_over_transformer": 0.5}}
+    (verdict,) = importlib.import_module("verdicts").verdicts({"captured": {"4096": models}})
+    assert not verdict.met and "captured" in verdict.bar
+
+
 def test_recomputed_activations_give_the_same_gradients(tiny) -> None:
     training = importlib.import_module("training")
     weights = []
