@@ -107,7 +107,9 @@ def measure(
         result.failure = attempt(lambda step=step, second=second: second.append(timed(step, device)))
         if device == "cuda" and result.failure is None:
             result.peak = torch.cuda.max_memory_allocated() - before
-            result.runs = max(1, min(MOST_RUNS, round(ROUND / second[0])))
+            # Processes must do the same, and each has a clock of its own.
+            alone = not torch.distributed.is_initialized()
+            result.runs = max(1, min(MOST_RUNS, round(ROUND / second[0]))) if alone else 1
     deadline = Deadline(seconds)
     for round_ in range(repeats):
         if round_ and deadline.over():

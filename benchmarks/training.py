@@ -122,6 +122,8 @@ def run_captured(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
                     break
             found = {"parameters": subject.parameters, "batch": batch, "recomputed": recompute}
             found |= {"captured": capture, **measured.summary(batch * context)}
+            if capture:
+                found["step_peak_bytes"] = None  # the graph has its memory from before the step
             if measured.seconds:
                 achieved = subject.flops[context] * found["tokens_per_second"]
                 found |= {"flops_per_token": subject.flops[context], "mfu": achieved / rate if rate else None}
