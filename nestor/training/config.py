@@ -132,6 +132,7 @@ class RunConfig:
     keep_last: int = 2
     log_every: int = 10
     seed: int = 0
+    #: torch.compile of each block: faster on a GPU, after a minute or so of compilation.
     compile: bool = False
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     #: Under torchrun: a replica per process, or parameters sharded over the processes.

@@ -132,7 +132,9 @@ class Run:
         self.plain = processes.plain(self.model)
         self.optimizers = build_optimizers(self.plain, config.optimizer)
         if config.run.compile:
-            self.model.compile()
+            # One block at a time: equal ones are compiled once, in seconds where a whole model takes minutes.
+            for block in self.plain.layers:
+                block.compile()
         self.model.train()
         # The State with which each part of the next batch starts.
         self.states: list[Any] = [None] * config.run.accumulation

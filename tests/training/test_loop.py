@@ -55,6 +55,27 @@ def test_a_run_learns_and_leaves_a_model_that_the_auto_classes_open(tiny):
     assert "```python" in (result.final / "README.md").read_text()
 
 
+def test_compiled_blocks_learn_the_same(tiny, monkeypatch, weights):
+    """Traced and run as it is: what inductor makes of it is not this project's."""
+    calls = []
+    original = torch.nn.Module.compile
+
+    def traced(module, **arguments):
+        calls.append(type(module).__name__)
+        original(module, backend="eager", **arguments)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    changes = {"run__steps": 2, "run__eval_every": 0, "model__preset": "transformer"}
+    changes["model__overrides__memory"] = None
+    plain, compiled = (
+        train(tiny(run__out=str(out), run__compile=on, **changes), quiet=True)
+        for out, on in ((tiny().folder / "a", False), (tiny().folder / "b", True))
+    )
+    assert calls == ["Block"] * 2
+    one, other = weights(plain.final), weights(compiled.final)
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
 def test_the_loss_reported_is_the_mean_over_targets(tiny, weights):
     """The first reported loss equals that of the untrained model on the first batch, computed by hand."""
     from nestor.training.inputs import train_stream
