@@ -106,6 +106,11 @@ class _Walk(Call):
         self.slices = {name: min(32 if exact else size, hidden) for name, size in SLICES.items()}
         if width > 64:
             self.slices["write"] = min(self.slices["write"], 32)
+        # Tokens of a chunk whose reads the backward takes at a time.
+        self.queries = chunk
+        if chunk == 128:
+            self.queries = 64 if width <= 64 else 32
+            self.slices["chunk"] = min(self.slices["chunk"], self.queries)
         self.split = hidden // (tiled.TILE if self.tiled else self.slices["write"])
 
     def launch(
@@ -122,6 +127,8 @@ class _Walk(Call):
         kernel, warps, width = KERNELS[name]
         if name in tiled.WALK_TILES:
             tensors += self.meeting(grid[0] // self.split, self.split)
+        if name == "read_backward":
+            choices |= {"QUERIES": self.queries}
         kernel[grid](
             *tensors, *steps, *sizes, *numbers, **self.shape, HS=self.slices[width], **choices,
             num_warps=min(warps, most_warps(self.q)), num_stages=1,
