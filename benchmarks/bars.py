@@ -20,7 +20,7 @@ from subjects import Layer, build_memory, build_titans_pytorch, nestor_layer, si
 from timing import in_a_process
 
 from nestor.layers.attention import Attention
-from nestor.layers.fla import DeltaAttention
+from nestor.layers.fla import load_kernels
 from nestor.layers.tnt import FIXED, TNT
 
 Keep = Callable[[dict[str, Any]], None]
@@ -32,6 +32,15 @@ def _tnt(s: Settings) -> Layer:
     b = s.bars
     memory = build_memory(dataclasses.replace(s, chunk=b.tnt_chunk), **FIXED)
     return nestor_layer(TNT(memory, b.tnt_locals, b.tnt_shard))
+
+
+def _kda(s: Settings) -> Layer:
+    """The layer of flash-linear-attention itself, with its fused convolutions, gates and norm."""
+    load_kernels("kda")  # says what is missing
+    from fla.layers import KimiDeltaAttention
+
+    module = KimiDeltaAttention(s.dim, head_dim=s.dim // s.heads, num_heads=s.heads, layer_idx=0)
+    return Layer(module, lambda x, state: (module(x)[0], None))
 
 
 def _peer(expansion: int) -> Callable[[Settings], Layer]:
@@ -47,7 +56,7 @@ LAYERS: dict[str, Callable[[Settings], Layer]] = {
     SUBJECT: lambda s: nestor_layer(build_memory(s)),
     "tnt": _tnt,
     "attention": lambda s: nestor_layer(Attention(s.dim, s.heads)),
-    "kda": lambda s: nestor_layer(DeltaAttention(s.dim, s.heads, "kda")),
+    "kda": _kda,
     "titans-pytorch-x2": _peer(2),
     "titans-pytorch-x4": _peer(4),
 }

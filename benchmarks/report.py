@@ -103,7 +103,8 @@ def bar_rows_of(result: dict[str, Any]) -> list[list[str]]:
                 rate = one.get("failure", "-") if speed is None else f"{speed:,.0f}"
                 rate += "" if mfu is None else f" (MFU {mfu:.1%})"
                 size = "-" if peak is None else f"{peak / 2**20:,.0f}"
-                lines.append([f"model {name} T{context}, {how}", rate, "-", "-", size])
+                how_here = "compiled, recomputed" if how == "captured" and not one["captured"] else how
+                lines.append([f"model {name} T{context}, {how_here}", rate, "-", "-", size])
     return lines
 
 

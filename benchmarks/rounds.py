@@ -103,13 +103,10 @@ def measure(
             continue
         result.first = time.perf_counter() - start
         before = _reset_peak() if device == "cuda" else 0
-        second: list[float] = []
-        result.failure = attempt(lambda step=step, second=second: second.append(timed(step, device)))
+        result.failure = attempt(lambda step=step: timed(step, device))
         if device == "cuda" and result.failure is None:
             result.peak = torch.cuda.max_memory_allocated() - before
-            # Processes must do the same, and each has a clock of its own.
-            alone = not torch.distributed.is_initialized()
-            result.runs = max(1, min(MOST_RUNS, round(ROUND / second[0]))) if alone else 1
+            result.runs = _runs(step)
     deadline = Deadline(seconds)
     for round_ in range(repeats):
         if round_ and deadline.over():
@@ -119,6 +116,13 @@ def measure(
             if result.failure is None:
                 result.failure = attempt(lambda: result.seconds.append(timed(step, device, result.runs)))  # noqa: B023
     return results
+
+
+def _runs(step: Step) -> int:
+    """How many runs of a warm step take ROUND seconds."""
+    if torch.distributed.is_initialized():
+        return 1  # processes must do the same, and each has a clock of its own
+    return max(1, min(MOST_RUNS, round(ROUND / min(timed(step, "cuda") for _ in range(3)))))
 
 
 def attempt(work: Callable[[], object]) -> str | None:

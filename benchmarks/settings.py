@@ -76,9 +76,8 @@ class Settings:
 
     Attributes:
         device: cpu or cuda.
-        sections: which of layers, models, length, long, and of shapes, growth, first_call, users, training,
-            captured;
-            default: the former on a CPU, the latter on a GPU.
+        sections: which of layers, models, length, long (the default on a CPU), and of shapes, growth,
+            first_call, users, training, captured (the default on a GPU).
         batch, tokens: B and T of the layers and models.
         dim, heads, expansion, chunk, window: of the layers; memories have 2 layers, `expansion` times as
             wide as a head.

@@ -1,4 +1,5 @@
-"""The section training of the bars: steps of whole models, in this process or in several with FSDP2."""
+"""The sections training and captured of the bars: steps of whole models, in this process or, with FSDP2, in
+several; and with the host taken out."""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ def run_captured(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
                 del step
                 subject.optimizer.zero_grad(set_to_none=True)
                 release()
-                if measured.failure is None:
+                if measured.failure != "out of memory":
                     break
             found = {"parameters": subject.parameters, "batch": batch, "recomputed": recompute}
             found |= {"captured": capture, **measured.summary(batch * context)}

@@ -87,7 +87,8 @@ def _training(result: dict[str, Any]) -> Iterator[Verdict]:
     for context, models in result.get("captured", {}).items():
         memory = models.get("titans-mag", {}) if context.isdigit() else {}
         if "speed_over_transformer" in memory and context in OVER_TRANSFORMER:
-            bar = f"T = {context}, captured: titans-mag's speed over the transformer's"
+            how = "captured" if memory["captured"] else "compiled, recomputed"
+            bar = f"T = {context}, {how}: titans-mag's speed over the transformer's"
             yield _least(bar, OVER_TRANSFORMER[context], memory["speed_over_transformer"])
     for processes, contexts in result.get("training", {}).items():
         if not processes.isdigit():

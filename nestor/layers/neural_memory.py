@@ -306,7 +306,11 @@ class NeuralMemory(nn.Module):
         if not (usual and whole and fuses(x, self.head_dim, self.conv_kernel)):
             return None
         projections = [self.q_proj, self.k_proj, self.v_proj, self.gate_proj]
-        return stacked(projections + [other.step_proj for other in others])
+        weights = stacked(projections + [other.step_proj for other in others])
+        if weights is None or not (weights.dtype == x.dtype or torch.is_autocast_enabled("cuda")):
+            return None
+        # Rows of the product are loaded in pieces of 16 bytes.
+        return F.pad(weights, (0, 0, 0, -len(weights) % 16))
 
     def project(
         self, x: Tensor, state: LayerState | None, span: Span, start: LayerState | None

@@ -1,6 +1,7 @@
 """Several projections of one input."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,18 @@ def project_together(x: Tensor, projections: Sequence[nn.Module]) -> list[Tensor
 
 
 def stacked(projections: Sequence[nn.Module]) -> Tensor | None:
-    """The weights of several projections as one matrix; None unless all are plain."""
+    """The weights of several projections as one matrix; None unless all are plain and alike."""
     if not all(map(plain, projections)):
         return None
-    return torch.cat([projection.weight for projection in projections])  # type: ignore[misc]
+    weights = [cast(Tensor, projection.weight) for projection in projections]
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return None
+    return torch.cat(weights)
 
 
 def plain(module: nn.Module) -> bool:
     """Whether a module is `nn.Linear` and nothing else, so that its weight can be used without calling it."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    hooked = any(hooks) or module._backward_pre_hooks or "forward" in vars(module)
     # Quantised and distributed weights are tensors of another class.
     return type(module) is nn.Linear and not hooked and type(module.weight) in (nn.Parameter, Tensor)

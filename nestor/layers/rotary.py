@@ -18,11 +18,8 @@ def rotary_table(position: Tensor, width: int, theta: float, dtype: torch.dtype)
     if position.stride(0) == 0:
         position = position[:1]
     # torch.compile would form the angles anew, in float64, for each element that it turns.
-    return (
-        _opaque_table(position, width, theta, dtype)
-        if torch.compiler.is_compiling()
-        else _table(position, width, theta, dtype)
-    )
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return (_opaque_table if traced else _table)(position, width, theta, dtype)
 
 
 def _table(position: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,17 @@ FIXED = {"momentum": False, "forget": False, "read_mode": "chunk_start"}
 Tokens = tuple[Tensor, ...]  # [B, T, ...] each
 
 
+class Learned:
+    """What a memory learns outside of sequences, as views: their gradients pass the queue in which this is
+    made, for which they may be read before the end of a backward (FSDP2 does)."""
+
+    def __init__(self, memory: NeuralMemory) -> None:
+        gamma, beta = memory.memory_gamma, memory.memory_beta
+        self.initial = [w.view_as(w) for w in memory.initial]
+        self.memory_gamma = None if gamma is None else gamma.view_as(gamma)
+        self.memory_beta = None if beta is None else beta.view_as(beta)
+
+
 class LocalMemory(nn.Module):
     """What one local memory learns outside of sequences: initial weights, norm, write step; see `TNT`."""
 
@@ -116,11 +127,12 @@ class TNT(nn.Module):
         own = part_of(state, "memory")
         q, k, v, gate, gates, after, thetas = self.memory.inputs(x, own, span, None, list(self.locals))
         theta = gates.theta if self.global_share == 1.0 else gates.theta * self.global_share
-        # One sequence after another is little work at a time, all shards side by side are much.
+        # One chunk after another is little work at a time, all shards side by side are much.
         beside = Beside(q, k, v, theta)
+        learned = Learned(self.memory)
         with beside:
             y, memory, writes = read_and_write(
-                self.memory, self.memory.spec, (q, k, v, theta), own, span.valid, span.resets
+                learned, self.memory.spec, (q, k, v, theta), own, span.valid, span.resets
             )
         after |= memory
         state_after = {f"memory.{name}": tensor for name, tensor in after.items()}

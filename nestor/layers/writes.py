@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -13,37 +13,57 @@ from torch import Tensor
 _recorder: ContextVar[list[Tensor] | None] = ContextVar("nestor_writes", default=None)
 
 
+class _Count:
+    """How many `record_writes` are open, in all threads."""
+
+    def __init__(self) -> None:
+        self.open, self._lock = 0, Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.open += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self.open -= 1
+
+
+_count = _Count()
+
+
+def _unwatched() -> bool:
+    """Whether torch.compile, which cannot trace a context variable, can do without: nobody records. Where
+    somebody does, it compiles anew, around it."""
+    return torch.compiler.is_compiling() and _count.open == 0
+
+
 @contextmanager
 def record_writes() -> Iterator[list[Tensor]]:
     """Collect how hard each token is written.
 
     Within the block every layer with a memory appends a float32 `[B, T, H]`, over its own tokens: the write
-    step times the norm of the inner gradient (the "surprise" of Titans), 0 where a token is padding. What
-    torch.compile has compiled is run uncompiled.
+    step times the norm of the inner gradient (the "surprise" of Titans), 0 where a token is padding.
     """
     collected: list[Tensor] = []
-    # The import of torch._dynamo takes seconds; nothing is compiled before it.
-    loaded = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if loaded else nullcontext(), _recording_to(collected):
+    with _count, _recording_to(collected):
         yield collected
 
 
 def recording() -> bool:
     """Whether a call is inside `record_writes`."""
-    # torch.compile cannot trace a context variable; what it traces never records.
-    return not torch.compiler.is_compiling() and _recorder.get() is not None
+    return not _unwatched() and _recorder.get() is not None
 
 
 def report_write(strength: Tensor) -> None:
     """Add `[B, T, H]` to the innermost `record_writes`; outside of one, nothing happens."""
-    collected = None if torch.compiler.is_compiling() else _recorder.get()
+    collected = None if _unwatched() else _recorder.get()
     if collected is not None:
         collected.append(strength.float())
 
 
 def unrecorded() -> AbstractContextManager[None]:
     """A block within which writes are not reported: they belong to no token of the caller."""
-    return nullcontext() if torch.compiler.is_compiling() else _recording_to(None)
+    return nullcontext() if _unwatched() else _recording_to(None)
 
 
 @contextmanager

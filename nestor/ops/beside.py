@@ -18,7 +18,8 @@ class Beside:
     def __init__(self, *inputs: Tensor) -> None:
         """inputs: made outside and used inside."""
         device = inputs[0].device
-        used = device.type == "cuda" and not torch.compiler.is_compiling()
+        several = inputs[0].dim() < 2 or inputs[0].shape[1] > 1
+        used = device.type == "cuda" and several and not torch.compiler.is_compiling()
         self._inputs, self._side = inputs, _side(device) if used else None
         self._context: Any = None
 

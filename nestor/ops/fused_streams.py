@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nestor.errors import ShapeError
 from nestor.ops.heads import EPSILON, silu_heads
 from nestor.ops.kernels import covered
 from nestor.ops.short_convolution import next_tail, short_convolution
@@ -67,13 +68,25 @@ def memory_inputs(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """q, k, v as of `convolved_heads` (q and k of unit length), gates, and the next tails, by kernels.
 
-    x: ``[B, T, 3d + G H]``, three streams and G gates a head; weight: ``[3d, K]``; bias: ``[G H]``; tails:
-    three of ``[B, K-1, d]``. A gate, float32 ``[B, T, H]``, is its one of the scales times the sigmoid of its
+    x: ``[B, T, 3d + G H]`` or wider, three streams and G gates a head; weight: ``[3d, K]``; bias: ``[G H]``;
+    tails: three of ``[B, K-1, d]``. A gate, float32 ``[B, T, H]``, is its one of the scales times the sigmoid of its
     part of ``x + bias``; the first is multiplied by 1 minus the second if they are `coupled`. Where `fuses`
     says so.
     """
     from nestor.ops.kernels import streams
 
+    batch, _, width = x.shape
+    channels, kernel = len(weight) // 3, weight.shape[1]
+    if width < 3 * channels + len(bias):
+        raise ShapeError(
+            f"x has {width} columns; three streams of {channels} and {len(bias)} gates need more"
+        )
+    for tail in tails or ():
+        if tail.shape != (batch, kernel - 1, channels):
+            raise ShapeError(
+                f"a convolution tail has shape {list(tail.shape)}; this call needs "
+                f"{[batch, kernel - 1, channels]}: the state of as many sequences, from the same layer"
+            )
     before = [None] * 3 if tails is None else [tail.to(x.dtype).contiguous() for tail in tails]
     q, k, v, gates, *after = streams.memory_inputs(
         x, weight.contiguous(), bias, *before, heads, EPSILON, list(scales), coupled

@@ -92,8 +92,10 @@ def test_captured_steps_are_of_compiled_blocks(tiny) -> None:
     for context in tiny.bars.contexts:
         found = result[str(context)]["transformer"]
         assert found["tokens_per_second"] > 0 and not found["recomputed"] and not found["captured"]
-    assert "captured" in importlib.import_module("report").bars_markdown({"captured": result})
-    models = {"titans-mag": {"speed_over_transformer": 0.5}}
+    assert "T16, compiled, recomputed" in importlib.import_module("report").bars_markdown(
+        {"captured": result}
+    )
+    models = {"titans-mag": {"speed_over_transformer": 0.5, "captured": True}}
     (verdict,) = importlib.import_module("verdicts").verdicts({"captured": {"4096": models}})
     assert not verdict.met and "captured" in verdict.bar
 

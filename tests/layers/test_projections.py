@@ -24,9 +24,13 @@ def test_what_is_not_plain_is_called() -> None:
     hooked = nn.Linear(4, 4, bias=False)
     hooked.register_forward_hook(lambda *arguments: None)
     assert plain(nn.Linear(4, 4)) and plain(nn.Linear(4, 4, bias=False))
-    others = (Adapted(4, 4), nn.Identity(), quantised, hooked)
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: x
+    others = (Adapted(4, 4), nn.Identity(), quantised, hooked, patched)
     assert not any(map(plain, others))
     assert all(stacked([nn.Linear(4, 4), other]) is None for other in others)
+    assert stacked([nn.Linear(4, 4), nn.Linear(4, 4).bfloat16()]) is None
+    assert stacked([nn.Linear(4, 4), nn.Linear(4, 3)]).shape == (7, 4)
 
 
 def test_on_a_cpu_each_is_called() -> None:

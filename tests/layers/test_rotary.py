@@ -38,3 +38,13 @@ def test_a_shared_row_of_positions_gives_the_table_once():
     assert cos.shape == (1, 5, 1, 4)
     each, _ = rotary_table(shared.contiguous(), 8, 10_000.0, torch.float32)
     assert torch.equal(each, cos.expand(3, 5, 1, 4))
+
+
+def test_what_torch_compile_takes_is_the_same_table():
+    position = torch.arange(9).expand(2, 9)
+    compiled = torch.compile(rotary_table, backend="aot_eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        for one, other in zip(
+            compiled(position, 6, 1e4, dtype), rotary_table(position, 6, 1e4, dtype), strict=True
+        ):
+            assert one.dtype == dtype and torch.equal(one, other)

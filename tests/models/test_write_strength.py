@@ -147,3 +147,15 @@ def test_what_was_just_read_is_written_less_hard(tiny):
 def test_a_model_without_a_memory_is_refused(tiny, tokens):
     with pytest.raises(NestorError, match="no layer of this model has a memory"):
         tiny("transformer").write_strength(tokens(1, 4))
+
+
+def test_compiled_blocks_report_their_writes_to_those_who_watch(tiny, tokens):
+    model, ids = tiny("titans-mag"), tokens(2, 11)
+    expected = model.write_strength(ids)
+    for block in model.layers:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        logits = model(ids).logits
+    torch.testing.assert_close(model.write_strength(ids), expected, **CLOSE)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from nestor.errors import ShapeError
-from nestor.ops.fused_streams import convolved_heads
+from nestor.ops.fused_streams import convolved_heads, memory_inputs
 from nestor.ops.heads import EPSILON, silu_heads
 from nestor.ops.kernels import covered
 from nestor.ops.short_convolution import next_tail, short_convolution
@@ -86,7 +86,7 @@ INPUTS = [
     (p, heads, tokens, scales, coupled, tail)
     for p, heads, scales, coupled in (
         (16, 4, (0.5, 1.0, 1.0), True), (64, 3, (0.25,), False), (32, 2, (0.5, 1.0), True),
-        (16, 2, (0.5, 2.0), False),
+        (16, 2, (0.5, 2.0), False), (16, 1, (0.5, 1.0), True), (16, 3, (0.5, 1.0, 2.0), True),
     )
     for tokens, tail in ((1, True), (5, False), (150, True))
 ]  # fmt: skip
@@ -100,7 +100,11 @@ def exact_inputs(x, weight, bias, *tails, heads, scales, coupled):
         silu_heads(short_convolution(stream, taps, tail), heads, unit=index < 2)
         for index, (stream, taps, tail) in enumerate(zip(streams, weight.chunk(3), tails, strict=True))
     ]
-    gates = torch.sigmoid(x[..., len(weight) :] + bias).unflatten(-1, (len(scales), heads)).movedim(-2, 0)
+    gates = (
+        torch.sigmoid(x[..., len(weight) :][..., : len(bias)] + bias)
+        .unflatten(-1, (len(scales), heads))
+        .movedim(-2, 0)
+    )
     first = gates[0] * (1 - gates[1]) if coupled else gates[0]
     gates = torch.stack([scale * y for scale, y in zip(scales, (first, *gates[1:]), strict=True)])
     after = [next_tail(stream, weight.shape[1], tail) for stream, tail in zip(streams, tails, strict=True)]
@@ -110,7 +114,8 @@ def exact_inputs(x, weight, bias, *tails, heads, scales, coupled):
 def draw_inputs(p, heads, tokens, scales, tail, dtype, device):
     """x, weight, bias, tails, and a cotangent of each output."""
     d, kind = p * heads, {"dtype": dtype, "device": device}
-    x = normal(2, tokens, 3 * d + len(scales) * heads, **kind)
+    # Wider than it has to be: what is behind the gates is not read, and has no gradient.
+    x = normal(2, tokens, 3 * d + len(scales) * heads + heads % 2, **kind)
     weight, bias = normal(3 * d, 4, seed=1, device=device), normal(len(scales) * heads, seed=2, device=device)
     tails = [normal(2, 3, d, seed=3 + i, **kind) for i in range(3)] if tail else [None] * 3
     # Two of the three lie inside of tokens.
@@ -222,6 +227,16 @@ def test_kernels_do_not_cover_a_cpu_and_wrong_shapes_are_named():
         convolved_heads(x, weight[:7], heads=2, unit=True)
     with pytest.raises(ShapeError, match="tail has shape"):
         convolved_heads(x, weight, tail[:, :2], heads=2, unit=True)
+
+
+def test_a_state_of_other_sequences_or_another_layer_is_refused():
+    pytest.importorskip("triton")
+    x, weight, bias = normal(2, 5, 3 * 8 + 2), normal(3 * 8, 4), normal(2)
+    for shape in ((1, 3, 8), (2, 1, 8), (2, 3, 4)):
+        with pytest.raises(ShapeError, match=r"needs \[2, 3, 8\]"):
+            memory_inputs(x, weight, bias, [normal(*shape)] * 3, 2, [1.0], coupled=False)
+    with pytest.raises(ShapeError, match="25 columns"):
+        memory_inputs(x[..., 1:], weight, bias, None, 2, [1.0], coupled=False)
 
 
 @pytest.mark.slow

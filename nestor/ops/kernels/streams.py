@@ -356,8 +356,8 @@ def memory_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v ``[B, T, H, p]``, gates float32 ``[G, B, T, H]``, and the next tails ``[B, K-1, d]``.
 
-    x ``[B, T, 3d + G H]``: the projected streams and gates, each row in one piece; weight ``[3d, K]`` of the
-    convolutions; bias ``[G H]``; scales, G, and `coupled` as in `gates_kernel`.
+    x ``[B, T, 3d + G H]`` or wider: the projected streams and gates, each row in one piece; weight
+    ``[3d, K]`` of the convolutions; bias ``[G H]``; scales, G, and `coupled` as in `gates_kernel`.
     """
     tails = [tail_q, tail_k, tail_v]
     (q, k, v), (after_q, after_k, after_v) = _launch_streams(x, weight, tails, heads, 2, eps, x.dtype)
@@ -393,6 +393,7 @@ def memory_inputs_backward(
         x[..., streams:], bias, g_gates.contiguous(), g_x[..., streams:], parts, x.stride(0), x.stride(1),
         g_x.stride(0), g_x.stride(1), tokens, heads, **_gates(scales, heads), COUPLED=coupled, num_warps=4,
     )  # fmt: skip
+    g_x[..., streams + len(bias) :].zero_()
     return g_x, g_weight, parts.sum(0).to(bias.dtype), g_tail_q, g_tail_k, g_tail_v
 
 
