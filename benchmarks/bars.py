@@ -20,11 +20,11 @@ from subjects import Layer, build_memory, build_titans_pytorch, nestor_layer, si
 from timing import in_a_process
 
 from nestor.layers.attention import Attention
-from nestor.layers.fla import load_kernels
+from nestor.layers.fla import DeltaAttention, load_kernels
 from nestor.layers.tnt import FIXED, TNT
 
 Keep = Callable[[dict[str, Any]], None]
-REFERENCES = ("kda", "titans-pytorch-x2", "titans-pytorch-x4")
+REFERENCES = ("kda", "nestor-kda", "titans-pytorch-x2", "titans-pytorch-x4")
 SUBJECT = "neural_memory"
 
 
@@ -57,6 +57,7 @@ LAYERS: dict[str, Callable[[Settings], Layer]] = {
     "tnt": _tnt,
     "attention": lambda s: nestor_layer(Attention(s.dim, s.heads)),
     "kda": _kda,
+    "nestor-kda": lambda s: nestor_layer(DeltaAttention(s.dim, s.heads, "kda")),
     "titans-pytorch-x2": _peer(2),
     "titans-pytorch-x4": _peer(4),
 }

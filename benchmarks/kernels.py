@@ -7,7 +7,7 @@ instead of kernels. Writes benchmarks/results/kernels-<device>.json and a printe
 
 Examples:
     python benchmarks/kernels.py --device cuda
-    python benchmarks/kernels.py --device cuda --layers neural_memory tnt kda
+    python benchmarks/kernels.py --device cuda --layers neural_memory tnt nestor-kda
     python benchmarks/kernels.py --shapes 1x256 --dim 64 --heads 2 --chunk 16     # on a CPU
 """
 

@@ -78,7 +78,13 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-BAR_HEADER = ["layer at B x T", "tokens/s", "over KDA", "over titans-pytorch x4", "peak MiB"]
+# Columns of speed over that of another layer: keys of a result, and what they are called.
+RATIOS = {
+    "speed_over_kda": "over KDA",
+    "speed_over_nestor-kda": "over nestor-kda",
+    "speed_over_titans-pytorch-x4": "over titans-pytorch x4",
+}
+BAR_HEADER = ["layer at B x T", "tokens/s", *RATIOS.values(), "peak MiB"]
 
 
 def bar_rows_of(result: dict[str, Any]) -> list[list[str]]:
@@ -86,10 +92,7 @@ def bar_rows_of(result: dict[str, Any]) -> list[list[str]]:
     lines = []
     for shape, layers in result.get("shapes", {}).items():
         for name, one in layers.items() if "x" in shape else ():
-            speed, *others = (
-                one.get(key)
-                for key in ("tokens_per_second", "speed_over_kda", "speed_over_titans-pytorch-x4")
-            )
+            speed, *others = (one.get(key) for key in ("tokens_per_second", *RATIOS))
             peak = one.get("peak_bytes")
             cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in others]
             rate = one.get("failure", "-") if speed is None else f"{speed:,.0f}"
@@ -104,7 +107,7 @@ def bar_rows_of(result: dict[str, Any]) -> list[list[str]]:
                 rate += "" if mfu is None else f" (MFU {mfu:.1%})"
                 size = "-" if peak is None else f"{peak / 2**20:,.0f}"
                 how_here = "compiled, recomputed" if how == "captured" and not one["captured"] else how
-                lines.append([f"model {name} T{context}, {how_here}", rate, "-", "-", size])
+                lines.append([f"model {name} T{context}, {how_here}", rate, *["-"] * len(RATIOS), size])
     return lines
 
 

@@ -30,7 +30,8 @@ class Bars:
     """Shapes and effort of the sections that measure the bars.
 
     Attributes:
-        subjects: layers of the section shapes; titans-pytorch-x2 and -x4 need its folder, kda a GPU.
+        subjects: layers of the section shapes; titans-pytorch-x2 and -x4 need its folder, kda (the
+            peer's layer) and nestor-kda (this package's, around the peer's operation) a GPU.
         shapes: B x T of the section shapes. lengths: T of the section growth, one sequence each.
         dim, heads, expansion, chunk: of the layers; memories have 2 layers.
         tnt_chunk, tnt_locals, tnt_shard: chunk sizes of TNT's global and local memories, and its shard.

@@ -69,9 +69,11 @@ def memory_inputs(
     """q, k, v as of `convolved_heads` (q and k of unit length), gates, and the next tails, by kernels.
 
     x: ``[B, T, 3d + G H]`` or wider, three streams and G gates a head; weight: ``[3d, K]``; bias: ``[G H]``;
-    tails: three of ``[B, K-1, d]``. A gate, float32 ``[B, T, H]``, is its one of the scales times the sigmoid of its
-    part of ``x + bias``; the first is multiplied by 1 minus the second if they are `coupled`. Where `fuses`
-    says so.
+    tails: three of ``[B, K-1, d]``. A gate, float32 ``[B, T, H]``, is its one of the scales times the sigmoid
+    of its part of ``x + bias``; the first is multiplied by 1 minus the second if they are `coupled`. Where
+    `fuses` says so.
+
+    Raises: ShapeError for sizes that do not fit.
     """
     from nestor.ops.kernels import streams
 
