@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nestor.errors import ConfigError, suggest
 from nestor.layers.attention import Attention, attention_from_config
 from nestor.layers.norm import RMSNorm
+from nestor.layers.projections import project_wide
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.substate import join_states, part_of
@@ -144,14 +145,8 @@ class LaCT(nn.Module):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """theta `[B, T, H, 3]`, the steps of W0, W1, W2, and eta `[B, T, H]`, in float32 (float64 stays)."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-
-        def linear(projection: nn.Linear) -> Tensor:
-            return F.linear(x.to(dtype), projection.weight.to(dtype), projection.bias.to(dtype))
-
-        with torch.autocast(x.device.type, enabled=False):
-            theta = F.softplus(linear(self.step_proj)).unflatten(-1, (self.heads, 3))
-            eta = None if self.momentum_proj is None else torch.sigmoid(linear(self.momentum_proj))
+        theta = F.softplus(project_wide(x, self.step_proj)).unflatten(-1, (self.heads, 3))
+        eta = None if self.momentum_proj is None else torch.sigmoid(project_wide(x, self.momentum_proj))
         return theta, eta
 
 

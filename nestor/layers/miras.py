@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nestor.errors import ConfigError
 from nestor.layers.neural_memory import OUTPUT_STD, Gates, NeuralMemory, draw_network
+from nestor.layers.projections import project_wide
 from nestor.ops.neural_memory.retention import make_retention
 
 # softplus of it is 1.
@@ -36,10 +37,7 @@ class LowRankGate(nn.Module):
         nn.init.constant_(self.up.bias, self.start)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            down, up, bias = (w.to(dtype) for w in (self.down.weight, self.up.weight, self.up.bias))
-            return F.linear(F.linear(x.to(dtype), down), up, bias)
+        return project_wide(project_wide(x, self.down), self.up)
 
 
 class Miras(NeuralMemory):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from nestor.errors import ConfigError, suggest
 from nestor.layers.convolution import ShortConvolution
 from nestor.layers.norm import RMSNorm
-from nestor.layers.projections import project_together, stacked
+from nestor.layers.projections import project_together, project_wide, stacked
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.walking import pack, unpack
@@ -362,10 +362,7 @@ class NeuralMemory(nn.Module):
 
     def gates(self, x: Tensor) -> Gates:
         """The gates from the layer's input `[B, T, d]`, in float32 (float64 stays)."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.gate_proj.weight.to(dtype), self.gate_proj.bias.to(dtype)
-            raw = torch.sigmoid(F.linear(x.to(dtype), weight, bias)).split(self.heads, -1)
+        raw = torch.sigmoid(project_wide(x, self.gate_proj)).split(self.heads, -1)
         gates = Gates(**{"eta": None, "alpha": None, **dict(zip(self._gate_names(), raw, strict=True))})
         gates.theta = gates.theta * self.max_theta
         if gates.eta is not None:

@@ -22,6 +22,23 @@ def project_together(x: Tensor, projections: Sequence[nn.Module]) -> list[Tensor
     return list(F.linear(x, weights).split([len(projection.weight) for projection in projections], -1))  # type: ignore[arg-type]
 
 
+def project_wide(x: Tensor, projection: nn.Module) -> Tensor:
+    """What a projection makes of x in float32 (float64 stays), inside of autocast, too.
+
+    For gates, some of which are near 0 or 1. What stands in place of `nn.Linear` (see `plain`) computes in
+    the dtype of its weight.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        if plain(projection):
+            linear = cast(nn.Linear, projection)
+            bias = None if linear.bias is None else linear.bias.to(dtype)
+            return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+        weight = getattr(projection, "weight", None)
+        known = isinstance(weight, Tensor) and weight.is_floating_point()
+        return projection(x.to(weight.dtype) if known else x).to(dtype)  # type: ignore[union-attr]
+
+
 def stacked(projections: Sequence[nn.Module]) -> Tensor | None:
     """The weights of several projections as one matrix; None unless all are plain and alike."""
     if not all(map(plain, projections)):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nestor.errors import ConfigError, suggest
 from nestor.layers.neural_memory import LayerState, NeuralMemory, draw_network, memory_from_config
+from nestor.layers.projections import project_wide
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.substate import part_of
@@ -61,10 +62,7 @@ class LocalMemory(nn.Module):
 
     def theta(self, x: Tensor) -> Tensor:
         """The write step `[B, T, H]` from the layer's input `[B, T, d]`, in float32 (float64 stays)."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.step_proj.weight.to(dtype), self.step_proj.bias.to(dtype)
-            return torch.sigmoid(nn.functional.linear(x.to(dtype), weight, bias)) * self.max_theta
+        return torch.sigmoid(project_wide(x, self.step_proj)) * self.max_theta
 
 
 class TNT(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.errors import ConfigError, suggest
+from nestor.layers.projections import project_wide
 from nestor.layers.registry import register_mixer
 from nestor.layers.rotary import rotary_table, rotate
 from nestor.layers.span import Span
@@ -125,10 +126,7 @@ class TTT(nn.Module):
 
     def steps(self, x: Tensor) -> Tensor:
         """theta `[B, T, H]`, `base_step sigmoid(w.x) / (p C)`, in float32 (float64 stays)."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.step_proj.weight.to(dtype), self.step_proj.bias.to(dtype)
-            return torch.sigmoid(F.linear(x.to(dtype), weight, bias)) * self.largest_step
+        return torch.sigmoid(project_wide(x, self.step_proj)) * self.largest_step
 
 
 @register_mixer("ttt_linear")

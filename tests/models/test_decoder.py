@@ -260,6 +260,19 @@ def test_peft_adapters_train_and_generate(tiny, tokens):
     assert adapted.generate(input_ids=ids, max_new_tokens=2, eos_token_id=None).shape == (1, 10)
 
 
+@pytest.mark.parametrize("preset", ["titans-mag", "lact"])
+def test_peft_adapters_reach_the_gates_of_a_memory(tiny, tokens, preset):
+    peft = pytest.importorskip("peft")
+    model, ids = tiny(preset).float(), tokens(1, 40)
+    ends = ("memory.gate_proj", "step_proj")
+    targets = [name for name, _ in model.named_modules() if name.endswith(ends)]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=2))
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    moved = {n.split(".lora_B")[0]: p.grad for n, p in adapted.named_parameters() if "lora_B" in n}
+    assert len(moved) == len(targets) > 0
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in moved.values())
+
+
 def test_embedding_and_output_weights_are_tied_by_default(tiny):
     tied = tiny("transformer")
     assert tied.lm_head.weight is tied.embed_tokens.weight
