@@ -1,6 +1,9 @@
 """What every test runs under: no network, one thread a worker, GPU tests skipped where there is no GPU."""
 
 import os
+import subprocess
+import sys
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -41,3 +44,18 @@ def seeded() -> None:
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Token caches of tests stay out of the user's cache folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def run_interpreted():
+    """Runs a test file as a program in Triton's interpreter, which is chosen before Triton is imported."""
+
+    def run(file: str, *arguments: str) -> None:
+        if find_spec("triton") is None:
+            pytest.skip("needs Triton; pip install triton")
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, file, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return run

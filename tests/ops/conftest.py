@@ -4,12 +4,9 @@ The oracle shares nothing with the package: it writes the memory network and the
 inner gradient from autograd, and handles masks, resets and anchors with plain branches, a sequence at a time.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -336,17 +333,3 @@ def emulation():
     if not module.available():
         pytest.skip("needs g++")
     return module
-
-
-@pytest.fixture
-def run_interpreted():
-    """Runs a test file as a program in Triton's interpreter, which is chosen before Triton is imported."""
-
-    def run(file: str) -> None:
-        if find_spec("triton") is None:
-            pytest.skip("needs Triton; pip install triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    return run
