@@ -37,8 +37,18 @@ class Operator:
         return torch.library.register_fake(self.name, function)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """As `torch.library.register_autograd`."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+        """As `torch.library.register_autograd`, of a backward that is not differentiable itself."""
+
+        @functools.wraps(backward)
+        def once(ctx: Any, *gradients: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{self.name} has no second derivative, which create_graph=True asks for; "
+                    f"leave it out, or compute on a CPU or in float64, where kernels are not used"
+                )
+            return backward(ctx, *gradients)
+
+        torch.library.register_autograd(self.name, once, setup_context=setup_context)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

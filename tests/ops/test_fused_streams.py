@@ -180,6 +180,16 @@ def check_each_output_alone(device):
             torch.testing.assert_close(a, b)
 
 
+def check_second_derivatives(device):
+    """Are refused: silently they would be zero."""
+    from nestor.ops.kernels import streams
+
+    x, weight, before = (x.requires_grad_() for x in draw(16, 2, 5, 4, True, device=device))
+    y, _ = streams.convolved_heads(x, weight, before, 2, True, EPSILON, torch.float32)
+    with pytest.raises(RuntimeError, match="convolved_heads has no second derivative"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
 def check_compilation(device):
     from nestor.ops.kernels import streams
 
@@ -277,6 +287,7 @@ def test_a_gpu_takes_the_kernels_and_torch_compile_them():
     pytest.importorskip("triton")
     check_each_output_alone("cuda")
     check_compilation("cuda")
+    check_second_derivatives("cuda")
     check_inputs_compilation("cuda")
     x, weight, tail = draw(64, 2, 9, 4, True, torch.bfloat16, "cuda")
     for start in (None, tail[0]):
@@ -293,6 +304,7 @@ if __name__ == "__main__":
         check("cpu", torch.float32, torch.float32, *case)
     check_each_output_alone("cpu")
     check_compilation("cpu")
+    check_second_derivatives("cpu")
     for case in INPUTS:
         check_inputs("cpu", torch.float32, *case)
     check_inputs_compilation("cpu")
