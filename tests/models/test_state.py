@@ -103,7 +103,8 @@ def test_saved_states_go_on_in_a_new_process(variants, tiny, tokens, tmp_path):
 import sys, torch, nestor
 from transformers import AutoModelForCausalLM
 from nestor.files import read_tensors, write_tensors
-folder, *variants = sys.argv[1:]
+folder, threads, *variants = sys.argv[1:]
+torch.set_num_threads(int(threads))  # on which the order of sums depends
 new = read_tensors(folder + "/new.safetensors")[0]["new"]
 logits = {}
 for variant in variants:
@@ -113,7 +114,8 @@ for variant in variants:
         logits[variant] = model(new, past_key_values=state).logits
 write_tensors(folder + "/out.safetensors", logits)
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path), *variants], check=True, capture_output=True)
+    command = [sys.executable, "-c", program, str(tmp_path), str(torch.get_num_threads()), *variants]
+    subprocess.run(command, check=True, capture_output=True)
     logits, _ = read_tensors(tmp_path / "out.safetensors")
     for variant in variants:
         assert torch.equal(logits[variant], expected[variant]), variant
