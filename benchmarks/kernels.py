@@ -40,6 +40,10 @@ from nestor.ops.neural_memory import MemorySpec, neural_memory
 PACKAGE = "nestor.ops.neural_memory.kernels"
 
 
+# Steps queued one after another of which the time is taken.
+QUEUED = 5
+
+
 @dataclasses.dataclass
 class Settings:
     """What is profiled.
@@ -174,7 +178,7 @@ def measure(s: Settings, shape: str, name: str | None) -> dict[str, Any]:
         step = operation(s, batch, tokens) if name is None else layer(s, name, batch, tokens)
         for _ in range(2):
             step()
-        times = sorted(timed(step, s.device, 5) for _ in range(s.steps))
+        times = sorted(timed(step, s.device, QUEUED) for _ in range(s.steps))
         found["ms"] = times[len(times) // 2] * 1e3
         found["host_ms"] = statistics.median(on_host(step, s.device) for _ in range(s.steps)) * 1e3
         found["tokens_per_second"] = batch * tokens / found["ms"] * 1e3

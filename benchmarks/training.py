@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from flops import peak_of, training_flops
 from rich.progress import Progress
-from rounds import Step, capture_graph, measure
+from rounds import Measured, Step, capture_graph, measure
 from settings import Settings
 from subjects import build_model
 from timing import in_a_process, release
@@ -68,7 +68,6 @@ def measure_contexts(s: Settings, keep: Keep, recomputed: list[str] | None = Non
     """
     b = s.bars
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    rate = b.peak_flops or peak_of(torch.cuda.get_device_name() if s.device == "cuda" else "")
     subjects = {name: Subject(name, s, world) for name in b.models}
     result: dict[str, Any] = {}
     for context in b.contexts:
@@ -81,21 +80,22 @@ def measure_contexts(s: Settings, keep: Keep, recomputed: list[str] | None = Non
             measured = measure(steps, s.device, b.repeats, limit)
             if all(one.failure != "out of memory" for one in measured.values()):
                 break
-        found = {}
-        for name, one in measured.items():
-            found[name] = {"parameters": subjects[name].parameters, "batch": batch, "recomputed": recompute}
-            found[name] |= one.summary(batch * context * world)
-            if one.seconds:
-                flops = subjects[name].flops[context]
-                achieved = flops * found[name]["tokens_per_second"] / world
-                found[name] |= {"flops_per_token": flops, "mfu": achieved / rate if rate else None}
-        reference = found.get("transformer", {}).get("tokens_per_second")
-        for values in found.values():
-            if reference and "tokens_per_second" in values:
-                values["speed_over_transformer"] = values["tokens_per_second"] / reference
+        found = {
+            name: subjects[name].found(s, one, context, batch, world) | {"recomputed": recompute}
+            for name, one in measured.items()
+        }
+        _compare(found)
         result[str(context)] = found
         keep(result)
     return result
+
+
+def _compare(found: dict[str, Any]) -> None:
+    """Add to what models were found to take their speed over the transformer's."""
+    reference = found.get("transformer", {}).get("tokens_per_second")
+    for values in found.values():
+        if reference and "tokens_per_second" in values:
+            values["speed_over_transformer"] = values["tokens_per_second"] / reference
 
 
 def run_captured(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
@@ -105,7 +105,6 @@ def run_captured(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
     are replayed as a CUDA graph; where that does not fit, activations are recomputed and nothing is captured.
     """
     b = s.bars
-    rate = b.peak_flops or peak_of(torch.cuda.get_device_name() if s.device == "cuda" else "")
     task = progress.add_task("captured", total=len(b.models) * len(b.contexts))
     result: dict[str, Any] = {str(context): {} for context in b.contexts}
     for name in b.models:
@@ -121,17 +120,14 @@ def run_captured(s: Settings, progress: Progress, keep: Keep) -> dict[str, Any]:
                 release()
                 if measured.failure != "out of memory":
                     break
-            found = {"parameters": subject.parameters, "batch": batch, "recomputed": recompute}
-            found |= {"captured": capture, **measured.summary(batch * context)}
+            found = subject.found(s, measured, context, batch) | {
+                "recomputed": recompute,
+                "captured": capture,
+            }
             if capture:
                 found["step_peak_bytes"] = None  # the graph has its memory from before the step
-            if measured.seconds:
-                achieved = subject.flops[context] * found["tokens_per_second"]
-                found |= {"flops_per_token": subject.flops[context], "mfu": achieved / rate if rate else None}
             result[str(context)][name] = found
-            reference = result[str(context)].get("transformer", {}).get("tokens_per_second")
-            if reference and measured.seconds:
-                found["speed_over_transformer"] = found["tokens_per_second"] / reference
+            _compare(result[str(context)])
             keep(result)
             progress.advance(task)
         del subject
@@ -158,6 +154,16 @@ class Subject:
             shard(self.model, s.device, world)
         fused = s.device == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+
+    def found(self, s: Settings, one: Measured, context: int, batch: int, world: int = 1) -> dict[str, Any]:
+        """What was measured of its steps on `batch` sequences of T = context in each of `world` processes."""
+        found: dict[str, Any] = {"parameters": self.parameters, "batch": batch}
+        found |= one.summary(batch * context * world)
+        if one.seconds:
+            rate = s.bars.peak_flops or peak_of(torch.cuda.get_device_name() if s.device == "cuda" else "")
+            achieved = self.flops[context] * found["tokens_per_second"] / world
+            found |= {"flops_per_token": self.flops[context], "mfu": achieved / rate if rate else None}
+        return found
 
     def step(self, s: Settings, batch: int, tokens: int, recompute: bool, capture: bool = False) -> Step:
         """A training step on random tokens; capture: what comes before the optimiser as a CUDA graph."""

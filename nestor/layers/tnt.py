@@ -126,7 +126,7 @@ class TNT(nn.Module):
         q, k, v, gate, gates, after, thetas = self.memory.inputs(x, own, span, None, list(self.locals))
         theta = gates.theta if self.global_share == 1.0 else gates.theta * self.global_share
         # One chunk after another is little work at a time, all shards side by side are much.
-        beside = Beside(q, k, v, theta)
+        beside = Beside(q, k, v, theta, worth=x.shape[1] > 1)
         learned = Learned(self.memory)
         with beside:
             y, memory, writes = read_and_write(

@@ -15,11 +15,10 @@ class Beside:
     traces, there is one queue.
     """
 
-    def __init__(self, *inputs: Tensor) -> None:
-        """inputs: made outside and used inside."""
+    def __init__(self, *inputs: Tensor, worth: bool = True) -> None:
+        """inputs: made outside and used inside. worth: whether the work is long enough for a second queue."""
         device = inputs[0].device
-        several = inputs[0].dim() < 2 or inputs[0].shape[1] > 1
-        used = device.type == "cuda" and several and not torch.compiler.is_compiling()
+        used = device.type == "cuda" and worth and not torch.compiler.is_compiling()
         self._inputs, self._side = inputs, _side(device) if used else None
         self._context: Any = None
 

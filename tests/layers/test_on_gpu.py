@@ -71,7 +71,7 @@ def test_it_is_the_layer_in_float64(kind, dtype, allowed) -> None:
 
 
 class OneQueue:
-    def __init__(self, *inputs) -> None:
+    def __init__(self, *inputs, worth=True) -> None:
         pass
 
     def __enter__(self) -> None:

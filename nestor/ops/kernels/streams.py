@@ -265,9 +265,7 @@ def _launch_streams_backward(
     channels = weight.shape[0] // streams
     if len({g.stride() for g in g_y}) > 1 or g_y[0].stride(-1) != 1:
         g_y = [g.contiguous() for g in g_y]
-    g_tails = [
-        x.new_empty(0, dtype=torch.float32) if tail is None else torch.empty_like(tail) for tail in tails
-    ]
+    g_tails = _like(tails, x)
     shape = _shape(channels, heads)
     segments = max(1, TILES[1] // (shape["HB"] * shape["P"]))
     blocks = triton.cdiv(tokens, segments * SEGMENT)
@@ -280,6 +278,22 @@ def _launch_streams_backward(
     )  # fmt: skip
     g_weight = parts.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
     return g_weight, g_tails
+
+
+def _like(tails: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
+    """Room for the gradient of each tail; empty: there is none."""
+    return [x.new_empty(0, dtype=torch.float32) if t is None else t.new_empty(t.shape) for t in tails]
+
+
+def _add_after(g_x: Tensor, g_tail: Tensor | None, g_after: Tensor | None) -> None:
+    """Add to the gradients of a stream and its tail that of the next tail, which is the end of both."""
+    if g_after is None:
+        return
+    tokens, before = g_x.shape[1], g_after.shape[1]
+    new = min(tokens, before)
+    g_x[:, tokens - new :] += g_after[:, before - new :]
+    if g_tail is not None:
+        g_tail[:, tokens:] += g_after[:, : before - new]
 
 
 def _three(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -319,7 +333,7 @@ def _(
 def _(
     x: Tensor, weight: Tensor, tail: Tensor | None, g_y: Tensor, heads: int, unit: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g_tail = x.new_empty((0,), dtype=torch.float32) if tail is None else tail.new_empty(tail.shape)
+    (g_tail,) = _like([tail], x)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), g_tail
 
 
@@ -331,15 +345,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, g_y: Tensor | None, g_after: Tensor | None) -> tuple[Any, ...]:
     x, weight, tail = ctx.saved_tensors
-    tokens, before = x.shape[1], weight.shape[1] - 1
     g_y = x.new_zeros(x.shape).unflatten(-1, (ctx.heads, -1)) if g_y is None else g_y
     g_x, g_weight, g_tail = convolved_heads_backward(x, weight, tail, g_y, ctx.heads, ctx.unit, ctx.eps)
-    if g_after is not None:
-        new = min(tokens, before)
-        g_x[:, tokens - new :] += g_after[:, before - new :]
-        if tail is not None:
-            g_tail[:, tokens:] += g_after[:, : before - new]
-    return g_x, g_weight, None if tail is None else g_tail, None, None, None, None
+    g_before = None if tail is None else g_tail
+    _add_after(g_x, g_before, g_after)
+    return g_x, g_weight, g_before, None, None, None, None
 
 
 convolved_heads.register_autograd(_backward, setup_context=_setup)
@@ -415,11 +425,8 @@ def _(
     tail_v: Tensor | None, g_q: Tensor, g_k: Tensor, g_v: Tensor, g_gates: Tensor, heads: int, eps: float,
     scales: Sequence[float], coupled: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    tails = [
-        x.new_empty((0,), dtype=torch.float32) if tail is None else tail.new_empty(tail.shape)
-        for tail in (tail_q, tail_k, tail_v)
-    ]
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), *tails
+    g_tails = _like([tail_q, tail_k, tail_v], x)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), *g_tails
 
 
 def _setup_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -431,7 +438,7 @@ def _setup_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _backward_inputs(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     x, weight, bias, *tails = ctx.saved_tensors
     batch, tokens, _ = x.shape
-    channels, before = len(weight) // 3, weight.shape[1] - 1
+    channels = len(weight) // 3
     heads, scales = ctx.heads, ctx.scales
     shapes = [(batch, tokens, heads, channels // heads)] * 3 + [(len(scales), batch, tokens, heads)]
     g = [
@@ -441,13 +448,9 @@ def _backward_inputs(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     g_x, g_weight, g_bias, *g_tails = memory_inputs_backward(
         x, weight, bias, *tails, *g, heads, ctx.eps, scales, ctx.coupled
     )
-    new = min(tokens, before)
-    for index, g_after in enumerate(gradients[4:]):
-        if g_after is not None:
-            g_x[:, tokens - new :, index * channels : (index + 1) * channels] += g_after[:, before - new :]
-            if tails[index] is not None:
-                g_tails[index][:, tokens:] += g_after[:, : before - new]
     g_before = [None if tail is None else g for tail, g in zip(tails, g_tails, strict=True)]
+    for index, g_after in enumerate(gradients[4:]):
+        _add_after(g_x[..., index * channels : (index + 1) * channels], g_before[index], g_after)
     return g_x, g_weight, g_bias, *g_before, None, None, None, None
 
 
