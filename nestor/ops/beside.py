@@ -1,6 +1,7 @@
 """Two queues on a GPU."""
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Beside:
         """inputs: made outside and used inside. worth: whether the work is long enough for a second queue."""
         device = inputs[0].device
         used = device.type == "cuda" and worth and not torch.compiler.is_compiling()
-        self._inputs, self._side = inputs, _side(device) if used else None
+        self._inputs, self._side = inputs, _side(device, "beside") if used else None
         self._context: Any = None
 
     def __enter__(self) -> None:
@@ -45,6 +46,36 @@ class Beside:
             x.record_stream(here)
 
 
+class Stages:
+    """The queue in use and one at its side for the stages of a pipeline, or (`two` False) one for all.
+
+    Work in one queue waits for that of the other where it says so, `wait(mark())`. What both use must be made
+    before the first wait of the side and be free only when the queue in use has waited for the side's last
+    mark. Stages that leave multiprocessors idle go to the side, whose work goes first.
+    """
+
+    def __init__(self, device: torch.device, two: bool) -> None:
+        self._side = _side(device, "stages") if two and device.type == "cuda" else None
+
+    def side(self) -> AbstractContextManager[Any]:
+        """What is queued inside goes to the side."""
+        return nullcontext() if self._side is None else torch.cuda.stream(self._side)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What has been queued up to now."""
+        return None if self._side is None else torch.cuda.current_stream(self._side.device).record_event()
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        """What is queued from now on waits for a mark."""
+        if self._side is not None and mark is not None:
+            torch.cuda.current_stream(self._side.device).wait_event(mark)
+
+
+def _side(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    return _new_side(device, torch.cuda.current_stream(device).cuda_stream, purpose)
+
+
 @functools.cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
+def _new_side(device: torch.device, here: int, purpose: str) -> torch.cuda.Stream:
+    """A queue at the side of the queue `here`, for one purpose; of higher priority than those of others."""
+    return torch.cuda.Stream(device, priority={"beside": -1, "stages": -2}[purpose])

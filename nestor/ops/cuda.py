@@ -56,8 +56,8 @@ class CudaKernel:
     def __init__(self, function: Any, threads: int, shared: int, device: int) -> None:
         from cuda.bindings import driver
 
-        self._function, self._threads, self._shared, self._device = function, threads, shared, device
-        self._launch = driver.cuLaunchKernel
+        self.function, self.threads, self.shared, self.device = function, threads, shared, device
+        self.launch = driver.cuLaunchKernel
         kinds = driver.CUfunction_attribute
         size = kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         # All the room there is: as many blocks to a multiprocessor as fit.
@@ -65,26 +65,57 @@ class CudaKernel:
         for kind, value in ((size, shared), (room, 100)):
             _check(driver.cuFuncSetAttribute(function, kind, value))
 
-    def __call__(
+    def prepare(
         self,
-        grid: tuple[int, ...],
+        tensors: Sequence[Tensor | None],
+        longs: Sequence[int],
+        ints: Sequence[int],
+        floats: Sequence[float],
+    ) -> "Launch":
+        """The kernel with its arguments. None is a null pointer."""
+        return Launch(self, tensors, longs, ints, floats)
+
+
+class Launch:
+    """A kernel and its arguments, to be queued any number of times."""
+
+    def __init__(
+        self,
+        kernel: CudaKernel,
         tensors: Sequence[Tensor | None],
         longs: Sequence[int],
         ints: Sequence[int],
         floats: Sequence[float],
     ) -> None:
-        """Queue the kernel on the device's current stream. None is a null pointer."""
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
-        layout = f"{len(pointers) + len(longs)}q{len(ints)}i{len(floats)}f"
-        arguments = ctypes.create_string_buffer(struct.pack(layout, *pointers, *longs, *ints, *floats))
-        size = ctypes.c_size_t(len(arguments) - 1)  # less the final zero
-        extra = (ctypes.c_void_p * 5)(
-            BUFFER_POINTER, ctypes.addressof(arguments), BUFFER_SIZE, ctypes.addressof(size), BUFFER_END
+        wide = len(pointers) + len(longs)
+        packed = struct.pack(f"{wide}q{len(ints)}i{len(floats)}f", *pointers, *longs, *ints, *floats)
+        self._kernel, self._tensors, self._first_int = kernel, tensors, 8 * wide
+        self._arguments = (ctypes.c_char * len(packed)).from_buffer_copy(packed)
+        self._size = ctypes.c_size_t(len(packed))
+        self._extra = (ctypes.c_void_p * 5)(
+            BUFFER_POINTER,
+            ctypes.addressof(self._arguments),
+            BUFFER_SIZE,
+            ctypes.addressof(self._size),
+            BUFFER_END,
         )
+        self._address = ctypes.addressof(self._extra)
+
+    def __call__(self, grid: tuple[int, ...], changed: Sequence[tuple[int, int]] = ()) -> None:
+        """Queue it on the device's current stream.
+
+        Args:
+            grid: blocks, in one to three dimensions. changed: numbers of 32-bit integers among the arguments,
+                and what each is from now on.
+        """
+        for number, value in changed:
+            struct.pack_into("i", self._arguments, self._first_int + 4 * number, value)
+        kernel = self._kernel
         x, y, z = (*grid, 1, 1)[:3]
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        (status,) = self._launch(
-            self._function, x, y, z, self._threads, 1, 1, self._shared, stream, 0, ctypes.addressof(extra)
+        stream = torch._C._cuda_getCurrentRawStream(kernel.device)
+        (status,) = kernel.launch(
+            kernel.function, x, y, z, kernel.threads, 1, 1, kernel.shared, stream, 0, self._address
         )
         if status:
             raise RuntimeError(f"CUDA: {status!r}")

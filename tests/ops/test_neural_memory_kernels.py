@@ -224,13 +224,13 @@ def test_the_kernels_in_tritons_interpreter(chosen, count) -> None:
     assert f"{count} passed" in done.stdout, done.stdout[-500:]
 
 
-# Slices to a program of a walk, whether its programs meet in memory, and the problem.
+# Slices to a program of a walk, and the problem.
 EMULATED = {
-    "cluster": (1, False, {"length": 150}),
-    "cluster, masks, resets": (1, False, {"batch": 2, "length": 130, "masked": 0.3, "reset": 0.05}),
-    "two slices": (2, False, {"length": 150, "inner_loss": "huber", "loss_threshold": 0.3}),
-    "in memory": (1, True, {"hidden": 256, "length": 70, "momentum": False, "norm": "residual"}),
-    "chunk-start reads": (1, False, {"length": 70, "read_mode": "chunk_start", "forget": False}),
+    "cluster": (1, {"length": 150}),
+    "cluster, masks, resets": (1, {"batch": 2, "length": 130, "masked": 0.3, "reset": 0.05}),
+    "two slices": (2, {"length": 150, "inner_loss": "huber", "loss_threshold": 0.3}),
+    "without momentum": (1, {"hidden": 256, "length": 70, "momentum": False, "norm": "residual"}),
+    "chunk-start reads": (1, {"length": 70, "read_mode": "chunk_start", "forget": False}),
 }
 
 
@@ -239,16 +239,28 @@ EMULATED = {
     "case",
     [
         # Each compiles its kernels, for ten seconds and more.
-        pytest.param(case, marks=() if case in ("cluster, masks, resets", "in memory") else pytest.mark.slow)
+        pytest.param(
+            case, marks=() if case in ("cluster, masks, resets", "without momentum") else pytest.mark.slow
+        )
         for case in EMULATED
     ],
 )
 def test_emulated_cuda_kernels(draw_problem, flat, gradients, emulation, monkeypatch, case) -> None:
-    slices, in_memory, choices = EMULATED[case]
-    ran = emulation.install(monkeypatch, slices, in_memory)
+    slices, choices = EMULATED[case]
+    ran = emulation.install(monkeypatch, slices)
     base = {"batch": 1, "heads": 1, "width": 64, "hidden": 128, "chunk_size": 64, "step": 0.02}
     _compare(draw_problem, flat, gradients, torch.bfloat16, **{**base, **choices})
     assert set(ran) == {"write", "read", "read_backward", "write_backward", "write_gradients"}
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED or ON_GPU, reason="is for a CPU with Triton's modules")
+def test_emulated_walks_in_lanes(draw_problem, flat, gradients, emulation, monkeypatch) -> None:
+    """One sequence's walks after the other's, in three spans; what they leave lies in two places in turn."""
+    emulation.install(monkeypatch, lanes=2)
+    for span in ("FORWARD_SPAN", "BACKWARD_SPAN"):
+        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", 8)
+    choices = {"batch": 2, "heads": 1, "width": 64, "hidden": 64, "chunk_size": 64, "step": 0.02}
+    _compare(draw_problem, flat, gradients, torch.bfloat16, **choices, length=64 * 18 + 5, reset=0.002)
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED or ON_GPU, reason="is for a CPU with Triton's modules")
@@ -313,12 +325,23 @@ def test_several_spans(draw_problem, flat, gradients, monkeypatch, tiled) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("momentum", [True, False])
-def test_walks_that_meet_in_memory(draw_problem, flat, gradients, monkeypatch, momentum) -> None:
-    """As those that just fill a GPU; here more than have room at once."""
-    monkeypatch.setattr("nestor.ops.neural_memory.kernels.tiled._layout", lambda *about: (1, True))
-    choices = {**LARGE, "batch": 10, "heads": 4, "momentum": momentum, "reset": 0.02}
+@pytest.mark.parametrize(("lanes", "batch"), [(1, 1), (2, 2), (4, 4)])
+def test_spans_side_by_side(draw_problem, flat, gradients, monkeypatch, lanes, batch) -> None:
+    """Walks of some spans beside other kernels of others; the same bits again and again."""
+    monkeypatch.setattr("nestor.ops.neural_memory.kernels.tiled.lanes", lambda *about: lanes)
+    for span in ("FORWARD_SPAN", "BACKWARD_SPAN"):
+        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", 8)
+    choices = {**LARGE, "batch": batch, "heads": 4, "length": 64 * 60 + 5, "reset": 0.001}
     _compare(draw_problem, flat, gradients, torch.bfloat16, **choices)
+    p = _rounded(_draw(draw_problem, 0, **choices), torch.bfloat16)
+
+    def once():
+        found = gradients(p, lambda p: _run(p, torch.bfloat16))
+        return [_run(p, torch.bfloat16)[0], *found.values()]
+
+    first = once()
+    for _ in range(5):
+        assert all(map(torch.equal, once(), first))
 
 
 @pytest.mark.gpu

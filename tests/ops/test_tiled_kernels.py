@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 KERNELS = ("write", "read", "read_backward", "write_backward", "write_gradients")
 CHOICES = (
     "ACTIVATION", "NORM", "LOSS", "MOMENTUM", "TARGET", "HAS_RESETS", "HAS_OPEN", "SAVE", "READS", "KEEP",
-    "SPLIT", "WGMMA", "SLICES", "IN_MEMORY", "READ", "FORGET", "EXACT",
+    "SPLIT", "WGMMA", "SLICES", "READ", "FORGET", "EXACT",
 )  # fmt: skip
 
 
@@ -34,15 +34,21 @@ def parameters(name):
 
 
 @pytest.mark.parametrize("resets", [False, True])
-@pytest.mark.parametrize("momentum", [False, True])
-def test_each_kernel_gets_what_its_source_declares(monkeypatch, momentum, resets) -> None:
+@pytest.mark.parametrize(("momentum", "lanes"), [(False, 0), (True, 0), (True, 2)])
+def test_each_kernel_gets_what_its_source_declares(monkeypatch, momentum, lanes, resets) -> None:
     from nestor.ops.neural_memory.kernels import calls, tiled, walk
 
     seen = {}
 
-    def launch(name, grid, choices, tensors, strides, sizes, numbers, device):
+    def prepare(name, programs, choices, tensors, strides, sizes, numbers, device):
         kinds = ["pointer"] * len(tensors) + ["long"] * len(strides) + ["int"] * len(sizes)
-        seen.setdefault(name, []).append((kinds + ["float"] * len(numbers), set(choices), grid))
+        kinds += ["float"] * len(numbers)
+
+        def queue(grid, changed=()):
+            assert all(number < len(sizes) for number, _ in changed)
+            seen.setdefault(name, []).append((kinds, set(choices), grid))
+
+        return queue
 
     def coefficients(self, keep):
         m, n, c = self.walks, self.chunks, self.chunk
@@ -54,7 +60,8 @@ def test_each_kernel_gets_what_its_source_declares(monkeypatch, momentum, resets
         )
 
     monkeypatch.setattr(tiled, "covers", lambda *about: True)
-    monkeypatch.setattr(tiled, "launch", launch)
+    monkeypatch.setattr(tiled, "prepare", prepare)
+    monkeypatch.setattr(tiled, "lanes", lambda *about: lanes)
     monkeypatch.setattr(calls.Call, "coefficients", coefficients)
     monkeypatch.setattr(calls.Call, "gate_gradients", lambda self, *arguments: None)
 
@@ -80,12 +87,11 @@ def test_each_kernel_gets_what_its_source_declares(monkeypatch, momentum, resets
     assert set(seen) == set(KERNELS)
     for name, launches in seen.items():
         kinds, wanted = parameters(name)
-        # `tiled.launch` adds where the programs of a walk meet, after the other tensors.
-        meeting = ["pointer"] if name in tiled.WALK_TILES else []
         for given, choices, _ in launches:
-            assert meeting + given == kinds, name
-            assert wanted <= choices | {"WGMMA", "SLICES", "IN_MEMORY"}, name
-    assert seen["write_backward"][0][2] == (batch * heads * hidden // 64,)
+            assert given == kinds, name
+            assert wanted <= choices | {"WGMMA", "SLICES"}, name
+    programs = batch * heads * hidden // 64
+    assert [grid for _, _, grid in seen["write_backward"]] == [(programs // (lanes or 1),)] * (lanes or 1)
 
 
 @pytest.mark.parametrize("momentum", [False, True])
@@ -94,12 +100,13 @@ def test_decoding_gets_what_its_source_declares(monkeypatch, momentum) -> None:
 
     seen = []
 
-    def launch(name, grid, choices, tensors, strides, sizes, numbers, device):
+    def prepare(name, programs, choices, tensors, strides, sizes, numbers, device):
         kinds = ["pointer"] * len(tensors) + ["long"] * len(strides) + ["int"] * len(sizes)
-        seen.append((name, kinds + ["float"] * len(numbers), set(choices), grid))
+        kinds += ["float"] * len(numbers)
+        return lambda grid: seen.append((name, kinds, set(choices), grid))
 
     monkeypatch.setattr(tiled, "covers_decode", lambda *about: True)
-    monkeypatch.setattr(tiled, "launch", launch)
+    monkeypatch.setattr(tiled, "prepare", prepare)
     batch, heads, hidden = 2, 3, 128
     q = torch.randn(batch, 1, heads, 64)
     gate = torch.rand(batch, 1, heads)

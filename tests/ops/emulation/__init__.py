@@ -141,13 +141,12 @@ def coefficients(call, keep):
     return rows, ends, last, G, G
 
 
-def gate_gradients(call, out, rows, G, E, g_rows, g_G, g_ends, g_last, span, read):
+def gate_gradients(call, out, rows, G, E, g_rows, g_G, g_ends, g_last, read):
     """In the place of `Call.gate_gradients`."""
     with torch.enable_grad():
         leaves, rows, ends, last, G = _coefficients(call)
 
         def along(x, grad):
-            grad = grad.transpose(0, 1).flatten(1, 2)[:, : call.chunks]
             return (x * grad).sum()
 
         parts, count = (slice(0, 2), 3) if call.momentum else (slice(0, 1), 1)
@@ -163,39 +162,43 @@ def gate_gradients(call, out, rows, G, E, g_rows, g_G, g_ends, g_last, span, rea
             into.copy_(grad[:, : call.tokens])
 
 
-def install(monkeypatch, slices: int = 1, in_memory: bool = False) -> list[str]:
+def install(monkeypatch, slices: int = 1, lanes: int = 0) -> list[str]:
     """Let the operation take these kernels on the CPU; it returns a list to which names of those that run are
     appended. Gates become coefficients in PyTorch there, and not in Triton.
 
-    slices (of the forward's walks), in_memory: see `tiled._layout`.
+    slices (of the forward's walks): see `tiled._slices`; lanes: see `tiled.lanes`.
     """
     from nestor.ops.neural_memory.kernels import calls, tiled
 
     ran = []
 
-    def launch(name, grid, choices, tensors, strides, sizes, numbers, device):
+    def prepare(name, programs, choices, tensors, strides, sizes, numbers, device):
         definitions = {key: int(value) for key, value in choices.items()} | {"WGMMA": 0}
-        group, headers = 1, ()
+        taken, group, headers = 1, 1, ()
         if name in tiled.WALK_TILES:
             taken = min(slices, choices["SPLIT"]) if name == "write" else 1
-            definitions |= {"SLICES": taken, "IN_MEMORY": int(in_memory)}
+            definitions |= {"SLICES": taken}
             group, headers = choices["SPLIT"] // taken, ("cluster.cuh",)
-            grid = (grid[0] // taken,)
-            tensors = (*tensors, tiled._meeting(grid[0] // group, group, device) if in_memory else None)
         elif name == "decode":
             group = choices["SPLIT"]
         run = build(tiled.FOLDER, name, tuple(sorted(definitions.items())), headers)
-        x, y = (*grid, 1)[:2]
         pointers = (ctypes.c_void_p * len(tensors))(*[0 if t is None else t.data_ptr() for t in tensors])
         longs, ints = (ctypes.c_long * len(strides))(*strides), (ctypes.c_int * len(sizes))(*sizes)
-        ran.append(name)
-        assert run(x, y, group, pointers, longs, ints, (ctypes.c_float * len(numbers))(*numbers)), (
-            f"{name} hangs"
-        )
+        floats = (ctypes.c_float * len(numbers))(*numbers)
+
+        def queue(grid, changed=(), kept=tensors):
+            for number, value in changed:
+                ints[number] = value
+            x, y = (*grid, 1)[:2]
+            ran.append(name)
+            assert run(x // taken, y, group, pointers, longs, ints, floats), f"{name} hangs"
+
+        return queue
 
     monkeypatch.setattr(calls.Call, "coefficients", coefficients)
     monkeypatch.setattr(calls.Call, "gate_gradients", gate_gradients)
-    monkeypatch.setattr(tiled, "launch", launch)
+    monkeypatch.setattr(tiled, "prepare", prepare)
+    monkeypatch.setattr(tiled, "lanes", lambda walks, split, device: lanes)
     monkeypatch.setattr(tiled, "covers", lambda device, dtype, chunk, width, hidden: chunk == width == 64)
     monkeypatch.setattr(tiled, "covers_decode", lambda device, width, hidden: width == 64)
     return ran

@@ -114,13 +114,11 @@ class Call:
         )  # fmt: skip
         return rows, ends, last, G, E
 
-    def collected(self, span: int, read: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Room for small gradients of each span: of rows and G (by the reads), ends, last and the norm."""
+    def collected(self, read: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Room for small gradients of each chunk: of rows and G (by the reads), ends, last and the norm."""
         c, p = self.chunk, self.width
-        spans = -(-self.chunks // span)
-        sizes = ((2, c), (c, c) if read else (0,), (2, c), (4,))
-        norms = self.zeros(spans, self.walks, span, 2, p)  # zeros where a last span is shorter
-        rows, G, ends, last = (self.floats(spans, self.walks, span, *size) for size in sizes)
+        sizes = ((2, c), (c, c) if read else (0,), (2, c), (4,), (2, p))
+        rows, G, ends, last, norms = (self.floats(self.walks, self.chunks, *size) for size in sizes)
         return rows, G, ends, last, norms
 
     def norm_gradients(self, collected: Tensor) -> list[Tensor]:
@@ -128,17 +126,17 @@ class Call:
         if self.gamma is None:
             # Two, for what an operator returns must not share memory.
             return [self.floats(0), self.floats(0)]
-        shape = (collected.shape[0], self.batch, self.heads, *collected.shape[2:])
-        return [g.clone() for g in collected.view(shape).sum((0, 1, 3)).unbind(1)]
+        by_head = collected.unflatten(0, (self.batch, self.heads)).sum((0, 2))
+        return [g.clone() for g in by_head.unbind(1)]
 
     def gate_gradients(
         self, out: list[Tensor], rows: Tensor, G: Tensor, E: Tensor, g_rows: Tensor, g_G: Tensor,
-        g_ends: Tensor, g_last: Tensor, span: int, read: bool,
+        g_ends: Tensor, g_last: Tensor, read: bool,
     ) -> None:  # fmt: skip
         """Write the gradients of theta, eta, alpha to `out`, from what was `collected`."""
         coefficients_backward_kernel[(self.chunks, self.walks)](
             self.theta, self.eta, self.alpha, self.valid, rows, G, E, g_rows, g_ends, g_last, g_G,
-            *out, *strides(self.theta), *strides(out[0]), self.walks, self.heads, self.chunks, span,
+            *out, *strides(self.theta), *strides(out[0]), self.heads, self.chunks,
             self.tokens, READ=read, **self.gates, num_warps=1,
         )  # fmt: skip
 

@@ -68,14 +68,14 @@ def coefficients_kernel(
 @triton.jit
 def coefficients_backward_kernel(
     THETA, ETA, ALPHA, VALID, ROWS, G, E, G_ROWS, G_ENDS, G_LAST, G_G, G_THETA, G_ETA, G_ALPHA,
-    stride_b, stride_t, stride_h, out_b, out_t, out_h, walks, heads, chunks, span, tokens,
+    stride_b, stride_t, stride_h, out_b, out_t, out_h, heads, chunks, tokens,
     C: tl.constexpr, READ: tl.constexpr,
     MOMENTUM: tl.constexpr, FORGET: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates: the recurrences, backwards.
 
-    For each span of chunks, from the reads (READ) G_ROWS ``[spans, M, span, 2, C]`` and G_G
-    ``[.., C, C]``; from the writes G_ENDS ``[.., 2, C]`` and G_LAST ``[.., 4]``.
+    From the reads (READ) G_ROWS ``[M, N, 2, C]`` and G_G ``[M, N, C, C]``; from the writes G_ENDS
+    ``[M, N, 2, C]`` and G_LAST ``[M, N, 4]``.
     """
     m, n = tl.program_id(1), tl.program_id(0)
     b, h = m // heads, m % heads
@@ -83,14 +83,13 @@ def coefficients_backward_kernel(
     base = b.to(tl.int64) * stride_b + h * stride_h
     out = b.to(tl.int64) * out_b + h * out_h
     cell = m.to(tl.int64) * chunks + n
-    here = ((n // span).to(tl.int64) * walks + m) * span + n % span
-    g_g = tl.load(G_ENDS + here * 2 * C + j)
+    g_g = tl.load(G_ENDS + cell * 2 * C + j)
     g_e = tl.zeros((C,), tl.float32)
-    g_A = tl.load(G_LAST + here * 4)
+    g_A = tl.load(G_LAST + cell * 4)
     g_F, g_m = 0.0, 0.0
     if MOMENTUM:
-        g_e = tl.load(G_ENDS + here * 2 * C + C + j)
-        g_F, g_m = tl.load(G_LAST + here * 4 + 1), tl.load(G_LAST + here * 4 + 2)
+        g_e = tl.load(G_ENDS + cell * 2 * C + C + j)
+        g_F, g_m = tl.load(G_LAST + cell * 4 + 1), tl.load(G_LAST + cell * 4 + 2)
     for back in range(C):
         i = C - 1 - back
         t = n * C + i
@@ -98,9 +97,9 @@ def coefficients_backward_kernel(
             THETA, ETA, ALPHA, VALID, base, b * tokens, stride_t, t, tokens, MOMENTUM, FORGET, MASKED
         )
         if READ:
-            g_g += tl.load(G_G + (here * C + i) * C + j)
-            g_A += tl.load(G_ROWS + here * 2 * C + i)
-            g_F += tl.load(G_ROWS + here * 2 * C + C + i)
+            g_g += tl.load(G_G + (cell * C + i) * C + j)
+            g_A += tl.load(G_ROWS + cell * 2 * C + i)
+            g_F += tl.load(G_ROWS + cell * 2 * C + C + i)
         # The rows before this one; before the first: A = m = 1, all else 0.
         inside = i > 0
         row = cell * 3 * C + i - 1

@@ -123,7 +123,8 @@ def memory_decode(
     if aligned and tiled.covers_decode(q.device, width, hidden):
         split = hidden // tiled.TILE
         choices |= {"SPLIT": split, "EXACT": q.dtype == torch.float32}
-        tiled.launch("decode", (batch * heads * split,), choices, tensors, (), sizes, numbers, q.device)
+        programs = batch * heads * split
+        tiled.prepare("decode", programs, choices, tensors, (), sizes, numbers, q.device)((programs,))
     else:
         decode_kernel[(batch * heads,)](
             *tensors, *sizes, *numbers, P=width, HIDDEN=hidden,

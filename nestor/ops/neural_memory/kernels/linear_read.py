@@ -88,7 +88,7 @@ def linear_read_backward_kernel(
 ):  # fmt: skip
     """Reverse of `linear_read_kernel`, but for what goes through the chunk's own steps.
 
-    G_STATES ``[M, span, Q, P P]``; float32 G_ROWS ``[M, span, 2, C]``, G_NORM ``[M, span, 2, P]``. G_TARGETS
+    G_STATES ``[M, span, Q, P P]``; float32 G_ROWS ``[M, N, 2, C]``, G_NORM ``[M, N, 2, P]``. G_TARGETS
     ``[M, span, P P]``: what the gradient of M has beyond that of W, which M is part of. Without DUAL it
     writes the gradient of q to G_Q; with it, it leaves to `linear_scores_backward_kernel` the gradient of z~
     in READ_Z ``[M, span, C, P]`` and what it found of that of q in READ_Q, float32, likewise.
@@ -117,8 +117,8 @@ def linear_read_backward_kernel(
     if NORM == 2:
         zh = tl.load(Z + cell * C * P + i[:, None] * P + p[None, :]).to(tl.float32)
         gamma = tl.load(GAMMA + h * P + p)
-        tl.store(G_NORM + here * 2 * P + p, tl.sum(g_z * zh, 0))
-        tl.store(G_NORM + here * 2 * P + P + p, tl.sum(g_z, 0))
+        tl.store(G_NORM + cell * 2 * P + p, tl.sum(g_z * zh, 0))
+        tl.store(G_NORM + cell * 2 * P + P + p, tl.sum(g_z, 0))
         g_z = through_norm(g_z * gamma[None, :], zh, tl.load(R + cell * C + i), NORM, P)
     g_z = g_z.to(dtype)
     if DUAL:
@@ -159,8 +159,8 @@ def linear_read_backward_kernel(
         else:
             tl.store(out + j[None, :], g_q.to(G_Q.dtype.element_ty), mask=inside)
     if DUAL:
-        tl.store(G_ROWS + here * 2 * C + i, g_A)
-        tl.store(G_ROWS + here * 2 * C + C + i, g_F)
+        tl.store(G_ROWS + cell * 2 * C + i, g_A)
+        tl.store(G_ROWS + cell * 2 * C + C + i, g_F)
 
 
 @triton.jit(do_not_specialize=["walks"])
@@ -202,7 +202,7 @@ def linear_scores_backward_kernel(
             g_weighted += dot(g_z, tl.trans(u), PRECISION)
         square = i[:, None] * C + j[None, :]
         coefficients = tl.load(G + cell * C * C + square)
-        tl.store(G_G + here * C * C + square, scores * g_weighted)
+        tl.store(G_G + cell * C * C + square, scores * g_weighted)
         weighted, g_scores = (scores * coefficients).to(dtype), (g_weighted * coefficients).to(dtype)
         for low in range(0, P, PS):
             q = tl.load(q_at + (low + ps)[None, :], mask=inside, other=0.0).to(dtype)

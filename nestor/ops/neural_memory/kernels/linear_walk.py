@@ -113,9 +113,8 @@ class _LinearWalk(Call):
         g_targets = self.zeros(m, self.size) if has_targets else self.floats(0)
         g_start = torch.zeros_like(g_final) if self.resets is not None else self.floats(0)
         span = span_of(BACKWARD_SPAN, m, n)
-        collected = self.collected(span, self.dual)
+        g_rows, g_G, g_ends, g_last, g_norms = collected = self.collected(self.dual)
         for first in reversed(range(0, n, span)):
-            g_rows, g_G, g_ends, g_last, g_norms = (x[first // span] for x in collected)
             here = min(span, n - first)
             states, steps, zh, norms = self.write(checkpoints, ends, last, None, first, span, INTERVAL, False)
             g_states, after = (self.new(m, span, self.parts, self.size) for _ in range(2))
@@ -157,7 +156,7 @@ class _LinearWalk(Call):
                 g_targets += torch.bmm(lost.mT, after[:, :here, 0]).squeeze(1)
                 if self.dual:
                     g_targets += g_reads[:, :here].sum(1, dtype=torch.float32)
-        self.gate_gradients(g_gates, rows, G, E, *collected[:-1], span, self.dual)
+        self.gate_gradients(g_gates, rows, G, E, *collected[:-1], self.dual)
 
         def over_sequences(x: Tensor, *shape: int) -> Tensor:
             return x.view(self.batch, self.heads, *shape).sum(0)

@@ -266,7 +266,7 @@ def linear_gradients_kernel(
     """Gradients of the keys, values and coefficients of each chunk, after `linear_write_backward_kernel`.
 
     READ_K: the keys' gradient from the reads, ``[M, span, C, P]``. Adds to G_NORM, float32
-    ``[M, span, 2, P]``; G_ENDS and G_LAST as in coefficients.py.
+    ``[M, N, 2, P]``; G_ENDS and G_LAST as in coefficients.py.
     """
     SIZE: tl.constexpr = P * P
     PARTS: tl.constexpr = 2 if MOMENTUM else 1
@@ -289,16 +289,16 @@ def linear_gradients_kernel(
 
     # Through what the chunk leaves behind, and through z = k W.
     k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
-    ends, g_ends = ENDS + cell * 2 * C + i, G_ENDS + here * 2 * C + i
+    ends, g_ends = ENDS + cell * 2 * C + i, G_ENDS + cell * 2 * C + i
     along = _times_transposed(STEPS + place, after, after, C, P, PS, False, PRECISION)
     tl.store(g_ends, tl.sum(k * along, 1))
-    tl.store(G_LAST + here * 4, _inner(after, states, P, PS))
+    tl.store(G_LAST + cell * 4, _inner(after, states, P, PS))
     g_k = along * tl.load(ends)[:, None]
     if MOMENTUM:
         along = _times_transposed(STEPS + place, after + SIZE, after, C, P, PS, False, PRECISION)
         tl.store(g_ends + C, tl.sum(k * along, 1))
-        tl.store(G_LAST + here * 4 + 1, _inner(after, states + SIZE, P, PS))
-        tl.store(G_LAST + here * 4 + 2, _inner(after + SIZE, states + SIZE, P, PS))
+        tl.store(G_LAST + cell * 4 + 1, _inner(after, states + SIZE, P, PS))
+        tl.store(G_LAST + cell * 4 + 2, _inner(after + SIZE, states + SIZE, P, PS))
         g_k += along * tl.load(ends + C)[:, None]
     g_k += _times_transposed(G_Z + place, states, targets, C, P, PS, TARGET, PRECISION)
     if READS:
@@ -319,7 +319,7 @@ def linear_gradients_kernel(
         g_k += g_f
     if NORM == 2:
         e = loss_error(head(k, zh, gamma, beta, NORM), v, scale, threshold, LOSS)
-        norm = G_NORM + here * 2 * P + p
+        norm = G_NORM + cell * 2 * P + p
         tl.store(norm, tl.load(norm) + tl.sum(e * g_weighted + g_f * zh, 0))
         tl.store(norm + P, tl.load(norm + P) + tl.sum(g_f, 0))
     tl.store(G_K + out, g_k.to(G_K.dtype.element_ty), mask=inside)

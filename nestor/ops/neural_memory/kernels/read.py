@@ -123,7 +123,7 @@ def read_backward_kernel(
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, TARGET: tl.constexpr,
     DUAL: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Reverse of `read_kernel`. G_NORM ``[M, span, 2, P]``, G_K ``[M, span, C, P]``: each chunk's part.
+    """Reverse of `read_kernel`. G_NORM ``[M, N, 2, P]``, G_K ``[M, span, C, P]``: each chunk's part.
 
     G_TARGETS: what the gradient of the targets has beyond that of the state, which they are part of. QUERIES:
     tokens of a chunk whose reads are taken at a time, for what of them has to be in shared memory.
@@ -160,8 +160,8 @@ def read_backward_kernel(
             zh = tl.load(Z + cell * C * P + j[:, None] * P + p[None, :]).to(tl.float32)
             r = tl.load(R + cell * C + j)
             gamma = tl.load(GAMMA + h * P + p)
-            _add(G_NORM + here * 2 * P + p, tl.sum(g_y * zh, 0), done, C, QUERIES)
-            _add(G_NORM + here * 2 * P + P + p, tl.sum(g_y, 0), done, C, QUERIES)
+            _add(G_NORM + cell * 2 * P + p, tl.sum(g_y * zh, 0), done, C, QUERIES)
+            _add(G_NORM + cell * 2 * P + P + p, tl.sum(g_y, 0), done, C, QUERIES)
             g_z = through_norm(g_y * gamma[None, :], zh, r, NORM, P)
         gz = g_z.to(dtype)
         g_q = g_y
@@ -250,12 +250,12 @@ def read_backward_kernel(
             g_u2 = dot(tl.trans((scores * coefficients).to(dtype)), gz, PRECISION)
             _add(G_U2 + here * C * P + narrow, g_u2, done, C, QUERIES)
             g_G = scores * dot(gz, tl.trans(u2), PRECISION) + dot(q, tl.trans(k), PRECISION) * g_weighted1
-            tl.store(G_G + here * C * C + j[:, None] * C + i[None, :], g_G)
+            tl.store(G_G + cell * C * C + j[:, None] * C + i[None, :], g_G)
             g_scores1 = (g_weighted1 * coefficients).to(dtype)
             g_q += dot(g_scores1, k, PRECISION)
             _add(G_K + here * C * P + narrow, dot(tl.trans(g_scores1), q, PRECISION), done, C, QUERIES)
-            tl.store(G_ROWS + here * 2 * C + j, g_A)
-            tl.store(G_ROWS + here * 2 * C + C + j, g_F)
+            tl.store(G_ROWS + cell * 2 * C + j, g_A)
+            tl.store(G_ROWS + cell * 2 * C + C + j, g_F)
         out = G_Q + b * gb.to(tl.int64) + h * gh + t[:, None] * gt + p[None, :]
         tl.store(out, g_q.to(G_Q.dtype.element_ty), mask=inside)
         if QUERIES < C:

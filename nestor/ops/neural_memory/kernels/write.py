@@ -316,7 +316,7 @@ def write_gradients_kernel(
     """Gradients of the keys, values and coefficients of each chunk, after `write_backward_kernel`.
 
     READ_K: the keys' gradient from the reads, ``[M, span, C, P]``. Adds to G_NORM, float32
-    ``[M, span, 2, P]``; G_ENDS and G_LAST as in coefficients.py.
+    ``[M, N, 2, P]``; G_ENDS and G_LAST as in coefficients.py.
     """
     SIZE: tl.constexpr = P * HIDDEN
     PARTS: tl.constexpr = 4 if MOMENTUM else 2
@@ -349,7 +349,7 @@ def write_gradients_kernel(
         g_k = g_f * 0.0
     if NORM == 2:
         e = loss_error(head(k, zh, gamma, beta, NORM), v, scale, threshold, LOSS)
-        norm = G_NORM + here * 2 * P + p
+        norm = G_NORM + cell * 2 * P + p
         tl.store(norm, tl.load(norm) + tl.sum(e * g_weighted + g_f * zh, 0))
         tl.store(norm + P, tl.load(norm + P) + tl.sum(g_f, 0))
     if READS:
@@ -389,11 +389,11 @@ def write_gradients_kernel(
             g_s += tl.sum(k * along, 1) + tl.sum(x2 * dot(u2, tl.trans(ds2), PRECISION), 1)
             g_k += along * e_end[:, None]
     tl.store(G_K + out, g_k.to(G_K.dtype.element_ty), mask=inside)
-    tl.store(G_ENDS + here * 2 * C + i, g_g)
-    tl.store(G_ENDS + here * 2 * C + C + i, g_s)
-    tl.store(G_LAST + here * 4, g_A)
-    tl.store(G_LAST + here * 4 + 1, g_F)
-    tl.store(G_LAST + here * 4 + 2, g_m)
+    tl.store(G_ENDS + cell * 2 * C + i, g_g)
+    tl.store(G_ENDS + cell * 2 * C + C + i, g_s)
+    tl.store(G_LAST + cell * 4, g_A)
+    tl.store(G_LAST + cell * 4 + 1, g_F)
+    tl.store(G_LAST + cell * 4 + 2, g_m)
 
 
 @triton.jit

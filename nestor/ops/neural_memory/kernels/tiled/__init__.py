@@ -6,7 +6,7 @@ tensors; what only kernels read lies in the order in which they want it (see til
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,8 @@ TILE = 64
 #: Slices of 64 of the hidden width; each is a program of a walk.
 SPLITS = (1, 2, 4)
 THREADS = 256
-# Pairs of words before the places where walks meet.
-TICKET = 16
 # Bytes of a program's shared memory besides its tiles: the norm's parameters and barriers.
-SMALL = 2 * TILE * 4 + 4 * 8
+SMALL = 2 * TILE * 4 + 5 * 8
 FOLDER = Path(__file__).parent
 # Tiles of 64 x 64 bfloat16 numbers in a program's shared memory: always, with targets, with momentum.
 TILES = {
@@ -32,7 +30,9 @@ TILES = {
     "decode": (1, 0, 0),
 }
 # The same for the programs of a walk: at once, and of each slice.
-WALK_TILES = {"write": ((4, 0, 0), (5, 2, 3)), "write_backward": ((5, 0, 0), (8, 6, 4))}
+WALK_TILES = {"write": ((4, 0, 0), (5, 2, 3)), "write_backward": ((5, 0, 0), (10, 7, 6))}
+#: Of a grid, and of sizes that change: queues a kernel.
+Queue = Callable[..., None]
 #: False: all kernels are Triton's.
 ENABLED = True
 
@@ -59,23 +59,24 @@ def aligned(x: Tensor) -> Tensor:
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
-def launch(
-    name: str, grid: tuple[int, ...], choices: dict[str, Any], tensors: Sequence[Tensor | None],
+def prepare(
+    name: str, programs: int, choices: dict[str, Any], tensors: Sequence[Tensor | None],
     strides: Sequence[int], sizes: Sequence[int], numbers: Sequence[float], device: torch.device,
-) -> None:  # fmt: skip
-    """Queue the kernel `name` of the file of that name.
+) -> Queue:  # fmt: skip
+    """The kernel `name` of the file of that name and its arguments: a function of a grid, and of sizes that
+    change (see `cuda.Launch`), that queues it.
 
     Args:
-        choices: compile-time definitions; booleans as 0 and 1.
+        programs: of a walk, in the largest grid. choices: compile-time definitions; booleans as 0 and 1.
     """
+    slices = 1
     if name in WALK_TILES:
-        slices, in_memory = _layout(name, grid[0], choices["SPLIT"], device)
-        grid = (grid[0] // slices,)
-        choices = choices | {"SLICES": slices, "IN_MEMORY": in_memory}
-        group = choices["SPLIT"] // slices
-        tensors = (*tensors, _meeting(grid[0] // group, group, device) if in_memory else None)
-    kernel = _kernel(name, device, tuple(choices.items()))
-    kernel(grid, tensors, strides, sizes, numbers)
+        slices = _slices(name, programs, choices["SPLIT"], device)
+        choices = choices | {"SLICES": slices}
+    queued = _kernel(name, device, tuple(choices.items())).prepare(tensors, strides, sizes, numbers)
+    if slices == 1:
+        return queued
+    return lambda grid, changed=(): queued((grid[0] // slices,), changed)
 
 
 @functools.cache
@@ -105,25 +106,26 @@ def _kernel(name: str, device: torch.device, choices: tuple[tuple[str, Any], ...
 
 
 @functools.cache
-def _layout(name: str, programs: int, split: int, device: torch.device) -> tuple[int, bool]:
-    """Slices of the hidden width to a program of a walk, and whether its programs meet in memory.
-
-    A program for each slice is the fastest walk, and a cluster the fastest meeting. But a cluster of four
-    finds room on about 31 of 33 quarters of an H100: programs that fill the GPU meet in memory, and where not
-    all have room at once, two slices to a program let more walks run; the backward has no registers for that.
+def lanes(walks: int, split: int, device: torch.device) -> int:
+    """In how many parts, one after another, walks leave half of the multiprocessors to other kernels; 0:
+    they are so many that they do best all at once.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    if split == 1 or programs <= 0.9 * processors:
-        return 1, False
-    if programs <= processors:
-        return 1, True
-    return (2 if name == "write" else 1), False
+    if walks * split > processors:
+        return 0
+    return next(n for n in range(1, walks + 1) if walks % n == 0 and walks // n * split <= processors // 2)
 
 
-def _meeting(walks: int, group: int, device: torch.device) -> Tensor:
-    """Where the programs of walks, `group` of each, meet in memory (see cluster.cuh)."""
-    pairs = 2 * (group * TILE * TILE // 2 + TILE * TILE // 4)
-    return torch.zeros(4 * (TICKET + walks * pairs), dtype=torch.int32, device=device)
+@functools.cache
+def _slices(name: str, programs: int, split: int, device: torch.device) -> int:
+    """Slices of the hidden width to a program of a walk.
+
+    A program for each is the fastest walk. But a cluster of four finds room on about 31 of 33 quarters of an
+    H100: where not all walks have room at once, two slices to a program let more of them run. The backward
+    has no registers for that.
+    """
+    many = programs > torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if many and split > 1 and name == "write" else 1
 
 
 def _tile_places(device: torch.device) -> Tensor:

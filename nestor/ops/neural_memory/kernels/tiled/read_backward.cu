@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 float sum = 0.f;
                 for (int r = 0; r < 16; ++r)
                     sum += sums[((threadIdx.x >> 6) * 16 + r) * TILE + (threadIdx.x & 63)];
-                G_NORM[here * 2 * TILE + threadIdx.x] = sum;
+                G_NORM[cell * 2 * TILE + threadIdx.x] = sum;
             }
         }
         if (DUAL) store_pieces(x_tile, keys);
@@ -267,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             end_products();
             settle(qk), settle(zu);
             FOR_EACH qk.f[j][r] = scores.f[j][r] * zu.f[j][r] + qk.f[j][r] * g_weighted.f[j][r];
-            store_floats(G_G + here * NUMBERS, TILE, qk);
+            store_floats(G_G + cell * NUMBERS, TILE, qk);
         }
         {
             Fragment by_q, by_z;
@@ -292,8 +292,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if ((lane_id() & 3) == 0 && threadIdx.x < THREADS / 2)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                G_ROWS[here * 2 * TILE + own_row() + 8 * r] = g_A[r];
-                G_ROWS[here * 2 * TILE + TILE + own_row() + 8 * r] = g_F[r];
+                G_ROWS[cell * 2 * TILE + own_row() + 8 * r] = g_A[r];
+                G_ROWS[cell * 2 * TILE + TILE + own_row() + 8 * r] = g_F[r];
             }
         scale_rows(through_w, A);
         add(g_q, through_w);

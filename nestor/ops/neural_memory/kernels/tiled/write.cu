@@ -45,24 +45,24 @@ __device__ __forceinline__ Slice slice_at(char* tiles) {
     return o;
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __cluster_dims__(PROGRAMS, 1, 1) __launch_bounds__(THREADS, 1)
     write_kernel(const bf16* K, const bf16* V, const float* ENDS, const float* LAST, float* CHECKPOINTS,
                  bf16* STATES, bf16* STEPS, bf16* HIDDENS, bf16* ZH, float* NORMS, const bf16* TARGETS,
                  const float* GAMMA, const float* BETA, const float* START, const unsigned char* RESETS,
-                 const int* OPEN, float* ANCHOR, uint4* MEETING, long kb, long kt, long kh, long vb, long vt,
-                 long vh, int walks, int heads, int chunks, int tokens, int first_chunk, int span,
-                 int interval, int rows, float eps, float scale, float threshold) {
+                 const int* OPEN, float* ANCHOR, long kb, long kt, long kh, long vb, long vt, long vh,
+                 int walks, int heads, int chunks, int tokens, int first_chunk, int span, int interval,
+                 int rows, int first_walk, float eps, float scale, float threshold) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
-    int program = program_number(MEETING, shared), rank = program % PROGRAMS, walk = program / PROGRAMS;
-    int m = walk % walks, piece = walk / walks;
+    int rank = blockIdx.x % PROGRAMS, walk = blockIdx.x / PROGRAMS;
+    int m = first_walk + walk % walks, piece = walk / walks;
     int b = m / heads, h = m % heads;
     char *k_tile = shared, *u2_tile = k_tile + TILE_BYTES;
     Slice o[SLICES];
     EACH_SLICE o[i] = slice_at(shared + (2 + i * SLICE_TILES) * TILE_BYTES);
     float *inbox = (float*)(shared + (2 + SLICES * SLICE_TILES) * TILE_BYTES), *norm = inbox + NUMBERS;
     u64* barriers = (u64*)(norm + 2 * TILE);
-    Exchange exchange(inbox, barriers, MEETING, walk);
+    Exchange exchange(inbox, barriers);
     Arrival targets = {barriers + 2, 2 * SLICES * TILE_BYTES, 0};
 
     int begin = first_chunk + piece * rows, stop = min(min(begin + rows, first_chunk + span), chunks);
@@ -185,7 +185,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             if (NORM == 2)
                 gamma = *(const float4*)(norm + column), beta = *(const float4*)(norm + TILE + column);
             float inverse;
-            float4 zh = standardise(exchange.sum_of_row(rank, row, column), eps, inverse);
+            float4 zh = standardise(exchange.sum_of_row(row, column), eps, inverse);
             float4 e = loss_error(head(k, zh, gamma, beta), v, scale, threshold) * gamma;
             float along = row_sum(e * zh);
             uint2 u = pack_four(through_norm(e, zh, inverse), -1.f);
@@ -199,7 +199,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 }
             }
         }
-        exchange.await_made(rank, u2_tile);
+        exchange.await_made();
 
         EACH_SLICE {
             begin_product<false, true, false>(z[i], u2_tile, o[i].w2, side);

@@ -54,20 +54,21 @@ struct State {
     Fragment w1, w2, s1, s2;
 };
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __cluster_dims__(PROGRAMS, 1, 1) __launch_bounds__(THREADS, 1)
     write_backward_kernel(const bf16* K, const bf16* V, const float* ENDS, const float* LAST,
                           const bf16* STATES, const bf16* STEPS, const bf16* HIDDENS, const bf16* ZH,
                           const float* NORMS, const bf16* TARGETS, const float* GAMMA, const float* BETA,
                           const unsigned char* RESETS, const int* OPEN, const bf16* G_STATES,
                           const bf16* G_TARGETS_READ, const bf16* G_U1, const bf16* G_X2, const bf16* G_U2,
                           float* CARRIED, float* G_TARGETS, bf16* G_K_PARTS, float* G_ENDS_PARTS,
-                          float* G_LAST_PARTS, float* G_STEPS, const float* G_ANCHOR, float* G_START,
-                          uint4* MEETING, long kb, long kt, long kh, long vb, long vt, long vh, int walks,
-                          int heads, int chunks, int tokens, int first_chunk, int span, float scale,
+                          float* G_LAST_PARTS, float* G_STEPS, const float* G_ANCHOR, float* G_START, long kb,
+                          long kt, long kh, long vb, long vt, long vh, int walks, int heads, int chunks,
+                          int tokens, int first_chunk, int span, int first_walk, float scale,
                           float threshold) {
     extern __shared__ __align__(1024) char shared[];
     const int side = side_of_warp();
-    int program = program_number(MEETING, shared), rank = program % PROGRAMS, m = program / PROGRAMS;
+    int rank = blockIdx.x % PROGRAMS, walk = blockIdx.x / PROGRAMS;
+    int m = first_walk + walk;
     int b = m / heads, h = m % heads;
     char* end = shared;
     auto tiles = [&](int count) {
@@ -83,11 +84,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (TARGET) m1 = tiles(1), m2 = tiles(1), sums = (float*)tiles(4);
     char *ds2 = end, *s1 = end, *s2 = end;
     if (MOMENTUM) ds1 = tiles(1), ds2 = tiles(1), s1 = tiles(1), s2 = tiles(1);
+    // What the reads give the state, and W1's target; W2's target lies where W1 of the chunk after did.
+    const int given = READS ? PARTS : 2, to_targets = READS && TARGET;
+    char *by_reads = tiles(PARTS), *by_reads_m1 = to_targets ? tiles(1) : end;
     float *inbox = (float*)tiles(2), *norm = (float*)end;
     u64* barriers = (u64*)(norm + 2 * TILE);
-    Exchange exchange(inbox, barriers, MEETING, m);
+    Exchange exchange(inbox, barriers);
     Arrival operands = {barriers + 2, (4 + (MOMENTUM ? 2 : 0) + 1) * TILE_BYTES, 0};
     Arrival targets = {barriers + 3, 2 * TILE_BYTES, 0};
+    Arrival reads = {barriers + 4, (given + 2 * to_targets) * TILE_BYTES, 0};
 
     const bf16 *k_at = K + b * kb + h * kh, *v_at = V + b * vb + h * vh;
     float *carried = CARRIED + (long)m * PARTS * SIZE,
@@ -108,20 +113,29 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
     if (TARGET) copy_wide(sums, g_targets), copy_wide(sums + NUMBERS, g_targets + SIZE);
     int last = min(first_chunk + span, chunks) - 1;
-    // What comes as tiles for chunk n, by thread 0; W1 is still in use when that of the next chunk comes.
-    auto fetch_chunk = [&](int n) {
-        long here = (long)m * span + n - first_chunk;
-        const bf16* states = STATES + (here * PARTS * SPLIT + rank) * NUMBERS;
+    // What comes as tiles for chunk n, by thread 0: momentum, which is needed first, and the rest. W1 is
+    // still in use when that of the next chunk comes.
+    auto fetch_momentum = [&](int n) {
+        const bf16* states = STATES + (((long)m * span + n - first_chunk) * PARTS * SPLIT + rank) * NUMBERS;
         expect(operands);
-        fetch(x, HIDDENS + (here * SPLIT + rank) * NUMBERS, operands);
-        fetch(u1, HIDDENS + 2 * kind + (here * SPLIT + rank) * NUMBERS, operands);
-        fetch(both_w1 + (n & 1) * TILE_BYTES, states, operands);
-        fetch(w2, states + SIZE, operands);
         if (MOMENTUM) {
             fetch(s1, states + 2 * SIZE, operands);
             fetch(s2, states + 3 * SIZE, operands);
         }
+    };
+    auto fetch_chunk = [&](int n) {
+        long here = (long)m * span + n - first_chunk;
+        const bf16* states = STATES + (here * PARTS * SPLIT + rank) * NUMBERS;
+        fetch(x, HIDDENS + (here * SPLIT + rank) * NUMBERS, operands);
+        fetch(u1, HIDDENS + 2 * kind + (here * SPLIT + rank) * NUMBERS, operands);
+        fetch(both_w1 + (n & 1) * TILE_BYTES, states, operands);
+        fetch(w2, states + SIZE, operands);
         fetch(u_tile, STEPS + here * NUMBERS, operands);
+        expect(reads);
+        for (int part = 0; part < given; ++part)
+            fetch(by_reads + part * TILE_BYTES,
+                  G_STATES + (here * PARTS * SPLIT + rank) * NUMBERS + part * SIZE, reads);
+        if (to_targets) fetch(by_reads_m1, G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS, reads);
     };
     // What chunk n needs besides, from memory to the cache.
     auto bring_chunk = [&](int n) {
@@ -130,29 +144,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         bring(HIDDENS + kind + wide);
         bring(HIDDENS + 2 * kind + wide);
         bring(HIDDENS + 3 * kind + wide);
-        for (int part = 0; part < PARTS; ++part) {
-            long place = (here * PARTS * SPLIT + rank) * NUMBERS + part * SIZE;
-            bring(STATES + place);
-            if (READS || part < 2) bring(G_STATES + place);
-        }
+        for (int part = 0; part < PARTS; ++part)
+            bring(STATES + (here * PARTS * SPLIT + rank) * NUMBERS + part * SIZE);
         bring(STEPS + here * NUMBERS);
         if (READS) {
             bring(G_U1 + wide);
             bring(G_X2 + wide);
             bring(G_U2 + here * NUMBERS);
         }
-        if (READS && TARGET) {
-            bring(G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS);
-            bring(G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS + SIZE);
-        }
     };
     Pieces keys = load_pieces(k_at + (long)last * TILE * kt, kt, tokens - last * TILE);
     if (threadIdx.x == 0) {
-        prepare(operands);
+        prepare(operands), prepare(reads);
         if (TARGET) prepare(targets);
     }
     exchange.prepare_all();
-    if (threadIdx.x == 0) fetch_chunk(last);
+    if (threadIdx.x == 0) fetch_momentum(last), fetch_chunk(last);
     if (TARGET) {
         if (threadIdx.x == 0) {
             const bf16* target = TARGETS + ((long)h * 2 * SPLIT + rank) * NUMBERS;
@@ -166,8 +173,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int n = last; n >= first_chunk; --n) {
         long cell = (long)m * chunks + n, here = (long)m * span + n - first_chunk;
         long wide = (here * SPLIT + rank) * NUMBERS;
-        const bf16* reads = G_STATES + (here * PARTS * SPLIT + rank) * NUMBERS;
-        char* w1 = both_w1 + (n & 1) * TILE_BYTES;
+        char *w1 = both_w1 + (n & 1) * TILE_BYTES, *by_reads_m2 = both_w1 + (~n & 1) * TILE_BYTES;
         Packed slope = load_fragment(HIDDENS + kind + wide), bend = load_fragment(HIDDENS + 3 * kind + wide),
                extra;
         if (READS) extra = load_fragment(G_U1 + wide);
@@ -184,7 +190,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         await(operands);
         tiles_ready();
-        if (threadIdx.x == 0 && n > first_chunk) bring_chunk(n - 1);
+        if (threadIdx.x == 0) {
+            if (to_targets)
+                fetch(by_reads_m2, G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS + SIZE, reads);
+            if (n > first_chunk) bring_chunk(n - 1);
+        }
 
         // W' = A W + F S + .., S' = m S + ..: the gradients of A, F and m, each warp's part.
         {
@@ -220,6 +230,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         Fragment part = through_steps<false, false>(x, dw2, ds2, g_end, e_end, side, x, g_sums, e_sums);
         if (READS) extra = load_fragment(G_X2 + wide);
         tiles_ready();
+        if (threadIdx.x == 0 && n > first_chunk) fetch_momentum(n - 1);
         begin_product<false, false, true>(part, pulled, w2, side);
         if (TARGET) begin_product<false, false, true>(part, pulled, m2, side);
         end_products();
@@ -229,12 +240,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         // While the parts travel: the gradient of x_2 from its steps, and what the state passes on.
         Fragment g = through_steps<true, true>(u_tile, dw2, ds2, g_end, e_end, side, x, g_sums, e_sums);
         if (READS) add(g, extra);
+        await(reads);
         if (TARGET) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 Packed read;
-                if (READS)
-                    read = load_fragment(G_TARGETS_READ + (here * 2 * SPLIT + rank) * NUMBERS + i * SIZE);
+                if (READS) read = load_fragment((const bf16*)(i ? by_reads_m2 : by_reads_m1));
                 const Fragment& after = i ? d.w2 : d.w1;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
@@ -251,13 +262,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         if (MOMENTUM) {
             combine(d.s1, decay, F, d.w1);
             combine(d.s2, decay, F, d.w2);
-            if (READS) add(d.s1, load_fragment(reads + 2 * SIZE));
-            if (READS) add(d.s2, load_fragment(reads + 3 * SIZE));
+            if (READS) add(d.s1, load_fragment((const bf16*)by_reads + 2 * NUMBERS));
+            if (READS) add(d.s2, load_fragment((const bf16*)by_reads + 3 * NUMBERS));
         }
         multiply(d.w1, A);
         multiply(d.w2, A);
-        add(d.w1, load_fragment(reads));
-        add(d.w2, load_fragment(reads + SIZE));
+        add(d.w1, load_fragment((const bf16*)by_reads));
+        add(d.w2, load_fragment((const bf16*)by_reads + NUMBERS));
         begin_product<true, false, true>(d.w2, pulled, u_tile, side);
         // Sums over the columns of a warp: those of the other half are another's.
 #pragma unroll
@@ -266,6 +277,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                          own_row() + 8 * r;
             float by_w = warp_sum_of_four(g_sums[r]), by_s = MOMENTUM ? warp_sum_of_four(e_sums[r]) : 0.f;
             if ((lane_id() & 3) == 0) out[0] = by_w, out[TILE] = by_s;
+        }
+        // Of the rows that this program owns.
+        uint2 rows_g_u[TURNS], rows_zh[TURNS];
+        float inverses[TURNS], alongs[TURNS];
+#pragma unroll
+        for (int r = 0; r < TURNS; ++r) {
+            int t = rank * ROWS + r * 16 + own;
+            long narrow = here * NUMBERS + t * TILE + column;
+            if (READS) rows_g_u[r] = *(const uint2*)(G_U2 + narrow);
+            rows_zh[r] = *(const uint2*)(ZH + narrow);
+            inverses[r] = NORM == 2 ? NORMS[here * 2 * TILE + t] : 1.f;
+            alongs[r] = NORM == 2 ? NORMS[here * 2 * TILE + TILE + t] : 0.f;
         }
         end_products();
         settle(d.w2);
@@ -276,15 +299,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         for (int r = 0; r < TURNS; ++r) {
             int row = r * 16 + own, t = rank * ROWS + row;
             long narrow = here * NUMBERS + t * TILE + column;
-            float4 g_u = exchange.sum_of_row(rank, row, column);
-            if (READS) g_u = g_u + four(*(const uint2*)(G_U2 + narrow));
+            float4 g_u = exchange.sum_of_row(row, column);
+            if (READS) g_u = g_u + four(rows_g_u[r]);
             *(float4*)(G_STEPS + narrow) = g_u;
-            float4 zh = four(*(const uint2*)(ZH + narrow)), gamma = all_of(1.f), beta = all_of(0.f);
-            float inverse = 1.f;
-            if (NORM == 2) {
-                inverse = NORMS[here * 2 * TILE + t];
+            float4 zh = four(rows_zh[r]), gamma = all_of(1.f), beta = all_of(0.f);
+            float inverse = inverses[r];
+            if (NORM == 2)
                 gamma = *(const float4*)(norm + column), beta = *(const float4*)(norm + TILE + column);
-            }
             float4 weighted = through_norm(g_u * -1.f, zh, inverse), f = zh, v = zh;
             if (LOSS == 2) {
                 v = all_of(0.f);
@@ -294,7 +315,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             }
             float4 g_z = output_gradient(weighted * gamma, f, v, scale, threshold);
             if (NORM == 2) {
-                float along = NORMS[here * 2 * TILE + TILE + t], share = inverse * (1.f / TILE);
+                float along = alongs[r], share = inverse * (1.f / TILE);
                 float4 u = load_four(u_tile, t, column);
                 float4 by = zh * row_sum(g_u * u) + weighted * along + u * row_sum(g_u * zh);
                 g_z = through_norm(g_z * gamma, zh, inverse) - by * share;
@@ -303,7 +324,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         // Again, for it is not worth its registers in between.
         slope = load_fragment(HIDDENS + kind + wide);
-        exchange.await_made(rank, z2_tile);
+        exchange.await_made();
 
         // Of the keys, through the steps: (u_1 dW1^T) and (u_1 dS1^T), rows scaled by the coefficients.
         Fragment g_k, by_s;
@@ -325,7 +346,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         // All have read what was pulled.
         store_tile(pulled, packed(g));
         tiles_ready();
-        // And what comes as tiles, but W1.
+        // And what comes as tiles, but W1; and what the reads gave.
         if (threadIdx.x == 0 && n > first_chunk) fetch_chunk(n - 1);
         begin_product<true, false, true>(d.w1, k_tile, pulled, side);
         begin_product<false, true, true>(g_k, pulled, w1, side);

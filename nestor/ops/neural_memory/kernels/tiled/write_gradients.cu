@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     extern __shared__ __align__(1024) char shared[];
     float *head_k = (float*)shared, *by_norm = head_k + NUMBERS;
     int n = first_chunk + blockIdx.x, m = blockIdx.y, b = m / heads, h = m % heads;
-    long here = (long)m * span + blockIdx.x;
+    long here = (long)m * span + blockIdx.x, cell = (long)m * chunks + n;
     int rest = tokens - n * TILE;
     const bf16 *k_at = K + b * kb + h * kh + (long)n * TILE * kt,
                *v_at = V + b * vb + h * vh + (long)n * TILE * vt;
@@ -59,18 +59,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float sum = 0.f;
         for (int part = 0; part < 2 * SPLIT; ++part)
             sum += G_ENDS_PARTS[(here * 2 * SPLIT + part) * 2 * TILE + threadIdx.x];
-        G_ENDS[here * 2 * TILE + threadIdx.x] = sum;
+        G_ENDS[cell * 2 * TILE + threadIdx.x] = sum;
         if (NORM == 2) {
-            sum = G_NORM[here * 2 * TILE + threadIdx.x];
+            sum = G_NORM[cell * 2 * TILE + threadIdx.x];
             for (int r = 0; r < 16; ++r)
                 sum += by_norm[((threadIdx.x >> 6) * 16 + r) * TILE + (threadIdx.x & 63)];
-            G_NORM[here * 2 * TILE + threadIdx.x] = sum;
+            G_NORM[cell * 2 * TILE + threadIdx.x] = sum;
         }
     } else if (threadIdx.x < 2 * TILE + 3) {
         int i = threadIdx.x - 2 * TILE;
         float sum = 0.f;
         for (int part = 0; part < SPLIT * THREADS / 32; ++part)
             sum += G_LAST_PARTS[(here * SPLIT * THREADS / 32 + part) * 4 + i];
-        G_LAST[here * 4 + i] = sum;
+        G_LAST[cell * 4 + i] = sum;
     }
 }
