@@ -63,18 +63,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         fetch_slice(0);
         if (SPLIT > 1) fetch_slice(1);
     }
-    store_pieces(q_tile, load_pieces(Q + b * qb + h * qh + (long)n * TILE * qt, qt, rest));
-    if (DUAL) store_pieces(k_tile, load_pieces(K + b * kb + h * kh + (long)n * TILE * kt, kt, rest));
+    // All from memory at once.
+    Pieces queries = load_pieces(Q + b * qb + h * qh + (long)n * TILE * qt, qt, rest), keys;
+    Fragment coefficients;
+    if (DUAL) {
+        keys = load_pieces(K + b * kb + h * kh + (long)n * TILE * kt, kt, rest);
+        coefficients = load_floats(G + cell * NUMBERS, TILE);
+    }
     float A[2] = {1.f, 1.f}, F[2] = {0.f, 0.f};
 #pragma unroll
     for (int r = 0; DUAL && r < 2; ++r) {
         A[r] = SCALES[cell * 3 * TILE + own_row() + 8 * r];
         F[r] = SCALES[cell * 3 * TILE + TILE + own_row() + 8 * r];
     }
+    store_pieces(q_tile, queries);
+    if (DUAL) store_pieces(k_tile, keys);
     tiles_ready();
-    Fragment coefficients, scores;
+    Fragment scores;
     if (DUAL) {
-        coefficients = load_floats(G + cell * NUMBERS, TILE);
         begin_product<false, true, false>(scores, q_tile, k_tile, side);
         end_products();
         settle(scores);

@@ -83,6 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
 
+    Fragment coefficients;
+    if (DUAL) coefficients = load_floats(g_at, TILE);
     // g_z, and q and g_z with their scales: sixteen threads to a row.
     int own = threadIdx.x >> 4, column = (threadIdx.x & 15) * 4;
     {
@@ -90,21 +92,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const bf16 *q_at = Q + b * qb + h * qh, *y_at = G_Y + b * yb + h * yh;
         float4 gamma = all_of(1.f), by_norm = all_of(0.f), by_shift = by_norm;
         if (NORM == 2) gamma = *(const float4*)(GAMMA + h * TILE + column);
-#pragma unroll 1
+        // All from memory at once.
+        uint2 qs[4], gs[4], zhs[4];
+        float As[4], Fs[4], inverses[4];
+#pragma unroll
         for (int r = 0; r < 4; ++r) {
             int t = r * 16 + own;
-            float4 q = all_of(0.f), g = q, zh = q;
+            qs[r] = gs[r] = zhs[r] = make_uint2(0, 0);
+            As[r] = 1.f, Fs[r] = 0.f;
             if (t < rest) {
-                q = four(*(const uint2*)(q_at + (n * TILE + t) * qt + column));
-                g = four(*(const uint2*)(y_at + (n * TILE + t) * yt + column));
+                qs[r] = *(const uint2*)(q_at + (n * TILE + t) * qt + column);
+                gs[r] = *(const uint2*)(y_at + (n * TILE + t) * yt + column);
             }
-            float A = 1.f, F = 0.f;
-            if (DUAL) A = SCALES[cell * 3 * TILE + t], F = SCALES[cell * 3 * TILE + TILE + t];
+            if (DUAL) As[r] = SCALES[cell * 3 * TILE + t], Fs[r] = SCALES[cell * 3 * TILE + TILE + t];
             if (NORM == 2) {
-                zh = four(*(const uint2*)(Z + cell * NUMBERS + t * TILE + column));
+                zhs[r] = *(const uint2*)(Z + cell * NUMBERS + t * TILE + column);
+                inverses[r] = R[cell * TILE + t];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            int t = r * 16 + own;
+            float4 q = four(qs[r]), g = four(gs[r]), zh = four(zhs[r]);
+            float A = As[r], F = Fs[r];
+            if (NORM == 2) {
                 by_norm = by_norm + g * zh;
                 by_shift = by_shift + g;
-                g = through_norm(g * gamma, zh, R[cell * TILE + t]);
+                g = through_norm(g * gamma, zh, inverses[r]);
             }
             store_four(q_tile, t, column, q);
             store_four(aq_tile, t, column, q, A);
@@ -137,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (DUAL) await(step);
     tiles_ready();
     if (DUAL) {
-        Fragment x, y, coefficients = load_floats(g_at, TILE);
+        Fragment x, y;
         begin_product<false, true, false>(x, q_tile, x_tile, side);
         begin_product<false, true, false>(y, gz_tile, z_tile, side);
         end_products();
@@ -254,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         store_pieces(x_tile, load_pieces(k_at, kt, rest));
         {
-            Fragment coefficients = load_floats(g_at, TILE);
+            coefficients = load_floats(g_at, TILE);
             store_tile(scores_tile, packed(times(scores, coefficients)));
             store_tile(weighted_tile, packed(times(g_weighted, coefficients)));
         }

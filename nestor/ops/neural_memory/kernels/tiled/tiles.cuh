@@ -397,9 +397,9 @@ __device__ __forceinline__ void send(bf16* to, const char* tile) {
 __device__ __forceinline__ void sent() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// A tile from memory to the cache.
-__device__ __forceinline__ void bring(const bf16* from) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(TILE_BYTES) : "memory");
+// From memory to the cache.
+__device__ __forceinline__ void bring(const void* from, int bytes = TILE_BYTES) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // --- elements ---

@@ -114,6 +114,11 @@ extern "C" __global__ void __cluster_dims__(PROGRAMS, 1, 1) __launch_bounds__(TH
         store_pieces(k_tile, next);
         tiles_ready();
         if (threadIdx.x == 0) {
+            // What the next chunk waits for.
+            if (n + 1 < stop) {
+                bring(ENDS + (cell + 1) * 2 * TILE, 2 * TILE * 4);
+                bring(LAST + (cell + 1) * 4, 16);
+            }
             EACH_SLICE {
                 bf16* out = STATES + (here * PARTS * SPLIT + rank * SLICES + i) * NUMBERS;
                 send(out, o[i].w1);

@@ -147,6 +147,10 @@ extern "C" __global__ void __cluster_dims__(PROGRAMS, 1, 1) __launch_bounds__(TH
         for (int part = 0; part < PARTS; ++part)
             bring(STATES + (here * PARTS * SPLIT + rank) * NUMBERS + part * SIZE);
         bring(STEPS + here * NUMBERS);
+        bring(ENDS + ((long)m * chunks + n) * 2 * TILE, 2 * TILE * 4);
+        bring(LAST + ((long)m * chunks + n) * 4, 16);
+        bring(ZH + here * NUMBERS + rank * ROWS * TILE, ROWS * TILE * 2);
+        if (NORM == 2) bring(NORMS + here * 2 * TILE, 2 * TILE * 4);
         if (READS) {
             bring(G_U1 + wide);
             bring(G_X2 + wide);
