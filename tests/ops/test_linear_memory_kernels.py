@@ -144,8 +144,8 @@ def test_interpreted_kernels_take_weights_in_turns(draw_problem, flat, gradients
 def test_interpreted_kernels_walk_several_spans(draw_problem, flat, gradients, monkeypatch) -> None:
     from nestor.ops.neural_memory.kernels import linear_walk
 
-    monkeypatch.setattr(linear_walk, "FORWARD_SPAN", 1)
-    monkeypatch.setattr(linear_walk, "BACKWARD_SPAN", 1)
+    monkeypatch.setattr(linear_walk, "FORWARD_SPAN", (1, 1))
+    monkeypatch.setattr(linear_walk, "BACKWARD_SPAN", (1, 1))
     choices = {**SMALL, "batch": 1, "heads": 1, "length": 16 * 8 + 3, "reset": 0.02}
     _compare(draw_problem, flat, gradients, torch.float32, **choices)
 

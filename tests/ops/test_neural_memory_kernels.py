@@ -258,7 +258,7 @@ def test_emulated_walks_in_lanes(draw_problem, flat, gradients, emulation, monke
     """One sequence's walks after the other's, in three spans; what they leave lies in two places in turn."""
     emulation.install(monkeypatch, lanes=2)
     for span in ("FORWARD_SPAN", "BACKWARD_SPAN"):
-        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", 8)
+        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", (8, 8))
     choices = {"batch": 2, "heads": 1, "width": 64, "hidden": 64, "chunk_size": 64, "step": 0.02}
     _compare(draw_problem, flat, gradients, torch.bfloat16, **choices, length=64 * 18 + 5, reset=0.002)
 
@@ -319,7 +319,7 @@ def test_several_spans(draw_problem, flat, gradients, monkeypatch, tiled) -> Non
     """The last of them shorter."""
     monkeypatch.setattr("nestor.ops.neural_memory.kernels.tiled.ENABLED", tiled)
     for span in ("FORWARD_SPAN", "BACKWARD_SPAN"):
-        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", 8)
+        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", (8, 8))
     choices = {**LARGE, "batch": 1, "heads": 1, "length": 64 * 12 + 5}
     _compare(draw_problem, flat, gradients, torch.bfloat16, **choices)
 
@@ -330,7 +330,7 @@ def test_spans_side_by_side(draw_problem, flat, gradients, monkeypatch, lanes, b
     """Walks of some spans beside other kernels of others; the same bits again and again."""
     monkeypatch.setattr("nestor.ops.neural_memory.kernels.tiled.lanes", lambda *about: lanes)
     for span in ("FORWARD_SPAN", "BACKWARD_SPAN"):
-        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", 8)
+        monkeypatch.setattr(f"nestor.ops.neural_memory.kernels.walk.{span}", (8, 8))
     choices = {**LARGE, "batch": batch, "heads": 4, "length": 64 * 60 + 5, "reset": 0.001}
     _compare(draw_problem, flat, gradients, torch.bfloat16, **choices)
     p = _rounded(_draw(draw_problem, 0, **choices), torch.bfloat16)
@@ -369,7 +369,9 @@ def test_sizes_that_the_kernels_cover() -> None:
     spec = MemorySpec(chunk_size=64)
     assert obstacle(spec, weights(128), torch.bfloat16) is None
     assert "float32" in obstacle(spec, weights(128), torch.float32)
-    assert "chunks of 128" in obstacle(MemorySpec(chunk_size=128), weights(64), torch.bfloat16)
+    long = MemorySpec(chunk_size=128)
+    assert obstacle(long, weights(64), torch.bfloat16) is None
+    assert "chunks of 128" in obstacle(long, weights(64), torch.float32)
     assert "hidden width of 40" in obstacle(spec, weights(64, 40), torch.bfloat16)
 
 

@@ -138,6 +138,7 @@ def coefficients(call, keep):
     """In the place of `Call.coefficients`."""
     _, *found = _coefficients(call)
     rows, ends, last, G = (x.detach().contiguous() for x in found)
+    G = G.to(call.q.dtype)
     return rows, ends, last, G, G
 
 

@@ -73,11 +73,3 @@ inline void push(u32 address, u32 x, u32 y, u32 barrier) {
     memcpy(arena.data() + address, pair, 8);
     count((Counter*)(arena.data() + barrier), -8, 0);
 }
-inline void leave(uint4* place, u32 x, u32 y, u32 turn) {
-    ++moves;
-    *place = make_uint4(x, turn, y, turn);
-}
-inline uint4 look(const uint4* place) {
-    rest();
-    return *place;
-}

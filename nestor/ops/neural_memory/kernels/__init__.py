@@ -43,9 +43,9 @@ def obstacle(spec: MemorySpec, initial: Sequence[Tensor] | None, dtype: torch.dt
     width, hidden = initial[0].shape[-2:]
     if width not in WIDTHS:
         return f"the kernels do not cover heads of width {width}; it must be one of {WIDTHS}"
-    # What shared memory has no room for; long chunks of two layers have run in Triton's interpreter alone.
+    # What shared memory has no room for.
     long, exact, wide = spec.chunk_size == 128, dtype == torch.float32, width == 128
-    if (long and exact and wide) if len(initial) == 1 else (long or (exact and wide)):
+    if exact and ((long and wide) if len(initial) == 1 else (long or wide)):
         return f"the kernels do not cover chunks of {spec.chunk_size} with heads of width {width} in {dtype}"
     if len(initial) == 2 and hidden % 32 and hidden != 16:
         return f"the kernels do not cover a hidden width of {hidden}; it must be a multiple of 32"

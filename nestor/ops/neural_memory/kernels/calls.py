@@ -22,9 +22,9 @@ from nestor.ops.neural_memory.kernels.coefficients import coefficients_backward_
 INTERVAL = 8
 # Sequences x heads, one side of a grid.
 MOST_WALKS = 65_535
-# Chunks of one head that a span holds, over all sequences and heads.
-FORWARD_SPAN = 4096
-BACKWARD_SPAN = 1024
+# Chunks of one head that a span holds, over all sequences and heads: of one room for spans, and of two.
+FORWARD_SPAN = (4096, 2048)
+BACKWARD_SPAN = (1024, 768)
 
 
 def span_of(budget: int, walks: int, chunks: int) -> int:
@@ -106,8 +106,8 @@ class Call:
         """rows, ends, last, G, and E if it is to be kept (see coefficients.py)."""
         m, n, c = self.walks, self.chunks, self.chunk
         rows, ends = self.floats(m, n, 3, c), self.floats(m, n, 2, c)
-        last, G = self.floats(m, n, 4), self.floats(m, n, c, c)
-        E = self.floats(m, n, c, c) if keep and self.momentum else G
+        last, G = self.floats(m, n, 4), self.new(m, n, c, c)
+        E = self.new(m, n, c, c) if keep and self.momentum else G
         coefficients_kernel[(n, m)](
             self.theta, self.eta, self.alpha, self.valid, rows, ends, last, G, E, *strides(self.theta),
             self.heads, n, self.tokens, **self.gates, KEEP=E is not G, num_warps=1,
@@ -117,8 +117,10 @@ class Call:
     def collected(self, read: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Room for small gradients of each chunk: of rows and G (by the reads), ends, last and the norm."""
         c, p = self.chunk, self.width
-        sizes = ((2, c), (c, c) if read else (0,), (2, c), (4,), (2, p))
-        rows, G, ends, last, norms = (self.floats(self.walks, self.chunks, *size) for size in sizes)
+        rows, ends, last, norms = (
+            self.floats(self.walks, self.chunks, *size) for size in ((2, c), (2, c), (4,), (2, p))
+        )
+        G = self.new(self.walks, self.chunks, c, c) if read else self.new(0)
         return rows, G, ends, last, norms
 
     def norm_gradients(self, collected: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """The gates of a chunk as the matrices A, F, G and their ends, forward and backward (see ../coefficients.py).
 
-One warp walks the tokens of a chunk, a column of the matrices to a lane. Layouts, float32, M = sequences x
-heads, N chunks of C tokens:
+One warp walks the tokens of a chunk, a column of the matrices to a lane. Layouts, M = sequences x heads, N
+chunks of C tokens, float32 but G and E, which have the dtype of q:
     rows ``[M, N, 3, C]``: A_t, F_t, m_t     ends ``[M, N, 2, C]``: G_Cj, E_Cj
     last ``[M, N, 4]``: A_C, F_C, m_C, 0     G, E ``[M, N, C, C]``, E for the backward alone
 """

@@ -202,7 +202,7 @@ def linear_scores_backward_kernel(
             g_weighted += dot(g_z, tl.trans(u), PRECISION)
         square = i[:, None] * C + j[None, :]
         coefficients = tl.load(G + cell * C * C + square)
-        tl.store(G_G + cell * C * C + square, scores * g_weighted)
+        tl.store(G_G + cell * C * C + square, (scores * g_weighted).to(dtype))
         weighted, g_scores = (scores * coefficients).to(dtype), (g_weighted * coefficients).to(dtype)
         for low in range(0, P, PS):
             q = tl.load(q_at + (low + ps)[None, :], mask=inside, other=0.0).to(dtype)

@@ -86,7 +86,7 @@ class _LinearWalk(Call):
         checkpoints[0] = self.moved(state, -1)
         anchor = self.floats(m, 1, self.size) if self.opened is not None else self.floats(0)
         z, r = (self.new(m, n, c, p), self.floats(m, n, c)) if keep else (self.new(0), self.floats(0))
-        span = span_of(FORWARD_SPAN, m, n)
+        span = span_of(FORWARD_SPAN[0], m, n)
         for first in range(0, n, span):
             states, steps, *_ = self.write(checkpoints, ends, last, anchor, first, span, span, True)
             linear_read_kernel[(min(span, n - first), m)](
@@ -112,7 +112,7 @@ class _LinearWalk(Call):
         has_targets = self.targets is not None
         g_targets = self.zeros(m, self.size) if has_targets else self.floats(0)
         g_start = torch.zeros_like(g_final) if self.resets is not None else self.floats(0)
-        span = span_of(BACKWARD_SPAN, m, n)
+        span = span_of(BACKWARD_SPAN[0], m, n)
         g_rows, g_G, g_ends, g_last, g_norms = collected = self.collected(self.dual)
         for first in reversed(range(0, n, span)):
             here = min(span, n - first)

@@ -250,7 +250,7 @@ def read_backward_kernel(
             g_u2 = dot(tl.trans((scores * coefficients).to(dtype)), gz, PRECISION)
             _add(G_U2 + here * C * P + narrow, g_u2, done, C, QUERIES)
             g_G = scores * dot(gz, tl.trans(u2), PRECISION) + dot(q, tl.trans(k), PRECISION) * g_weighted1
-            tl.store(G_G + cell * C * C + j[:, None] * C + i[None, :], g_G)
+            tl.store(G_G + cell * C * C + j[:, None] * C + i[None, :], g_G.to(dtype))
             g_scores1 = (g_weighted1 * coefficients).to(dtype)
             g_q += dot(g_scores1, k, PRECISION)
             _add(G_K + here * C * P + narrow, dot(tl.trans(g_scores1), q, PRECISION), done, C, QUERIES)

@@ -257,12 +257,12 @@ class _Walk(Call):
             anchor = self.moved(anchor, 1)
         return y, self.moved(checkpoints[-1], 1), anchor, checkpoints, z, r
 
-    def stages(self, budget: int) -> tuple[int, int, Stages]:
+    def stages(self, budgets: tuple[int, int]) -> tuple[int, int, Stages]:
         """Chunks of a span, rooms for what its kernels leave for each other, and their queues. Where there
         are lanes, the walks of a span run beside other kernels of the next one or of the last.
         """
         rooms = 2 if self.lanes else 1
-        span = span_of(budget // rooms, self.walks, self.chunks)
+        span = span_of(budgets[rooms - 1], self.walks, self.chunks)
         return span, rooms, Stages(self.q.device, two=self.lanes > 0)
 
     def triton_writes_backward(self, w: _Writes, span: int) -> tuple[_Step, _Step]:

@@ -17,7 +17,7 @@ __device__ __forceinline__ Slice slice_at(char* tiles) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    read_kernel(const bf16* Q, const bf16* K, const float* SCALES, const float* G, const bf16* STATES,
+    read_kernel(const bf16* Q, const bf16* K, const float* SCALES, const bf16* G, const bf16* STATES,
                 const bf16* STEPS, const bf16* TARGETS, const float* GAMMA, const float* BETA, bf16* Y,
                 bf16* Z, float* R, long qb, long qt, long qh, long kb, long kt, long kh, long yb, long yt,
                 long yh, int walks, int heads, int chunks, int tokens, int first_chunk, int span, float eps) {
@@ -65,10 +65,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     // All from memory at once.
     Pieces queries = load_pieces(Q + b * qb + h * qh + (long)n * TILE * qt, qt, rest), keys;
-    Fragment coefficients;
+    Packed coefficients;
     if (DUAL) {
         keys = load_pieces(K + b * kb + h * kh + (long)n * TILE * kt, kt, rest);
-        coefficients = load_floats(G + cell * NUMBERS, TILE);
+        coefficients = load_rows(G + cell * NUMBERS, TILE, TILE);
     }
     float A[2] = {1.f, 1.f}, F[2] = {0.f, 0.f};
 #pragma unroll

@@ -23,10 +23,10 @@ __device__ __forceinline__ Slice slice_at(char* tiles) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    read_backward_kernel(const bf16* Q, const bf16* K, const float* SCALES, const float* G,
+    read_backward_kernel(const bf16* Q, const bf16* K, const float* SCALES, const bf16* G,
                          const bf16* STATES, const bf16* STEPS, const bf16* HIDDENS, const bf16* TARGETS,
                          const float* GAMMA, const bf16* Z, const float* R, const bf16* G_Y, bf16* G_Q,
-                         bf16* G_K, float* G_ROWS, float* G_G, bf16* G_STATES, bf16* G_TARGETS, bf16* G_U1,
+                         bf16* G_K, float* G_ROWS, bf16* G_G, bf16* G_STATES, bf16* G_TARGETS, bf16* G_U1,
                          bf16* G_X2, bf16* G_U2, float* G_NORM, long qb, long qt, long qh, long kb, long kt,
                          long kh, long yb, long yt, long yh, long gb, long gt, long gh, int walks, int heads,
                          int chunks, int tokens, int first_chunk, int span) {
@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const bf16 *states = STATES + here * PARTS * SIZE, *targets = TARGETS + (long)h * 2 * SIZE;
     const bf16* hidden = HIDDENS + here * SIZE;
     const bf16* k_at = K + b * kb + h * kh + (long)n * TILE * kt;
-    const float* g_at = G + cell * NUMBERS;
+    const bf16* g_at = G + cell * NUMBERS;
 
     // By thread 0.
     auto fetch_slice = [&](int i) {
@@ -83,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
 
-    Fragment coefficients;
-    if (DUAL) coefficients = load_floats(g_at, TILE);
+    Packed coefficients;
+    if (DUAL) coefficients = load_rows(g_at, TILE, TILE);
     // g_z, and q and g_z with their scales: sixteen threads to a row.
     int own = threadIdx.x >> 4, column = (threadIdx.x & 15) * 4;
     {
@@ -268,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         store_pieces(x_tile, load_pieces(k_at, kt, rest));
         {
-            coefficients = load_floats(g_at, TILE);
+            coefficients = load_rows(g_at, TILE, TILE);
             store_tile(scores_tile, packed(times(scores, coefficients)));
             store_tile(weighted_tile, packed(times(g_weighted, coefficients)));
         }
@@ -281,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             end_products();
             settle(qk), settle(zu);
             FOR_EACH qk.f[j][r] = scores.f[j][r] * zu.f[j][r] + qk.f[j][r] * g_weighted.f[j][r];
-            store_floats(G_G + cell * NUMBERS, TILE, qk);
+            store_rows(G_G + cell * NUMBERS, TILE, TILE, packed(qk));
         }
         {
             Fragment by_q, by_z;

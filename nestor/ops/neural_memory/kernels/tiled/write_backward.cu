@@ -244,6 +244,18 @@ extern "C" __global__ void __cluster_dims__(PROGRAMS, 1, 1) __launch_bounds__(TH
         // While the parts travel: the gradient of x_2 from its steps, and what the state passes on.
         Fragment g = through_steps<true, true>(u_tile, dw2, ds2, g_end, e_end, side, x, g_sums, e_sums);
         if (READS) add(g, extra);
+        // Of the rows that this program owns.
+        uint2 rows_g_u[TURNS], rows_zh[TURNS];
+        float inverses[TURNS], alongs[TURNS];
+#pragma unroll
+        for (int r = 0; r < TURNS; ++r) {
+            int t = rank * ROWS + r * 16 + own;
+            long narrow = here * NUMBERS + t * TILE + column;
+            if (READS) rows_g_u[r] = *(const uint2*)(G_U2 + narrow);
+            rows_zh[r] = *(const uint2*)(ZH + narrow);
+            inverses[r] = NORM == 2 ? NORMS[here * 2 * TILE + t] : 1.f;
+            alongs[r] = NORM == 2 ? NORMS[here * 2 * TILE + TILE + t] : 0.f;
+        }
         await(reads);
         if (TARGET) {
 #pragma unroll
@@ -281,18 +293,6 @@ extern "C" __global__ void __cluster_dims__(PROGRAMS, 1, 1) __launch_bounds__(TH
                          own_row() + 8 * r;
             float by_w = warp_sum_of_four(g_sums[r]), by_s = MOMENTUM ? warp_sum_of_four(e_sums[r]) : 0.f;
             if ((lane_id() & 3) == 0) out[0] = by_w, out[TILE] = by_s;
-        }
-        // Of the rows that this program owns.
-        uint2 rows_g_u[TURNS], rows_zh[TURNS];
-        float inverses[TURNS], alongs[TURNS];
-#pragma unroll
-        for (int r = 0; r < TURNS; ++r) {
-            int t = rank * ROWS + r * 16 + own;
-            long narrow = here * NUMBERS + t * TILE + column;
-            if (READS) rows_g_u[r] = *(const uint2*)(G_U2 + narrow);
-            rows_zh[r] = *(const uint2*)(ZH + narrow);
-            inverses[r] = NORM == 2 ? NORMS[here * 2 * TILE + t] : 1.f;
-            alongs[r] = NORM == 2 ? NORMS[here * 2 * TILE + TILE + t] : 0.f;
         }
         end_products();
         settle(d.w2);
