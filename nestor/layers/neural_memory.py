@@ -274,7 +274,7 @@ class NeuralMemory(nn.Module):
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
             # Once for all projections; autocast would do it for each.
             low = x.to(torch.get_autocast_dtype("cuda"))
-        weights = self._fused_weights(low, span, others)
+        weights = self._fused_weights(low, span, start, others)
         if weights is None:
             q, k, v, gate, tails = self.project(low, state, span, start)
             wide = x.to(torch.promote_types(x.dtype, torch.float32)) if others else x  # once for all
@@ -291,7 +291,7 @@ class NeuralMemory(nn.Module):
         (q, k, v), made, after = memory_inputs(
             F.linear(low, weights), torch.cat([module.weight for module in convolutions]), torch.cat(biases),
             before, self.heads, [self.max_theta, *ones, *(other.max_theta for other in others)],
-            coupled=self.momentum,
+            coupled=self.momentum, position=None if span.resets is None else span.position,
         )  # fmt: skip
         own: dict[str, Any] = dict(zip(self._gate_names(), made, strict=False))
         gate = None if self.output_gate is None else self.output_gate(low)
@@ -299,10 +299,12 @@ class NeuralMemory(nn.Module):
         gates = Gates(**{"eta": None, "alpha": None, **own})
         return q, k, v, gate, gates, dict(zip(names, after, strict=True)), steps
 
-    def _fused_weights(self, x: Tensor, span: Span, others: Sequence[Any]) -> Tensor | None:
+    def _fused_weights(
+        self, x: Tensor, span: Span, start: LayerState | None, others: Sequence[Any]
+    ) -> Tensor | None:
         """Of all projections that the memory reads, as one matrix; None where they are not to be fused."""
         usual = type(self).gates is NeuralMemory.gates and self._key_widths()[0] == self.head_dim
-        whole = span.resets is None and span.lengths is None
+        whole = span.lengths is None and (span.resets is None or start is None)
         if not (usual and whole and fuses(x, self.head_dim, self.conv_kernel)):
             return None
         projections = [self.q_proj, self.k_proj, self.v_proj, self.gate_proj]
@@ -350,11 +352,12 @@ class NeuralMemory(nn.Module):
             key = f"tail.{name}"
             tail = None if state is None else state[key]
             first = None if start is None else start[key][0]
-            if span.resets is None and span.lengths is None:
+            if span.lengths is None:
                 weight = cast(ShortConvolution, self.convolutions[name]).weight
                 y, tails[key] = convolved_heads(
-                    x, weight, tail, heads=self.heads, unit=name != "v", start_tail=first, dtype=dtype
-                )
+                    x, weight, tail, heads=self.heads, unit=name != "v", start_tail=first,
+                    position=None if span.resets is None else span.position, dtype=dtype,
+                )  # fmt: skip
                 return y
             x, tails[key] = self.convolutions[name](x, tail, span, first)
         y = silu_heads(x, self.heads, unit=name != "v")

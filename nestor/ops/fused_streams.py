@@ -22,13 +22,15 @@ def convolved_heads(
     heads: int,
     unit: bool,
     start_tail: Tensor | None = None,
+    position: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``silu_heads(short_convolution(x))`` ``[B, T, H, d / H]`` and the next tail ``[B, K-1, d]``.
 
-    For calls without padding, in which no document starts. x: ``[B, T, d]``; weight: ``[d, K]``; tail:
-    ``[B, K-1, d]``, the inputs before the call (None: start_tail ``[K-1, d]``, or zeros). unit: whether heads
-    are scaled to unit length. dtype: of the heads; None: float32 for half precision, else that of x.
+    For calls without padding. x: ``[B, T, d]``; weight: ``[d, K]``; tail: ``[B, K-1, d]``, the inputs before
+    the call (None: start_tail ``[K-1, d]``, or zeros). unit: whether heads are scaled to unit length.
+    position: int64 ``[B, T]`` of each token in its document, where one starts inside the call. dtype: of the
+    heads; None: float32 for half precision, else that of x.
 
     On a GPU with Triton one kernel does it, with float32 sums, from bfloat16 or float32; heads then lie
     inside of tokens in memory. Its backward keeps nothing but x.
@@ -36,18 +38,24 @@ def convolved_heads(
     if dtype is None:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     kernel = weight.shape[1]
+    if x.shape[1] == 0:
+        position = None
     before = tail
     if tail is None and start_tail is not None:
         before = start_tail.expand(x.shape[0], -1, -1)
-    if _fits(x, weight, before, heads) and covered(x, weight, before) and dtype in (x.dtype, torch.float32):
+    known = position is None or start_tail is None  # kernels have zeros before a document
+    fits = known and _fits(x, weight, before, heads) and dtype in (x.dtype, torch.float32)
+    if fits and covered(x, weight, before):
         from nestor.ops.kernels import streams
 
         if before is not None:
             before = before.to(x.dtype).contiguous()
         x = x if x.stride(-1) == 1 else x.contiguous()
-        return streams.convolved_heads(x, weight.contiguous(), before, heads, unit, EPSILON, dtype)
-    y = short_convolution(x, weight, tail, start_tail=start_tail)
-    after = next_tail(x, kernel, tail, start_tail=start_tail)
+        position = None if position is None else position.contiguous()
+        return streams.convolved_heads(x, weight.contiguous(), before, position, heads, unit, EPSILON, dtype)
+    y = short_convolution(x, weight, tail, start_tail=start_tail, position=position)
+    clock = None if position is None else position[:, -1] + 1
+    after = next_tail(x, kernel, tail, start_tail=start_tail, clock=clock)
     return silu_heads(y, heads, unit=unit).to(dtype), after
 
 
@@ -65,13 +73,15 @@ def memory_inputs(
     scales: Sequence[float],
     *,
     coupled: bool,
+    position: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """q, k, v as of `convolved_heads` (q and k of unit length), gates, and the next tails, by kernels.
 
     x: ``[B, T, 3d + G H]`` or wider, three streams and G gates a head; weight: ``[3d, K]``; bias: ``[G H]``;
     tails: three of ``[B, K-1, d]``. A gate, float32 ``[B, T, H]``, is its one of the scales times the sigmoid
-    of its part of ``x + bias``; the first is multiplied by 1 minus the second if they are `coupled`. Where
-    `fuses` says so.
+    of its part of ``x + bias``; the first is multiplied by 1 minus the second if they are `coupled`.
+    position: int64 ``[B, T]`` of each token in its document, where one starts inside the call. Where `fuses`
+    says so.
 
     Raises: ShapeError for sizes that do not fit.
     """
@@ -90,8 +100,9 @@ def memory_inputs(
                 f"{[batch, kernel - 1, channels]}: the state of as many sequences, from the same layer"
             )
     before = [None] * 3 if tails is None else [tail.to(x.dtype).contiguous() for tail in tails]
+    position = None if position is None else position.contiguous()
     q, k, v, gates, *after = streams.memory_inputs(
-        x, weight.contiguous(), bias, *before, heads, EPSILON, list(scales), coupled
+        x, weight.contiguous(), bias, *before, position, heads, EPSILON, list(scales), coupled
     )
     return [q, k, v], list(gates.unbind(0)), after
 

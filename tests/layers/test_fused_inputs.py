@@ -29,12 +29,21 @@ def memory(**choices):
     return NeuralMemory(DIM, HEADS, chunk_size=4, expansion=2, **choices)
 
 
-def results(layer, x, fused):
+# Where documents begin, of two sequences: inside of a call, with one, and with its last token.
+STARTS = ((3, 6, 10), (1, 8))
+
+
+def results(layer, x, fused, starts):
     """Outputs of three calls in a row, the state after them, and gradients."""
-    state, outputs = None, []
+    state, outputs, clock = None, [], None
+    resets = torch.zeros(2, 11, dtype=torch.bool)
+    for row, places in zip(resets, STARTS, strict=True):
+        row[list(places)] = True
     with mock.patch.object(neural_memory, "fuses", lambda *_: fused):
-        for piece in x.split([6, 1, 4], 1):
-            y, state = layer(piece, state)
+        for piece, begin in zip(x.split([6, 1, 4], 1), resets.split([6, 1, 4], 1), strict=True):
+            span = Span.build(clock, *piece.shape[:2], x.device, resets=begin if starts else None)
+            clock = span.clock_after()
+            y, state = layer(piece, state, span)
             outputs.append(y)
     y = torch.cat(outputs, 1)
     tails = [tensor.square().sum() for name, tensor in state.items() if "tail" in name]
@@ -43,13 +52,15 @@ def results(layer, x, fused):
     return y, state, gradients
 
 
-def compare(kind):
+def compare(kind, starts=False):
     torch.manual_seed(0)
     layer = LAYERS[kind]()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
     x = torch.randn(2, 11, DIM, requires_grad=True)
-    (y, state, gradients), (y2, state2, gradients2) = (results(layer, x, fused) for fused in (True, False))
+    (y, state, gradients), (y2, state2, gradients2) = (
+        results(layer, x, fused, starts) for fused in (True, False)
+    )
     torch.testing.assert_close(y, y2, rtol=1e-4, atol=1e-5)
     assert state.keys() == state2.keys()
     for name, tensor in state2.items():
@@ -69,17 +80,21 @@ def test_fused_projections_are_the_same_layer_under_the_interpreter(run_interpre
 def test_what_is_not_whole_or_usual_is_not_fused():
     layer, x = memory().cuda(), torch.randn(2, 5, DIM, device="cuda")
     whole = Span.build(None, 2, 5, "cuda")
-    assert layer._fused_weights(x, whole, ()) is not None
+    assert layer._fused_weights(x, whole, None, ()) is not None
     resets = torch.zeros(2, 5, dtype=torch.bool, device="cuda")
     lengths = torch.tensor([5, 3], device="cuda")
-    assert layer._fused_weights(x, Span.build(None, 2, 5, "cuda", resets=resets), ()) is None
-    assert layer._fused_weights(x, Span.build(None, 2, 5, "cuda", lengths=lengths), ()) is None
-    assert layer._fused_weights(x.half(), whole, ()) is None
+    packed = Span.build(None, 2, 5, "cuda", resets=resets)
+    assert layer._fused_weights(x, packed, None, ()) is not None
+    assert layer._fused_weights(x, packed, {"tail.q": x}, ()) is None
+    assert layer._fused_weights(x, Span.build(None, 2, 5, "cuda", lengths=lengths), None, ()) is None
+    assert layer._fused_weights(x.half(), whole, None, ()) is None
     layer.gate_proj.register_forward_hook(lambda *_: None)
-    assert layer._fused_weights(x, whole, ()) is None
+    assert layer._fused_weights(x, whole, None, ()) is None
 
 
 if __name__ == "__main__":
     for kind in LAYERS:
         if (kind in QUICK) == (sys.argv[1] == "quick"):
             compare(kind)
+            if kind in QUICK:
+                compare(kind, starts=True)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from nestor.errors import ShapeError
+from nestor.layers.span import Span
 from nestor.ops.fused_streams import convolved_heads, memory_inputs
 from nestor.ops.heads import EPSILON, silu_heads
 from nestor.ops.kernels import covered
@@ -21,6 +22,9 @@ CASES = [
     for p, heads, kernel in ((16, 4, 4), (64, 2, 4), (128, 1, 3), (24, 3, 2))
     for tokens, unit, tail in ((1, True, True), (3, False, True), (17, True, False), (130, True, True))
 ]
+# Those of which documents start inside the call as well: one segment and several, a start on the last tokens.
+STARTING = [(16, 4, 1, 4, True, True), (24, 3, 3, 2, False, True), (64, 2, 17, 4, True, False)]
+STARTING += [(128, 1, 130, 3, True, True), (16, 4, 130, 4, True, True)]
 
 
 @contextmanager
@@ -47,6 +51,14 @@ def draw(p, heads, tokens, kernel, tail, dtype=torch.float32, device="cpu"):
     return x, normal(d, kernel, seed=1, device=device), before
 
 
+def positions(tokens, device):
+    """Of two sequences: one goes on for two tokens, one begins; more documents start, one at the end."""
+    resets = normal(2, tokens, seed=20) > 1.0
+    resets[0, :2], resets[1, 0], resets[1, -1] = False, True, True
+    clock = torch.tensor([2, 7])
+    return Span.build(clock, 2, tokens, "cpu", None, resets).position.to(device)
+
+
 def results(function, inputs, cotangents):
     """Outputs and the gradients of all inputs."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
@@ -55,23 +67,27 @@ def results(function, inputs, cotangents):
     return [*outputs, *torch.autograd.grad(outputs, [x for x in leaves if x is not None], weighed)]
 
 
-def check(device, dtype, out_dtype, p, heads, tokens, kernel, unit, tail):
+def check(device, dtype, out_dtype, p, heads, tokens, kernel, unit, tail, starts=False):
     from nestor.ops.kernels import streams
 
+    position = positions(tokens, device) if starts else None
+    clock = position[:, -1] + 1 if starts else None
     inputs = draw(p, heads, tokens, kernel, tail, dtype, device)
     # The gradient of heads arrives with heads outside of tokens, as the memory's kernels lay them out.
     g = normal(2, heads, tokens, p, seed=3, dtype=out_dtype, device=device).transpose(1, 2)
     g_after = normal(2, kernel - 1, p * heads, seed=4, dtype=dtype, device=device)
 
     def exact(x, weight, before=None):
-        y = silu_heads(short_convolution(x, weight, before), heads, unit=unit)
-        return y, next_tail(x, kernel, before)
+        y = silu_heads(short_convolution(x, weight, before, position=position), heads, unit=unit)
+        return y, next_tail(x, kernel, before, clock=clock)
 
     doubles = [None if x is None else x.double() for x in inputs]
     expected = results(exact, doubles, (g, g_after))
     with poisoned():
         found = results(
-            lambda *x: streams.convolved_heads(*x, heads, unit, EPSILON, out_dtype), inputs, (g, g_after)
+            lambda *x: streams.convolved_heads(*x, position, heads, unit, EPSILON, out_dtype),
+            inputs,
+            (g, g_after),
         )
     assert found[0].dtype == out_dtype and found[0].is_contiguous()
     assert torch.equal(found[1].double(), expected[1])
@@ -92,12 +108,12 @@ INPUTS = [
 ]  # fmt: skip
 
 
-def exact_inputs(x, weight, bias, *tails, heads, scales, coupled):
+def exact_inputs(x, weight, bias, *tails, heads, scales, coupled, position=None):
     """q, k, v, gates and next tails, of PyTorch."""
     streams = x[..., : len(weight)].chunk(3, -1)
     tails = tails or (None,) * 3
     outputs = [
-        silu_heads(short_convolution(stream, taps, tail), heads, unit=index < 2)
+        silu_heads(short_convolution(stream, taps, tail, position=position), heads, unit=index < 2)
         for index, (stream, taps, tail) in enumerate(zip(streams, weight.chunk(3), tails, strict=True))
     ]
     gates = (
@@ -107,7 +123,11 @@ def exact_inputs(x, weight, bias, *tails, heads, scales, coupled):
     )
     first = gates[0] * (1 - gates[1]) if coupled else gates[0]
     gates = torch.stack([scale * y for scale, y in zip(scales, (first, *gates[1:]), strict=True)])
-    after = [next_tail(stream, weight.shape[1], tail) for stream, tail in zip(streams, tails, strict=True)]
+    clock = None if position is None else position[:, -1] + 1
+    after = [
+        next_tail(stream, weight.shape[1], tail, clock=clock)
+        for stream, tail in zip(streams, tails, strict=True)
+    ]
     return *outputs, gates, *after
 
 
@@ -125,17 +145,22 @@ def draw_inputs(p, heads, tokens, scales, tail, dtype, device):
     return [x, weight, bias, *tails], g + [normal(2, 3, d, seed=10 + i, **kind) for i in range(3)]
 
 
-def check_inputs(device, dtype, p, heads, tokens, scales, coupled, tail):
+def check_inputs(device, dtype, p, heads, tokens, scales, coupled, tail, starts=False):
     from nestor.ops.kernels import streams
 
+    position = positions(tokens, device) if starts else None
     inputs, cotangents = draw_inputs(p, heads, tokens, scales, tail, dtype, device)
     doubles = [x.double() for x in inputs if x is not None]
     expected = results(
-        lambda *x: exact_inputs(*x, heads=heads, scales=scales, coupled=coupled), doubles, cotangents
+        lambda *x: exact_inputs(*x, heads=heads, scales=scales, coupled=coupled, position=position),
+        doubles,
+        cotangents,
     )
     with poisoned():
         found = results(
-            lambda *x: streams.memory_inputs(*x, heads, EPSILON, list(scales), coupled), inputs, cotangents
+            lambda *x: streams.memory_inputs(*x, position, heads, EPSILON, list(scales), coupled),
+            inputs,
+            cotangents,
         )
     assert len(found) == len(expected) == 7 + 3 + 3 * tail
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -150,7 +175,7 @@ def check_inputs_compilation(device):
     from nestor.ops.kernels import streams
 
     inputs, cotangents = draw_inputs(16, 4, 5, (0.5, 1.0), True, torch.float32, device)
-    rest = (4, EPSILON, [0.5, 1.0], True)
+    rest = (positions(5, device), 4, EPSILON, [0.5, 1.0], True)
 
     def run(*x):
         q, k, v, gates, *after = streams.memory_inputs(*x, *rest)
@@ -172,7 +197,7 @@ def check_each_output_alone(device):
     for only, cotangents in ((0, (g, 0 * g_after)), (1, (0 * g, g_after))):
 
         def run(*x):
-            return streams.convolved_heads(*x, 2, True, EPSILON, torch.float32)
+            return streams.convolved_heads(*x, None, 2, True, EPSILON, torch.float32)
 
         both = results(run, inputs, cotangents)[2:]
         alone = results(lambda *x: (run(*x)[only],), inputs, (cotangents[only],))[1:]
@@ -185,7 +210,7 @@ def check_second_derivatives(device):
     from nestor.ops.kernels import streams
 
     x, weight, before = (x.requires_grad_() for x in draw(16, 2, 5, 4, True, device=device))
-    y, _ = streams.convolved_heads(x, weight, before, 2, True, EPSILON, torch.float32)
+    y, _ = streams.convolved_heads(x, weight, before, None, 2, True, EPSILON, torch.float32)
     with pytest.raises(RuntimeError, match="convolved_heads has no second derivative"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
@@ -194,7 +219,7 @@ def check_compilation(device):
     from nestor.ops.kernels import streams
 
     def run(x, weight, before):
-        y, after = streams.convolved_heads(x * 2, weight, before, 4, True, EPSILON, torch.float32)
+        y, after = streams.convolved_heads(x * 2, weight, before, None, 4, True, EPSILON, torch.float32)
         return y * 3, after
 
     inputs, cotangents = draw(16, 4, 5, 4, True, device=device), (torch.ones((), device=device),) * 2
@@ -203,7 +228,7 @@ def check_compilation(device):
     for a, b in zip(found, results(run, inputs, whole), strict=True):
         torch.testing.assert_close(a, b)
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
-    torch.library.opcheck(streams.convolved_heads.overload, (*leaves, 4, True, EPSILON, torch.float32))
+    torch.library.opcheck(streams.convolved_heads.overload, (*leaves, None, 4, True, EPSILON, torch.float32))
 
 
 # --- on a CPU -----------------------------------------------------------------------------------------------
@@ -277,6 +302,17 @@ def test_the_kernels_compute_the_inputs_of_a_memory(dtype, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_token_sees_an_earlier_document(dtype):
+    pytest.importorskip("triton")
+    for case in STARTING:
+        check("cuda", dtype, dtype, *case, starts=True)
+    for case in INPUTS:
+        check_inputs("cuda", dtype, *case, starts=True)
+    check("cuda", dtype, dtype, 64, 4, 3001, 4, True, True, starts=True)
+
+
+@pytest.mark.gpu
 def test_many_tokens_and_sequences():
     pytest.importorskip("triton")
     check("cuda", torch.float32, torch.float32, 64, 12, 3001, 4, True, True)
@@ -302,9 +338,13 @@ def test_a_gpu_takes_the_kernels_and_torch_compile_them():
 if __name__ == "__main__":
     for case in CASES:
         check("cpu", torch.float32, torch.float32, *case)
+    for case in STARTING:
+        check("cpu", torch.float32, torch.float32, *case, starts=True)
     check_each_output_alone("cpu")
     check_compilation("cpu")
     check_second_derivatives("cpu")
     for case in INPUTS:
         check_inputs("cpu", torch.float32, *case)
+    for case in INPUTS[2::6]:
+        check_inputs("cpu", torch.float32, *case, starts=True)
     check_inputs_compilation("cpu")
