@@ -7,6 +7,7 @@ dtypes of such inputs and gets float32 ones.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -21,17 +22,32 @@ from timing import in_a_process
 
 from nestor.layers.attention import Attention
 from nestor.layers.fla import DeltaAttention, load_kernels
+from nestor.layers.span import Span
 from nestor.layers.tnt import FIXED, TNT
 
 Keep = Callable[[dict[str, Any]], None]
 REFERENCES = ("kda", "nestor-kda", "titans-pytorch-x2", "titans-pytorch-x4")
 SUBJECT = "neural_memory"
+DOCUMENT_TOKENS = 1000
 
 
 def _tnt(s: Settings) -> Layer:
     b = s.bars
     memory = build_memory(dataclasses.replace(s, chunk=b.tnt_chunk), **FIXED)
     return nestor_layer(TNT(memory, b.tnt_locals, b.tnt_shard))
+
+
+def _packed(s: Settings) -> Layer:
+    """The memory on documents of some 1,000 tokens, one after another, each with a memory of its own."""
+    module = build_memory(s)
+
+    @functools.cache
+    def span(batch: int, tokens: int) -> Span:
+        generator = torch.Generator().manual_seed(0)
+        resets = torch.rand(batch, tokens, generator=generator) < 1 / DOCUMENT_TOKENS
+        return Span.build(None, batch, tokens, s.device, resets=resets.to(s.device))
+
+    return Layer(module, lambda x, state: module(x, state, span(*x.shape[:2])))
 
 
 def _kda(s: Settings) -> Layer:
@@ -54,6 +70,7 @@ def _peer(expansion: int) -> Callable[[Settings], Layer]:
 
 LAYERS: dict[str, Callable[[Settings], Layer]] = {
     SUBJECT: lambda s: nestor_layer(build_memory(s)),
+    "neural_memory-packed": _packed,
     "tnt": _tnt,
     "attention": lambda s: nestor_layer(Attention(s.dim, s.heads)),
     "kda": _kda,

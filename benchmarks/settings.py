@@ -30,8 +30,9 @@ class Bars:
     """Shapes and effort of the sections that measure the bars.
 
     Attributes:
-        subjects: layers of the section shapes; titans-pytorch-x2 and -x4 need its folder, kda (the
-            peer's layer) and nestor-kda (this package's, around the peer's operation) a GPU.
+        subjects: layers of the section shapes; neural_memory-packed reads documents of some 1,000 tokens;
+            titans-pytorch-x2 and -x4 need its folder, kda (the peer's layer) and nestor-kda (this package's,
+            around the peer's operation) a GPU.
         shapes: B x T of the section shapes. lengths: T of the section growth, one sequence each.
         dim, heads, expansion, chunk: of the layers; memories have 2 layers.
         tnt_chunk, tnt_locals, tnt_shard: chunk sizes of TNT's global and local memories, and its shard.
@@ -45,7 +46,8 @@ class Bars:
     """
 
     subjects: tuple[str, ...] = (
-        "neural_memory", "tnt", "attention", "kda", "titans-pytorch-x2", "titans-pytorch-x4",
+        "neural_memory", "neural_memory-packed", "tnt", "attention", "kda", "titans-pytorch-x2",
+        "titans-pytorch-x4",
     )  # fmt: skip
     shapes: tuple[str, ...] = ("8x4096", "2x16384", "1x65536")
     lengths: tuple[int, ...] = (4096, 16_384, 65_536, 262_144)

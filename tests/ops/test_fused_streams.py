@@ -279,6 +279,33 @@ def test_the_kernels_compute_the_pytorch_form_under_the_interpreter(run_interpre
     run_interpreted(__file__)
 
 
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("tail", [False, True])
+def test_the_kernels_compile_for_a_gpu(tail, starts):
+    """Types that Triton's compiler asks for, and its interpreter does not."""
+    pytest.importorskip("triton")
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from nestor.ops.kernels import streams
+
+    shape = {"K": 4, "WIDTH": 64, "P": 64, "HB": 1, "UNITS": 2, "STREAMS": 3, "HAS_TAIL": tail}
+    for kernel, own in (
+        (streams.streams_kernel, {"BT": 32}),
+        (streams.streams_backward_kernel, {"S": 8, "L": 16}),
+    ):
+        constants = {**shape, **own, "STARTS": starts}
+        kinds = {"eps": "fp32", "WEIGHT": "*fp32", "PARTS": "*fp32", "POSITION": "*i64"}
+        kinds |= dict.fromkeys(constants, "constexpr")
+        signature = {
+            name: kinds.get(name, "*bf16" if name[0].isupper() else "i32") for name in kernel.arg_names
+        }
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        made = compile(ASTSource(kernel, signature, places, {}), target=GPUTarget("cuda", 90, 32))
+        assert "st.global" in made.asm["ptx"]
+
+
 # --- on a GPU -----------------------------------------------------------------------------------------------
 
 

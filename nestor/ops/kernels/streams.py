@@ -100,9 +100,9 @@ def streams_kernel(
     if block == tl.num_programs(0) - 1:
         for row in tl.static_range(K - 1):
             end = tl.zeros((1, 1, 1), tl.int64) + tokens
-            seen = inside & (_position(POSITION + b * tokens, end - 1, tokens, STARTS) >= K - 2 - row)
+            within = inside & (_position(POSITION + b * tokens, end - 1, tokens, STARTS) >= K - 2 - row)
             last = end + (row + 1 - K)
-            kept = _inputs(x_at, tail_at, last, channel, seen, xt, tokens, channels, K, HAS_TAIL)
+            kept = _inputs(x_at, tail_at, last, channel, within, xt, tokens, channels, K, HAS_TAIL)
             after_at = after_to + (b * (K - 1) + row) * channels + channel
             tl.store(after_at, kept.to(AFTER_Q.dtype.element_ty), mask=inside)
 
