@@ -16,6 +16,7 @@ Sections that measure the bars, chosen by default on a GPU; `--bars.*` are their
     first_call: its first forward and backward in a fresh process, with empty and with full caches.
     users: one token of each of many users, against a copy of their states.
     training: a training step of whole models at several T; `--gpus 2` also with FSDP2 over two.
+    captured: that step with compiled blocks, forward and backward as a CUDA graph.
 benchmarks/kernels.py profiles the kernels of the operation.
 
 Examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,7 @@ class Span:
         """`(B, T)`."""
         return self.position.shape[0], self.position.shape[1]
 
-    @property
+    @functools.cached_property
     def valid(self) -> Tensor | None:
         """`[B, T]` bool, True at real tokens; None when all are."""
         if self.lengths is None:

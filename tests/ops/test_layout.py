@@ -113,3 +113,57 @@ def test_a_reset_on_a_masked_token_counts_for_nothing() -> None:
     grid = chunk_grid(1, 3, 4, CPU, None, mask, resets)
     assert all(r is None for r in grid.resets)
     assert grid.phase.tolist() == [2]
+
+
+@pytest.fixture
+def packed():
+    """A grid of two sequences, masked tokens and documents that start; and its mask."""
+    mask, resets = torch.ones(2, 11, dtype=torch.bool), torch.zeros(2, 11, dtype=torch.bool)
+    mask[0, 3:5], mask[1, 8:], resets[0, 6], resets[1, 2] = False, False, True, True
+    return chunk_grid(2, 11, 4, torch.device("cpu"), None, mask, resets), mask
+
+
+def test_gradients_of_gather_and_scatter(packed) -> None:
+    grid, mask = packed
+    x = torch.randn(2, 11, 3, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, grid.rows, grid.width, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(grid.gather, x)
+    assert torch.autograd.gradcheck(lambda y: grid.scatter(y, 11), y)
+    assert torch.autograd.gradgradcheck(grid.gather, x)
+    (g,) = torch.autograd.grad(grid.gather(x).sum(), x)
+    assert torch.equal(g, mask[..., None, None].expand_as(g).double())
+
+
+def test_a_token_that_is_not_there_leaves_nothing(packed) -> None:
+    grid, mask = packed
+    x = torch.where(mask, 1.0, torch.nan)[..., None]
+    assert grid.gather(x).isfinite().all()
+    rows = torch.where(grid.valid, 1.0, torch.nan)[..., None]
+    assert torch.equal(grid.scatter(rows, 11)[..., 0], mask.float())
+
+
+def test_rows_have_room_for_a_chunk_where_asked() -> None:
+    mask = torch.tensor([[True, True, False]])
+    grid = chunk_grid(1, 3, 8, torch.device("cpu"), None, mask, whole=True)
+    assert (grid.rows, grid.width, grid.valid.sum()) == (1, 8, 2)
+    assert grid.gather(torch.ones(1, 3, 1)).shape == (1, 1, 8, 1)
+
+
+def test_layers_share_a_grid_until_their_tokens_change() -> None:
+    resets = torch.zeros(1, 9, dtype=torch.bool)
+    resets[0, 5] = True
+
+    def made(**choices):
+        return chunk_grid(1, 9, 4, torch.device("cpu"), resets=resets, **choices)
+
+    grid = made()
+    assert made() is grid and made(whole=True) is not grid
+    assert made(phase=torch.ones(1, dtype=torch.int64)) is not grid
+    resets[0, 2] = True
+    changed = made()
+    assert (int(changed.row_resets.sum()), int(grid.row_resets.sum())) == (2, 1)
+    resets = resets.clone()
+    assert made() is not changed
+    with torch.inference_mode():
+        resets = resets.clone()
+        assert made() is not made()

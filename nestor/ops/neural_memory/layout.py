@@ -5,31 +5,54 @@ their chunks, have different lengths and contain document boundaries. The engine
 grid ``[B, N, C]`` of chunk rows in which the valid tokens of a row come first.
 """
 
+import functools
+import weakref
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Grids that are kept for the layers that follow.
+KEPT_GRIDS = 8
 
 
 @dataclass(frozen=True)
 class ChunkGrid:
     """N rows of at most C tokens for each of B sequences.
 
-    index:  int64 ``[B, N, C]``, the token that stands in each cell (any token where not valid), or None if
-            the tokens fill the grid in order (then only the last row may be short).
-    valid:  bool ``[B, N, C]`` or None if every cell holds a token.
-    resets: for each row None, or bool ``[B]``: the sequence starts a new document with this row.
-    closes: for each row a bool, or bool ``[B]``: the row ends its chunk, so the anchor moves.
-    phase:  int64 ``[B]``: position inside the open chunk after the call.
+    index: int64 ``[B, N, C]``, the token that stands in each cell, or -1; None if the tokens fill the grid in
+        order (then only the last row may be short).
+    place: int64 ``[B, T]``, the cell ``row * C + column`` in which each token stands, or -1; None with index.
+    valid: bool ``[B, N, C]`` or None if every cell holds a token.
+    row_resets: bool ``[B, N]``, the sequence starts a new document with this row; None: no row does.
+    row_closes: bool ``[B, N]``, the row ends its chunk, so the anchor moves; or for each row a bool or
+        bool ``[B]``.
+    phase: int64 ``[B]``, position inside the open chunk after the call.
     """
 
     rows: int
     width: int
     index: Tensor | None
+    place: Tensor | None
     valid: Tensor | None
-    resets: list[Tensor | None]
-    closes: list[bool | Tensor]
+    row_resets: Tensor | None
+    row_closes: Tensor | list[bool | Tensor]
     phase: Tensor
+
+    @functools.cached_property
+    def resets(self) -> list[Tensor | None]:
+        """For each row None, or bool ``[B]``: the sequence starts a new document with this row."""
+        if self.row_resets is None:
+            return [None] * self.rows
+        some = self.row_resets.any(0).tolist()
+        return [row if any_ else None for row, any_ in zip(self.row_resets.unbind(1), some, strict=True)]
+
+    @functools.cached_property
+    def closes(self) -> list[bool | Tensor]:
+        """For each row a bool, or bool ``[B]``: the row ends its chunk."""
+        return list(self.row_closes.unbind(1)) if isinstance(self.row_closes, Tensor) else self.row_closes
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [B, N, C, ...]; cells without a token hold zero."""
@@ -39,12 +62,8 @@ class ChunkGrid:
             if missing:
                 x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
             return x.reshape(batch, self.rows, self.width, *x.shape[2:])
-        flat = self.index.reshape(batch, -1)
-        flat = flat.reshape(*flat.shape, *([1] * (x.dim() - 2))).expand(-1, -1, *x.shape[2:])
-        cells = torch.gather(x, 1, flat).reshape(batch, self.rows, self.width, *x.shape[2:])
-        assert self.valid is not None
-        # Not a product: what stands at a token that is not there may be infinite or no number.
-        return torch.where(self.valid.reshape(*self.valid.shape, *[1] * (x.dim() - 2)), cells, 0.0)
+        assert self.place is not None
+        return _Rows.apply(x, self.index.flatten(1), self.place).unflatten(1, (self.rows, self.width))
 
     def scatter(self, y: Tensor, length: int) -> Tensor:
         """[B, N, C, ...] -> [B, T, ...]; tokens that stand in no cell (masked ones) become zero."""
@@ -52,13 +71,8 @@ class ChunkGrid:
         flat = y.reshape(batch, self.rows * self.width, *y.shape[3:])
         if self.index is None:
             return flat[:, :length]
-        assert self.valid is not None
-        keep = self.valid.reshape(batch, -1)
-        # Cells without a token go to an extra last place that is cut off.
-        place = torch.where(keep, self.index.reshape(batch, -1), length)
-        place = place.reshape(*place.shape, *([1] * (flat.dim() - 2))).expand_as(flat)
-        out = flat.new_zeros(batch, length + 1, *flat.shape[2:])
-        return out.scatter(1, place, flat)[:, :length]
+        assert self.place is not None
+        return _Rows.apply(flat, self.place, self.index.flatten(1))
 
     def to_rows(self, x: Tensor) -> Tensor:
         """[B, T, H, ...] -> [B H, N, C, ...]"""
@@ -72,6 +86,26 @@ class ChunkGrid:
         return self.scatter(x.permute(0, 2, 3, 1, *range(4, x.dim())), length)
 
 
+class _Rows(torch.autograd.Function):
+    """The rows of x ``[B, S, ...]`` at `places` ``[B, N]``, zero where a place is -1; `back` ``[B, S]`` says
+    where each row of x went, if anywhere. Each goes to one place, so the gradient needs no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(places, back)
+        batch, rows = x.shape[:2]
+        first = torch.arange(0, batch * rows, rows, device=x.device)[:, None]
+        chosen = (places.clamp(min=0) + first).flatten()
+        y = x.reshape(batch * rows, -1).index_select(0, chosen).view(*places.shape, *x.shape[2:])
+        # Not a product: what stands at a token that is not there may be infinite or no number.
+        return y.masked_fill_((places < 0).view(*places.shape, *[1] * (x.dim() - 2)), 0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        places, back = ctx.saved_tensors
+        return _Rows.apply(g, back, places), None, None
+
+
 def chunk_grid(
     batch: int,
     length: int,
@@ -80,21 +114,53 @@ def chunk_grid(
     phase: Tensor | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
+    whole: bool = False,
 ) -> ChunkGrid:
     """Lay ``length`` tokens of ``batch`` sequences out in chunk rows.
 
     phase:  int64 ``[B]`` position inside the open chunk before the call; None means 0 everywhere.
     mask:   bool ``[B, T]``, False for tokens that are skipped; they take no place in a chunk.
     resets: bool ``[B, T]``, True for the first token of a document; counted only where the mask is True.
+    whole:  whether rows have room for a chunk even if none holds as many tokens.
+
+    Counting rows waits for a GPU, so the layers of a model, which are given the same mask and resets, share
+    what the first of them has counted.
     """
     if mask is None and resets is None:
         if length == 1 and phase is not None:
             advanced = phase + 1
             closed = advanced == chunk_size
-            return ChunkGrid(1, 1, None, None, [None], [closed], torch.where(closed, 0, advanced))
+            return ChunkGrid(1, 1, None, None, None, None, [closed], torch.where(closed, 0, advanced))
         if phase is None or not bool(phase.any()):
             return _aligned_grid(batch, length, chunk_size, device)
-    return _ragged_grid(batch, length, chunk_size, device, phase, mask, resets)
+    make = functools.partial(_ragged_grid, batch, length, chunk_size, device, phase, mask, resets, whole)
+    return make() if phase is not None else _shared(make, (batch, length, chunk_size, whole), mask, resets)
+
+
+_grids: OrderedDict[Any, tuple[list[Any], ChunkGrid]] = OrderedDict()
+
+
+def _shared(make: Any, choices: tuple[Any, ...], *given: Tensor | None) -> ChunkGrid:
+    """What `make` makes of the same tensors, with the same values, in the same queue: once."""
+    present = [x for x in given if x is not None]
+    on_gpu = present[0].is_cuda
+    if (
+        torch.compiler.is_compiling()
+        or any(x.is_inference() for x in present)
+        or (on_gpu and torch.cuda.is_current_stream_capturing())
+    ):
+        return make()  # type: ignore[no-any-return]
+    queue = torch.cuda.current_stream(present[0].device) if on_gpu else None
+    key = (choices, queue, *(x if x is None else (id(x), x._version) for x in given))
+    found = _grids.get(key)
+    if found is not None and all(ref() is x for ref, x in zip(found[0], present, strict=True)):
+        return found[1]
+    grid: ChunkGrid = make()
+    _grids[key] = [weakref.ref(x) for x in present], grid
+    _grids.move_to_end(key)
+    while len(_grids) > KEPT_GRIDS:
+        _grids.popitem(last=False)
+    return grid
 
 
 def _aligned_grid(batch: int, length: int, chunk_size: int, device: torch.device) -> ChunkGrid:
@@ -110,7 +176,7 @@ def _aligned_grid(batch: int, length: int, chunk_size: int, device: torch.device
     if left:
         closes[-1] = False
     phase = torch.full((batch,), left, dtype=torch.int64, device=device)
-    return ChunkGrid(rows, width, None, valid, [None] * rows, closes, phase)
+    return ChunkGrid(rows, width, None, None, valid, None, closes, phase)
 
 
 def _ragged_grid(
@@ -121,6 +187,7 @@ def _ragged_grid(
     phase: Tensor | None,
     mask: Tensor | None,
     resets: Tensor | None,
+    whole: bool,
 ) -> ChunkGrid:
     valid = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask
     start = torch.zeros(batch, dtype=torch.int64, device=device) if phase is None else phase
@@ -138,7 +205,7 @@ def _ragged_grid(
     cell = count - row_first
 
     rows = max(int(row.max()) + 1, 1)
-    width = max(int(torch.where(valid, cell, 0).max()) + 1, 1)
+    width = chunk_size if whole else max(int(torch.where(valid, cell, 0).max()) + 1, 1)
     # Masked tokens are sent to an extra last place that is cut off.
     target = torch.where(valid, row * width + cell, rows * width)
     tokens = torch.arange(length, device=device).expand(batch, -1)
@@ -147,14 +214,12 @@ def _ragged_grid(
     )
     index = index[:, :-1].reshape(batch, rows, width)
     occupied = index >= 0
-    index = index.clamp(min=0)
 
     row_flags = torch.zeros(2, batch, rows + 1, dtype=torch.bool, device=device)
     row_target = torch.where(valid, row, rows)
     row_flags[0].scatter_(1, torch.where(starts_document, row_target, rows), True)
     row_flags[1].scatter_(1, torch.where(valid & (place == chunk_size - 1), row_target, rows), True)
     row_resets, row_closes = row_flags[:, :, :rows]
-    any_reset = row_resets.any(0).tolist()
 
     used = valid.sum(1)
     last = torch.where(valid, position, torch.full_like(position, -1))
@@ -167,8 +232,9 @@ def _ragged_grid(
         rows=rows,
         width=width,
         index=index,
+        place=torch.where(valid, target, -1),
         valid=occupied,
-        resets=[row_resets[:, n] if any_reset[n] else None for n in range(rows)],
-        closes=[row_closes[:, n] for n in range(rows)],
+        row_resets=None if resets is None else row_resets,
+        row_closes=row_closes,
         phase=after,
     )

@@ -69,22 +69,12 @@ def neural_memory_kernels(
     left = length % chunk
     phase = torch.full((batch,), left, dtype=torch.int64, device=q.device)
     if ragged:
-        grid = chunk_grid(batch, length, chunk, q.device, None, mask, resets)
-        short = chunk - grid.width
-
-        def to_rows(x: Tensor) -> Tensor:
-            x = grid.gather(x)
-            x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 3) + (0, short))
-            return x.flatten(1, 2)
-
-        tokens = [None if x is None else to_rows(x) for x in tokens]
-        cells = torch.ones(batch, grid.rows, grid.width, dtype=torch.bool, device=q.device)
-        cells = cells if grid.valid is None else grid.valid
-        valid = torch.nn.functional.pad(cells, (0, short)).flatten(1).to(torch.uint8)
-        flags = [
-            torch.zeros(batch, dtype=torch.bool, device=q.device) if r is None else r for r in grid.resets
-        ]
-        row_resets = torch.stack(flags, 1).to(torch.uint8) if resets is not None else None
+        grid = chunk_grid(batch, length, chunk, q.device, None, mask, resets, whole=True)
+        tokens = [None if x is None else grid.gather(x).flatten(1, 2) for x in tokens]
+        cells = grid.valid
+        assert cells is not None
+        valid = cells.flatten(1).to(torch.uint8)
+        row_resets = None if grid.row_resets is None else grid.row_resets.to(torch.uint8)
         phase = grid.phase
         used = cells.any(2)
         final_row = torch.where(used, torch.arange(grid.rows, device=q.device), -1).amax(1)
@@ -118,7 +108,7 @@ def neural_memory_kernels(
             *inputs, valid, row_resets, opened, chunk, hidden, ACTIVATIONS.index(spec.activation), *choices
         )
     if grid is not None:
-        y = grid.scatter(y.unflatten(1, (grid.rows, chunk))[:, :, : grid.width], length)
+        y = grid.scatter(y.unflatten(1, (grid.rows, chunk)), length)
 
     def unpack(part: Tensor) -> tuple[Tensor, ...]:
         layers = part.view(batch, heads, depth, -1).unbind(2)
