@@ -274,6 +274,11 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
                 f"past_key_values is a {type(state).__name__}; a Nestor model takes a nestor.State, "
                 f"as its forward returns"
             )
+        if state.learned:
+            raise StateMismatchError(
+                "this State has learned weights of its own, which a plain call would leave out; "
+                "read it with the nestor.learning.Learner that made it"
+            )
         if state.batch_size != batch:
             raise StateMismatchError(
                 f"the State has {state.batch_size} rows, the tokens {batch}; use State.select or State.stack"

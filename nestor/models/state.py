@@ -51,10 +51,13 @@ class State:
     Attributes:
         layers: by layer index, the tensors of that layer, batch axis first (see `nestor.layers`).
         clock: `[B]` int64, tokens each row has read since its last document start.
+        learned: by part, tensors of what rows have learned (see `nestor.learning`), batch axis first. A model
+            reads such a State through a `Learner` alone.
     """
 
     layers: dict[int, LayerState]
     clock: Tensor
+    learned: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     # Read by Hugging Face's generate, which marks the caches that its caller handed in.
     _is_user_defined: bool = field(default=False, init=False, repr=False, compare=False)
     is_compileable = False
@@ -78,7 +81,8 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = [tensor for layer in self.layers.values() for tensor in layer.values()]
+        parts = [*self.layers.values(), *self.learned.values()]
+        tensors = [tensor for part in parts for tensor in part.values()]
         return sum(tensor.nbytes for tensor in [self.clock, *tensors])
 
     def select(self, rows: Tensor | Sequence[int]) -> State:
@@ -119,7 +123,15 @@ class State:
             index: {name: _join(name, [state.layers[index][name] for state in states]) for name in layer}
             for index, layer in states[0].layers.items()
         }
-        return cls(layers, torch.cat([state.clock for state in states]))
+        learned_names = {part: set(tensors) for part, tensors in states[0].learned.items()}
+        for state in states[1:]:
+            if {part: set(tensors) for part, tensors in state.learned.items()} != learned_names:
+                raise StateMismatchError("the States to stack have learned on different levels")
+        learned = {
+            part: {name: _join(name, [state.learned[part][name] for state in states]) for name in tensors}
+            for part, tensors in states[0].learned.items()
+        }
+        return cls(layers, torch.cat([state.clock for state in states]), learned)
 
     def to(self, device: torch.device | str) -> State:
         """The State on another device."""
@@ -147,6 +159,7 @@ class State:
             "fingerprint": fingerprint(model),
         }
         tensors = {f"layers.{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.items()}
+        tensors |= {f"learned/{i}/{name}": t for i, part in self.learned.items() for name, t in part.items()}
         write_tensors(path, {"clock": self.clock, **tensors}, {FORMAT: json.dumps(header)})
 
     @classmethod
@@ -162,7 +175,12 @@ class State:
         _check_fingerprint(path, header["fingerprint"], fingerprint(model))
         clock = tensors.pop("clock", None)
         layers: dict[int, LayerState] = {}
+        learned: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
+            if key.startswith("learned/") and key.count("/") >= 2:
+                _, level, name = key.split("/", 2)
+                learned.setdefault(level, {})[name] = tensor
+                continue
             part, _, rest = key.partition(".")
             index, _, name = rest.partition(".")
             if part != "layers" or not index.isdigit() or not name:
@@ -171,7 +189,7 @@ class State:
         if clock is None:
             raise FileFormatError(f"{os.fspath(path)} has no clock; it is not a whole State")
         device = next(model.parameters()).device
-        return cls(dict(sorted(layers.items())), clock).to(device)
+        return cls(dict(sorted(layers.items())), clock, learned).to(device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: input ids that come with a State are new, so Hugging Face's generate must not cut any off."""
@@ -180,7 +198,7 @@ class State:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over the rows that beam search chose, in place."""
         chosen = self.select(beam_idx)
-        self.layers, self.clock = chosen.layers, chosen.clock
+        self.layers, self.clock, self.learned = chosen.layers, chosen.clock, chosen.learned
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, in place."""
@@ -192,7 +210,8 @@ class State:
 
     def _map(self, function: Any) -> State:
         layers = {i: {name: function(t) for name, t in layer.items()} for i, layer in self.layers.items()}
-        return State(layers, function(self.clock))
+        learned = {i: {name: function(t) for name, t in part.items()} for i, part in self.learned.items()}
+        return State(layers, function(self.clock), learned)
 
 
 def is_cache(name: str) -> bool:

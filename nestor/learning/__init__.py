@@ -1,0 +1,23 @@
+"""What changes weights while a model reads: levels, each with a period of its own, on one token clock."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nestor.learning.learner import Learner, LevelReport, Reading
+    from nestor.learning.levels import Level
+
+_EXPORTS = {
+    "Learner": "nestor.learning.learner",
+    "Level": "nestor.learning.levels",
+    "LevelReport": "nestor.learning.learner",
+    "Reading": "nestor.learning.learner",
+}
+
+__all__ = ["Learner", "Level", "LevelReport", "Reading"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

@@ -1,0 +1,380 @@
+"""Reading that learns: levels of a model's weights, updated from the stream that a State reads.
+
+For each base chunk, the tokens of the shortest period, one backward of the summed next-token loss gives the
+gradients of all levels, at the weights with which the chunk was read and through the whole model; each adds
+them up, and levels whose period ends make their steps, all at once (spec nested-learning, d.2; arXiv
+2512.24695, eq. 71). A token is predicted before it changes any weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from nestor.errors import NonFiniteError, ShapeError, StateMismatchError
+from nestor.learning.inner import OPTIMIZERS
+from nestor.learning.levels import Level, check_levels
+from nestor.models.decoder import NestorForCausalLM
+from nestor.models.state import State
+
+Tensors = dict[str, Tensor]
+
+
+class Reading(NamedTuple):
+    """Logits ``[B, T, V]`` of the token after each, and the State after them."""
+
+    logits: Tensor
+    state: State
+
+
+class LevelReport(NamedTuple):
+    """What a level of one stream has done.
+
+    updates: how many; pending: tokens since the last; last_update: norm of the last; change: norm of all that
+    has changed, over that of the weights.
+    """
+
+    name: str
+    period: int | None
+    updates: int
+    pending: int
+    last_update: float
+    change: float
+
+
+@dataclass
+class _Stream:
+    """One row of a State, taken apart.
+
+    Attributes:
+        now: the model's State after all tokens; start: where the open chunk began.
+        tokens, weights: of the open chunk, all of which have been read, and how much predicting each counts.
+        clock: tokens that were learned from.
+        levels: by level, `delta`, `gradient` and slots of each parameter; count, updates, moved.
+    """
+
+    now: State
+    start: State
+    tokens: list[int]
+    weights: list[float]
+    clock: int
+    levels: dict[str, Tensors]
+
+
+class Learner:
+    """A model and the levels of its weights that learn while it reads.
+
+    The model's own parameters never change: what a stream has learned is in its State, as differences from
+    them in float32 (float64 for such a model), with the tokens of the chunk that is not over yet, gradients
+    that wait for their level's update, and the state of optimisers. It is saved, stacked and forked with the
+    State. Streams of a batch learn each for itself.
+
+    Gradients do not cross from a chunk into the one before: keys and values that were cached there count as
+    given. Chunks are those of the stream, wherever calls cut it.
+
+    Args:
+        model: reads; in evaluation mode.
+        levels: periods must be multiples of the shortest. Parameters of no level are fixed.
+
+    Raises:
+        ConfigError: levels that do not fit each other or the model.
+    """
+
+    def __init__(self, model: NestorForCausalLM, levels: Sequence[Level]) -> None:
+        parameters = dict(model.named_parameters())
+        self.base = check_levels(levels, parameters)
+        self.model, self.levels = model, tuple(levels)
+        self._adaptive = [level for level in self.levels if level.period is not None]
+
+    def start(self, batch_size: int = 1) -> State:
+        """The State of streams that have read and learned nothing."""
+        state = self.model.initial_state(batch_size).detach()
+        one = state.select([0])
+        streams = [_Stream(one, one, [], [], 0, self._fresh()) for _ in range(batch_size)]
+        return State.stack(self._together(stream) for stream in streams)
+
+    def read(self, input_ids: Tensor, state: State, weights: Tensor | None = None) -> Reading:
+        """Read tokens and learn from them. The State given stays as it was.
+
+        Args:
+            input_ids: int64 `[B, T]`, at least one token of each stream.
+            state: of `start`, `read` or `close`.
+            weights: float `[B, T]`, how much it counts to have predicted each token: 0 for what a model wrote
+                itself. None: 1.
+
+        Raises:
+            ShapeError: sizes that do not fit each other.
+            StateMismatchError: a State of other levels.
+            NonFiniteError: a loss or an update is infinite or no number; the State given is the one to go on
+                from.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size or input_ids.shape[1] == 0:
+            raise ShapeError(
+                f"the tokens have shape {list(input_ids.shape)}; give [{state.batch_size}, length], a row "
+                f"for each stream of the State, with at least one token"
+            )
+        if weights is not None and weights.shape != input_ids.shape:
+            raise ShapeError(f"weights have shape {list(weights.shape)}, the tokens {list(input_ids.shape)}")
+        counted = torch.ones(input_ids.shape) if weights is None else weights
+        logits, states = [], []
+        for row in range(state.batch_size):
+            stream = self._apart(state.select([row]))
+            logits.append(self._read(stream, input_ids[row].tolist(), counted[row].tolist()))
+            states.append(self._together(stream))
+        return Reading(torch.cat(logits), State.stack(states))
+
+    def close(self, state: State) -> State:
+        """The State after the context is over: what was learned stays, all else begins anew.
+
+        The tokens of the open chunk but the last one, which nothing followed, are learned from first.
+        """
+        closed = []
+        for row in range(state.batch_size):
+            stream = self._apart(state.select([row]))
+            if len(stream.tokens) > 1:
+                self._learn(stream, stream.tokens[:-1], stream.tokens[1:], stream.weights[1:])
+            stream.now = stream.start = self.model.initial_state(1).detach()
+            stream.tokens, stream.weights = [], []
+            closed.append(self._together(stream))
+        return State.stack(closed)
+
+    def report(self, state: State) -> list[list[LevelReport]]:
+        """For each stream what each level has done.
+
+        Warns of a level whose period is over and that was never updated.
+        """
+        own = self._parameters()
+        found = []
+        for row in range(state.batch_size):
+            stream = self._apart(state.select([row]))
+            reports = []
+            for level in self.levels:
+                kept = stream.levels[level.name]
+                changes = [kept[f"delta/{name}"] for name in level.parameters] if level.period else []
+                whole = _norm([own[name] for name in level.parameters])
+                updates = int(kept["updates"]) if level.period else 0
+                pending = (
+                    stream.clock if level.period is None else (stream.clock - level.phase) % level.period
+                )
+                moved = float(kept["moved"]) if level.period else 0.0
+                reports.append(
+                    LevelReport(level.name, level.period, updates, pending, moved, _norm(changes) / whole)
+                )
+                if level.period and stream.clock >= level.phase + level.period and updates == 0:
+                    warnings.warn(
+                        f"level {level.name!r} was never updated in {stream.clock} tokens; all tokens of its "
+                        f"periods had the weight 0",
+                        stacklevel=2,
+                    )
+            found.append(reports)
+        return found
+
+    def _read(self, stream: _Stream, tokens: list[int], weights: list[float]) -> Tensor:
+        """Logits ``[1, T, V]``; the stream is the one after the tokens."""
+        logits = []
+        while tokens:
+            room = self.base - stream.clock % self.base
+            if len(stream.tokens) == room:
+                # The chunk waited for the token that follows it.
+                self._learn(
+                    stream, stream.tokens, [*stream.tokens[1:], tokens[0]], [*stream.weights[1:], weights[0]]
+                )
+                stream.tokens, stream.weights = [], []
+                continue
+            if not stream.tokens and len(tokens) > room:
+                logits.append(self._learn(stream, tokens[:room], tokens[1 : room + 1], weights[1 : room + 1]))
+                tokens, weights = tokens[room:], weights[room:]
+                continue
+            count = min(room - len(stream.tokens), len(tokens))
+            with torch.no_grad():
+                found, stream.now = self._run(self._deltas(stream), tokens[:count], stream.now)
+            logits.append(found)
+            stream.tokens += tokens[:count]
+            stream.weights += weights[:count]
+            tokens, weights = tokens[count:], weights[count:]
+        return torch.cat(logits, 1)
+
+    def _learn(self, stream: _Stream, tokens: list[int], targets: list[int], weights: list[float]) -> Tensor:
+        """Read a chunk from its start, add its gradients to those of all levels, and update those that are
+        due. Returns its logits."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = {name: delta.clone().requires_grad_() for name, delta in self._deltas(stream).items()}
+            logits, after = self._run(leaves, tokens, stream.start)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            losses = F.cross_entropy(
+                logits[0].to(wide), torch.tensor(targets, device=logits.device), reduction="none"
+            )
+            counted = torch.tensor(weights, dtype=wide, device=logits.device)
+            gradients = torch.autograd.grad(
+                (losses * counted).sum(), list(leaves.values()), allow_unused=True
+            )
+        by_name = dict(zip(leaves, gradients, strict=True))
+        with torch.no_grad():
+            for level in self._adaptive:
+                kept = stream.levels[level.name]
+                for name in level.parameters:
+                    g = by_name[name]
+                    if g is not None:
+                        kept[f"gradient/{name}"] = kept[f"gradient/{name}"] + g
+                kept["count"] = kept["count"] + counted.sum().to(kept["count"])
+            stream.clock += len(tokens)
+            due = [level for level in self._adaptive if level.due(stream.clock)]
+            for level in due:
+                stream.levels[level.name] = self._update(level, stream.levels[level.name], stream.clock)
+        stream.now = stream.start = after.detach()
+        return logits.detach()
+
+    def _update(self, level: Level, kept: Tensors, clock: int) -> Tensors:
+        """The level after its step, with gradients at zero; as it was where no token counted."""
+        count, updates = float(kept["count"]), int(kept["updates"])
+        if count == 0:
+            return kept
+        step, slots = OPTIMIZERS[level.optimizer]
+        made: Tensors = {}
+        changes: Tensors = {}
+        for name in level.parameters:
+            g = kept[f"gradient/{name}"]
+            given = {slot: kept[f"{slot}/{name}"] for slot in slots}
+            change, after = step(level, g / count if level.reduce == "mean" else g, given, updates)
+            changes[name] = change
+            made |= {f"{slot}/{name}": value for slot, value in after.items()}
+            made[f"gradient/{name}"] = torch.zeros_like(g)
+        moved = _norm(changes.values())
+        if not moved < float("inf"):
+            raise NonFiniteError(
+                f"the update of level {level.name!r} at token {clock} of the stream is {moved}; go on from "
+                f"the State before, with a lower learning rate than {level.learning_rate}"
+            )
+        if level.largest_update is not None:
+            own = self._parameters()
+            most = level.largest_update * _norm([own[name] for name in level.parameters])
+            if moved > most:
+                changes = {name: change * (most / moved) for name, change in changes.items()}
+                moved = most
+        for name, change in changes.items():
+            made[f"delta/{name}"] = kept[f"delta/{name}"] + change
+        made["count"], made["updates"] = torch.zeros_like(kept["count"]), kept["updates"] + 1
+        made["moved"] = torch.full_like(kept["moved"], moved)
+        return made
+
+    def _run(self, deltas: Mapping[str, Tensor], tokens: list[int], state: State) -> tuple[Tensor, State]:
+        own = self._parameters()
+        weights = {name: own[name] for name in own}
+        for name, delta in deltas.items():
+            weights[name] = (own[name].to(delta.dtype) + delta).to(own[name].dtype)
+        ids = torch.tensor([tokens], device=state.device)
+        output = functional_call(self.model, weights, (ids,), {"past_key_values": state, "use_cache": True})
+        return output.logits, output.past_key_values
+
+    def _parameters(self) -> Tensors:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def _deltas(self, stream: _Stream) -> Tensors:
+        return {
+            name: stream.levels[level.name][f"delta/{name}"]
+            for level in self._adaptive
+            for name in level.parameters
+        }
+
+    def _fresh(self) -> dict[str, Tensors]:
+        """By level, zeros."""
+        own = self._parameters()
+        levels: dict[str, Tensors] = {}
+        for level in self._adaptive:
+            kept: Tensors = {}
+            for name in level.parameters:
+                wide = own[name].new_zeros(
+                    own[name].shape, dtype=torch.promote_types(own[name].dtype, torch.float32)
+                )
+                for part in _parts(level):
+                    kept[f"{part}/{name}"] = wide
+            device = own[level.parameters[0]].device
+            kept["count"] = torch.zeros((), dtype=torch.float64, device=device)
+            kept["moved"] = torch.zeros((), dtype=torch.float64, device=device)
+            kept["updates"] = torch.zeros((), dtype=torch.int64, device=device)
+            levels[level.name] = kept
+        return levels
+
+    def _together(self, stream: _Stream) -> State:
+        """The row of a State: what `_apart` takes."""
+        device = stream.now.device
+        learned = {
+            level: {n: x.unsqueeze(0) for n, x in kept.items()} for level, kept in stream.levels.items()
+        }
+        tokens, weights = (
+            torch.zeros(1, self.base, dtype=torch.int64),
+            torch.zeros(1, self.base, dtype=torch.float64),
+        )
+        used = len(stream.tokens)
+        tokens[0, :used], weights[0, :used] = torch.tensor(stream.tokens), torch.tensor(stream.weights)
+        own = {
+            "tokens": tokens,
+            "weights": weights,
+            "used": torch.tensor([used]),
+            "clock": torch.tensor([stream.clock]),
+            "start.clock": stream.start.clock,
+        }
+        for index, layer in stream.start.layers.items():
+            own |= {f"start.{index}.{name}": tensor for name, tensor in layer.items()}
+        learned["stream"] = {name: tensor.to(device) for name, tensor in own.items()}
+        return State(stream.now.layers, stream.now.clock, learned)
+
+    def _apart(self, state: State) -> _Stream:
+        wanted = {
+            level.name: {
+                "count",
+                "moved",
+                "updates",
+                *(f"{p}/{n}" for p in _parts(level) for n in level.parameters),
+            }
+            for level in self._adaptive
+        }
+        found = {level: set(kept) for level, kept in state.learned.items() if level != "stream"}
+        if wanted != found or "stream" not in state.learned:
+            raise StateMismatchError(
+                f"the State has learned on the levels {sorted(found) or 'none'}, and this Learner has "
+                f"{sorted(wanted)}, or they have other parameters or optimisers; begin with Learner.start"
+            )
+        own = dict(state.learned["stream"])
+        if own["tokens"].shape[1] != self.base:
+            raise StateMismatchError(
+                f"the State has chunks of {own['tokens'].shape[1]} tokens, this Learner of {self.base}"
+            )
+        layers: dict[int, Tensors] = {}
+        for name, tensor in own.items():
+            head, _, rest = name.partition(".")
+            index, _, key = rest.partition(".")
+            if head == "start" and key:
+                layers.setdefault(int(index), {})[key] = tensor
+        used = int(own["used"])
+        levels = {
+            level: {n: x[0] for n, x in kept.items()}
+            for level, kept in state.learned.items()
+            if level != "stream"
+        }
+        return _Stream(
+            now=State(state.layers, state.clock),
+            start=State(dict(sorted(layers.items())), own["start.clock"]),
+            tokens=own["tokens"][0, :used].tolist(),
+            weights=own["weights"][0, :used].tolist(),
+            clock=int(own["clock"]),
+            levels=levels,
+        )
+
+
+def _parts(level: Level) -> tuple[str, ...]:
+    """What a level keeps of each parameter."""
+    return ("delta", "gradient", *OPTIMIZERS[level.optimizer][1])
+
+
+def _norm(tensors: object) -> float:
+    """Of all numbers together."""
+    squares = [float(x.double().square().sum()) for x in tensors]  # type: ignore[attr-defined]
+    return sum(squares) ** 0.5

@@ -1,0 +1,114 @@
+"""A level: weights that are updated together, once in so many tokens (Nested Learning, arXiv 2512.24695)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nestor.errors import ConfigError, suggest
+from nestor.learning.inner import OPTIMIZERS
+
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Level:
+    """Weights with one period, learning rate and optimiser.
+
+    Attributes:
+        name: what reports and saved States call it. Levels are named, for papers count them either way.
+        parameters: names of the model's parameters.
+        period: tokens C from one update to the next; None: these weights never change.
+        learning_rate: of a step along the reduced gradient.
+        reduce: "mean" over the period's tokens, or "sum", the paper's equation 71 to the letter.
+        optimizer: "sgd", "momentum" or "adam"; its state lasts as long as the level's weights.
+        momentum, second_momentum: how much of a mean stays from update to update.
+        phase: updates fall on tokens `phase + C, phase + 2 C, ...` of the stream.
+        largest_update: norm of an update over that of the weights that is not exceeded; None: no limit.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    period: int | None
+    learning_rate: float = 0.0
+    reduce: str = "mean"
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    second_momentum: float = 0.999
+    phase: int = 0
+    largest_update: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name == "stream":
+            raise ConfigError(
+                f"a level is called {self.name!r}; give it a name without '/' that is not 'stream'"
+            )
+        if not self.parameters or len(set(self.parameters)) < len(self.parameters):
+            raise ConfigError(f"level {self.name!r} has no parameters, or one of them twice; name each once")
+        if self.period is not None and self.period < 1:
+            raise ConfigError(
+                f"level {self.name!r} has a period of {self.period}; give tokens, or None: never"
+            )
+        if self.phase < 0 or (self.period is not None and self.phase >= self.period):
+            raise ConfigError(f"level {self.name!r} has phase {self.phase}; it must be in 0 to period - 1")
+        for name, known in (("reduce", REDUCTIONS), ("optimizer", tuple(OPTIMIZERS))):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(
+                    f"level {self.name!r} has {name}={value!r}; known are {', '.join(known)}. "
+                    f"{suggest(value, known)}".rstrip()
+                )
+        if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
+            raise ConfigError(
+                f"level {self.name!r} has learning rate {self.learning_rate}; give a number from 0 on"
+            )
+        for name in ("momentum", "second_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"level {self.name!r} has {name}={getattr(self, name)}; it must be in [0, 1)"
+                )
+        if self.largest_update is not None and not self.largest_update > 0:
+            raise ConfigError(
+                f"level {self.name!r} has largest_update={self.largest_update}; it must be above 0"
+            )
+
+    def due(self, clock: int) -> bool:
+        """Whether an update falls on the token of this number, counted from 1."""
+        return self.period is not None and clock > self.phase and (clock - self.phase) % self.period == 0
+
+
+def check_levels(levels: Sequence[Level], parameters: Mapping[str, Tensor]) -> int:
+    """Tokens of a base chunk, the shortest period, of levels that go together and with a model's parameters.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    names = [level.name for level in levels]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"levels are called {', '.join(names)}; give each its own name")
+    owner: dict[str, str] = {}
+    for level in levels:
+        for name in level.parameters:
+            if name not in parameters:
+                raise ConfigError(
+                    f"level {level.name!r} has {name!r}, which is no parameter of this model. "
+                    f"{suggest(name, parameters)}".rstrip()
+                )
+            if name in owner:
+                raise ConfigError(f"{name!r} is in the levels {owner[name]!r} and {level.name!r}; choose one")
+            owner[name] = level.name
+    periods = [level.period for level in levels if level.period is not None]
+    if not periods:
+        raise ConfigError("no level has a period, so nothing would be learned; give one of them a period")
+    base = min(periods)
+    for level in levels:
+        for what, value in (("period", level.period), ("phase", level.phase)):
+            if value is not None and value % base:
+                raise ConfigError(
+                    f"level {level.name!r} has a {what} of {value} tokens, which is no multiple of the "
+                    f"shortest period, {base}"
+                )
+    return base

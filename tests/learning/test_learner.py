@@ -1,0 +1,345 @@
+"""Levels that learn from a stream, against plain loops: invariants of spec nested-learning, section h."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nestor.errors import ConfigError, NonFiniteError, ShapeError, StateMismatchError
+from nestor.learning import Learner, Level
+from nestor.models import NestorConfig, NestorForCausalLM, State
+
+VOCABULARY = 23
+FAST, SLOW = "layers.0.feed_forward.down_proj.weight", "layers.1.feed_forward.up_proj.weight"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = NestorConfig(
+        vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return NestorForCausalLM(config).double().eval()
+
+
+def levels(fast=3, slow=6, rate=0.5, **choices):
+    return [
+        Level("fast", (FAST,), fast, rate, **choices),
+        Level("slow", (SLOW,), slow, 2 * rate, **choices),
+    ]
+
+
+def stream(length, rows=1, seed=1):
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def in_pieces(learner, ids, cuts, state=None, weights=None):
+    state = learner.start(len(ids)) if state is None else state
+    logits, begin = [], 0
+    for end in [*cuts, ids.shape[1]]:
+        part = slice(begin, end)
+        found, state = learner.read(ids[:, part], state, None if weights is None else weights[:, part])
+        logits.append(found)
+        begin = end
+    return torch.cat(logits, 1), state
+
+
+def flat(state):
+    named = {"clock": state.clock}
+    named |= {f"{i}.{n}": t for i, layer in state.layers.items() for n, t in layer.items()}
+    return named | {f"{i}/{n}": t for i, part in state.learned.items() for n, t in part.items()}
+
+
+def assert_close(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+def by_hand(model, ids, period, names, rate, reduce="mean"):
+    """Gradient descent on a copy of the model, on chunks of a stream that it reads with detached caches."""
+    model = copy.deepcopy(model)
+    own = dict(model.named_parameters())
+    logits, state = [], State.empty(1)
+    for begin in range(0, ids.shape[1], period):
+        chunk, targets = ids[:, begin : begin + period], ids[:, begin + 1 : begin + 1 + period]
+        out = model(chunk, past_key_values=state, use_cache=True)
+        logits.append(out.logits.detach())
+        state = out.past_key_values.detach()
+        if targets.shape[1] < period:
+            break
+        loss = F.cross_entropy(out.logits[0], targets[0], reduction=reduce)
+        gradients = torch.autograd.grad(loss, [own[name] for name in names])
+        with torch.no_grad():
+            for name, g in zip(names, gradients, strict=True):
+                own[name].sub_(rate * g)
+    return torch.cat(logits, 1), {name: own[name].detach() for name in names}
+
+
+def learned(model, state, name, level, row=0):
+    return dict(model.named_parameters())[name].detach() + state.learned[level][f"delta/{name}"][row]
+
+
+def test_invariant_1_frozen_levels_leave_the_model_as_it_is(model) -> None:
+    ids = stream(20)
+    plain = model(ids).logits
+    learner = Learner(model, [Level("never", (FAST,), None), Level("still", (SLOW,), 4, 0.0)])
+    logits, state = learner.read(ids, learner.start())
+    whole, _ = in_pieces(learner, ids, range(4, 20, 4))
+    assert torch.equal(logits, whole)
+    torch.testing.assert_close(logits, plain, rtol=1e-12, atol=1e-13)
+    assert not state.learned["still"][f"delta/{SLOW}"].any() and "never" not in state.learned
+    single = model.float()
+    learner = Learner(single, [Level("still", (SLOW,), 32, 0.0)])
+    with torch.no_grad():
+        assert torch.equal(learner.read(ids, learner.start()).logits, single(ids, use_cache=True).logits)
+
+
+@pytest.mark.parametrize("period", [1, 4])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_invariants_2_and_3_one_level_is_gradient_descent_on_its_chunks(model, period, reduce) -> None:
+    ids = stream(14)
+    names = (FAST, SLOW)
+    rate = 0.3
+    expected, weights = by_hand(model, ids, period, names, rate, reduce)
+    learner = Learner(model, [Level("all", names, period, rate, reduce=reduce)])
+    logits, state = learner.read(ids, learner.start())
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
+    for name in names:
+        torch.testing.assert_close(learned(model, state, name, "all"), weights[name], rtol=1e-10, atol=1e-12)
+    # The sum with a rate of 1 / C is the mean.
+    same = Learner(model, [Level("all", names, period, rate / period, reduce="sum")])
+    mean = Learner(model, [Level("all", names, period, rate)])
+    torch.testing.assert_close(same.read(ids, same.start()).logits, mean.read(ids, mean.start()).logits)
+
+
+def test_invariant_4_updates_fall_on_multiples_of_the_period(model) -> None:
+    learner = Learner(model, levels())
+    ids = stream(21)  # 20 tokens are followed by one
+    _, state = learner.read(ids, learner.start())
+    fast, slow = learner.report(state)[0]
+    assert (fast.updates, fast.pending, slow.updates, slow.pending) == (6, 0, 3, 0)
+    closed = learner.close(state)
+    fast, slow = learner.report(closed)[0]
+    assert (fast.updates, fast.pending, slow.updates, slow.pending) == (6, 2, 3, 2)
+    assert float(closed.learned["fast"]["count"]) == 2 and closed.learned["fast"][f"gradient/{FAST}"].any()
+    own = dict(model.named_parameters())[FAST].norm()
+    assert fast.change == pytest.approx(float(state.learned["fast"][f"delta/{FAST}"].norm() / own))
+    before = learner.read(ids[:, :18], learner.start()).state
+    after = learner.read(ids[:, 18:19], before).state
+    moved = after.learned["fast"][f"delta/{FAST}"] - before.learned["fast"][f"delta/{FAST}"]
+    assert float(after.learned["fast"]["moved"]) == pytest.approx(float(moved.norm()))
+
+
+def test_invariant_5_weights_stay_between_their_updates(model) -> None:
+    learner = Learner(model, levels())
+    ids, state = stream(20), None
+    state = learner.start()
+    for token in range(20):
+        after = learner.read(ids[:, token : token + 1], state).state
+        for level, name, period in (("fast", FAST, 3), ("slow", SLOW, 6)):
+            same = torch.equal(after.learned[level][f"delta/{name}"], state.learned[level][f"delta/{name}"])
+            # The token after a whole period brings the target of its last one.
+            assert same == (token == 0 or token % period > 0), (token, level)
+        state = after
+
+
+def test_invariant_6_the_order_of_levels_is_of_no_account(model) -> None:
+    ids = stream(20)
+    one, other = Learner(model, levels()), Learner(model, levels()[::-1])
+    first, second = one.read(ids, one.start()), other.read(ids, other.start())
+    assert torch.equal(first.logits, second.logits)
+    for name, tensor in flat(first.state).items():
+        assert torch.equal(tensor, flat(second.state)[name]), name
+
+
+def test_invariant_7_no_token_changes_what_was_predicted_before_it(model) -> None:
+    learner = Learner(model, levels())
+    ids = stream(20)
+    logits = learner.read(ids, learner.start()).logits
+    for changed in (1, 6, 7, 12, 19):
+        other = ids.clone()
+        other[0, changed] = (other[0, changed] + 1) % VOCABULARY
+        found = learner.read(other, learner.start()).logits
+        torch.testing.assert_close(found[:, :changed], logits[:, :changed], rtol=1e-12, atol=1e-13)
+        assert not torch.allclose(found[:, changed], logits[:, changed])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("cuts", [range(1, 20), [2, 3, 9, 10], [6, 12], [7]])
+def test_invariant_8_calls_may_cut_a_stream_anywhere(model, cuts, optimizer) -> None:
+    learner = Learner(model, levels(rate=0.05, optimizer=optimizer))
+    ids = stream(20)
+    weights = torch.rand(1, 20)
+    logits, state = learner.read(ids, learner.start(), weights)
+    found, after = in_pieces(learner, ids, cuts, weights=weights)
+    torch.testing.assert_close(found, logits, rtol=1e-9, atol=1e-11)
+    assert_close(flat(after), flat(state))
+
+
+def test_invariant_9_a_saved_stream_goes_on(model, tmp_path) -> None:
+    learner = Learner(model, levels(optimizer="momentum"))
+    ids = stream(20)
+    _, state = learner.read(ids[:, :8], learner.start())
+    state.save(tmp_path / "state.safetensors", model)
+    loaded = State.load(tmp_path / "state.safetensors", model)
+    one, other = learner.read(ids[:, 8:], state), learner.read(ids[:, 8:], loaded)
+    assert torch.equal(one.logits, other.logits)
+    for name, tensor in flat(one.state).items():
+        assert torch.equal(tensor, flat(other.state)[name]), name
+
+
+def test_invariant_10_streams_of_a_batch_learn_each_for_itself(model) -> None:
+    learner = Learner(model, levels())
+    ids = stream(20, rows=3)
+    # At different places in their streams and chunks.
+    ahead = learner.read(stream(4, seed=5), learner.start()).state
+    begin = State.stack([learner.start(), ahead, learner.start()])
+    logits, state = learner.read(ids, begin)
+    for row in range(3):
+        found, own = learner.read(ids[row : row + 1], begin.select([row]))
+        torch.testing.assert_close(found, logits[row : row + 1], rtol=1e-10, atol=1e-12)
+        for name, tensor in own.learned["fast"].items():
+            torch.testing.assert_close(
+                tensor, state.learned["fast"][name][row : row + 1], rtol=1e-9, atol=1e-12
+            )
+    order = [2, 0, 1]
+    swapped = learner.read(ids[order], begin.select(order))
+    torch.testing.assert_close(swapped.logits, logits[order], rtol=1e-10, atol=1e-12)
+
+
+def test_invariant_11_gradients_are_those_of_the_summed_loss(model) -> None:
+    ids = stream(6)
+    learner = Learner(model, [Level("fast", (FAST,), 5, 0.0, phase=0), Level("slow", (SLOW,), 10, 0.0)])
+    _, state = learner.read(ids, learner.start())
+
+    def loss(name, place, amount):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            dict(other.named_parameters())[name][place] += amount
+            return F.cross_entropy(other(ids[:, :5]).logits[0], ids[0, 1:], reduction="sum")
+
+    g = state.learned["slow"][f"gradient/{SLOW}"][0]
+    for place in ((0, 0), (7, 3), (15, 11)):
+        expected = (loss(SLOW, place, 1e-5) - loss(SLOW, place, -1e-5)) / 2e-5
+        assert float(g[place]) == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
+
+
+def test_invariant_12_a_slow_level_sums_what_the_fast_one_saw(model) -> None:
+    ids = stream(7)
+    learner = Learner(model, levels(fast=3, slow=12))
+    half = learner.read(ids[:, :4], learner.start()).state
+    whole = learner.read(ids[:, 4:], half).state
+    first = half.learned["slow"][f"gradient/{SLOW}"]
+    # The second chunk's gradient, with the fast weights that it was read with and caches from the first.
+    other = copy.deepcopy(model)
+    start = model(ids[:, :3], use_cache=True).past_key_values.detach()
+    with torch.no_grad():
+        dict(other.named_parameters())[FAST].copy_(learned(model, half, FAST, "fast"))
+    out = other(ids[:, 3:6], past_key_values=start, use_cache=True)
+    loss = F.cross_entropy(out.logits[0], ids[0, 4:], reduction="sum")
+    (second,) = torch.autograd.grad(loss, [dict(other.named_parameters())[SLOW]])
+    assert half.learned["fast"][f"delta/{FAST}"].any()
+    torch.testing.assert_close(whole.learned["slow"][f"gradient/{SLOW}"][0], first[0] + second)
+
+
+def test_invariant_25_a_level_put_back_behaves_as_before(model) -> None:
+    learner = Learner(model, levels())
+    ids = stream(7)
+    begin = learner.start()
+    _, state = learner.read(ids, begin)
+    untouched = learner.read(ids, begin)
+    assert torch.equal(untouched.logits, learner.read(ids, learner.start()).logits)
+    fresh = learner.close(state)
+    assert not torch.equal(learner.read(ids, fresh).logits[:, :3], untouched.logits[:, :3])
+    fresh.learned = {**begin.learned, "stream": fresh.learned["stream"]}
+    torch.testing.assert_close(learner.read(ids, fresh).logits[:, 0], untouched.logits[:, 0])
+
+
+def test_adaptation_lowers_the_loss_on_a_stream_that_repeats(model) -> None:
+    ids = stream(8).repeat(1, 40)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    learner = Learner(model, levels(fast=8, slow=16, rate=0.05, optimizer="adam"))
+    frozen = F.cross_entropy(model(ids[:, :-1]).logits[0, -64:], ids[0, -64:])
+    logits = learner.read(ids, learner.start()).logits
+    assert float(F.cross_entropy(logits[0, -65:-1], ids[0, -64:])) < 0.8 * float(frozen)
+
+
+def test_tokens_without_weight_teach_nothing(model) -> None:
+    learner = Learner(model, levels())
+    ids = stream(20)
+    _, state = learner.read(ids, learner.start(), torch.zeros(1, 20))
+    assert not state.learned["fast"][f"delta/{FAST}"].any()
+    with pytest.warns(UserWarning, match="'fast' was never updated in 18 tokens"):
+        learner.report(state)
+
+
+def test_it_learns_under_inference_mode_and_leaves_the_model_alone(model) -> None:
+    learner = Learner(model, levels())
+    ids = stream(20)
+    before = copy.deepcopy(model.state_dict())
+    expected = learner.read(ids, learner.start())
+    with torch.inference_mode():
+        found, state = in_pieces(learner, ids, [8])
+        assert not torch.is_grad_enabled()
+    torch.testing.assert_close(found, expected.logits, rtol=1e-9, atol=1e-11)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(tensor.requires_grad for tensor in flat(state).values())
+
+
+def test_updates_are_no_larger_than_asked(model) -> None:
+    learner = Learner(model, [Level("fast", (FAST,), 3, 100.0, largest_update=1e-3)])
+    _, state = learner.read(stream(5), learner.start())
+    own = dict(model.named_parameters())[FAST].norm()
+    assert float(state.learned["fast"][f"delta/{FAST}"].norm() / own) == pytest.approx(1e-3)
+
+
+def test_what_is_not_finite_is_refused_and_the_state_stays(model) -> None:
+    learner = Learner(model, [Level("fast", (FAST,), 3, 1e308, optimizer="momentum")])
+    state = learner.start()
+    with pytest.raises(NonFiniteError, match="level 'fast' at token"):
+        learner.read(stream(20), state)
+    assert not state.learned["fast"][f"delta/{FAST}"].any()
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: [Level("a", (FAST,), 4), Level("a", (SLOW,), 4)], "own name"),
+        (lambda: [Level("a", (FAST,), 4), Level("b", (FAST,), 8)], "choose one"),
+        (lambda: [Level("a", (FAST,), 4), Level("b", (SLOW,), 6)], "no multiple of the shortest period, 4"),
+        (lambda: [Level("a", ("layers.0.feed_forward.down.weight",), 4)], "Did you mean"),
+        (lambda: [Level("a", (FAST,), None)], "no level has a period"),
+        (lambda: [Level("a", (FAST,), 4, phase=4)], "phase 4"),
+        (lambda: [Level("a", (FAST,), 4, optimizer="adamw")], "Did you mean 'adam'"),
+        (lambda: [Level("a", (FAST,), 0)], "period of 0"),
+        (lambda: [Level("stream", (FAST,), 4)], "not 'stream'"),
+        (lambda: [Level("a", (), 4)], "no parameters"),
+        (lambda: [Level("a", (FAST,), 4, float("nan"))], "learning rate nan"),
+    ],
+)
+def test_levels_that_cannot_be(model, made, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Learner(model, made())
+
+
+def test_states_of_others_are_refused(model) -> None:
+    learner = Learner(model, levels())
+    state = learner.start()
+    with pytest.raises(StateMismatchError, match="begin with Learner.start"):
+        learner.read(stream(3), model.initial_state(1))
+    with pytest.raises(StateMismatchError, match="other parameters or optimisers"):
+        Learner(model, levels(optimizer="adam")).read(stream(3), state)
+    with pytest.raises(StateMismatchError, match="chunks of 3 tokens"):
+        Learner(model, levels(fast=2)).read(stream(3), state)
+    with pytest.raises(StateMismatchError, match=r"nestor\.learning\.Learner"):
+        model(stream(3), past_key_values=state)
+    with pytest.raises(ShapeError, match=r"give \[1, length\]"):
+        learner.read(stream(3, rows=2), state)
+    with pytest.raises(ShapeError, match="weights have shape"):
+        learner.read(stream(3), state, torch.ones(1, 2))
