@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nestor.learning.assignment import assign_levels, feed_forward_weights
     from nestor.learning.learner import Learner, LevelReport, Reading
     from nestor.learning.levels import Level
 
@@ -12,9 +13,11 @@ _EXPORTS = {
     "Level": "nestor.learning.levels",
     "LevelReport": "nestor.learning.learner",
     "Reading": "nestor.learning.learner",
+    "assign_levels": "nestor.learning.assignment",
+    "feed_forward_weights": "nestor.learning.assignment",
 }
 
-__all__ = ["Learner", "Level", "LevelReport", "Reading"]
+__all__ = ["Learner", "Level", "LevelReport", "Reading", "assign_levels", "feed_forward_weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.errors import NonFiniteError, ShapeError, StateMismatchError
 from nestor.learning.inner import OPTIMIZERS
 from nestor.learning.levels import Level, check_levels
-from nestor.models.decoder import NestorForCausalLM
+from nestor.learning.readers import reader_of
 from nestor.models.state import State
 
 Tensors = dict[str, Tensor]
@@ -80,22 +79,23 @@ class Learner:
     given. Chunks are those of the stream, wherever calls cut it.
 
     Args:
-        model: reads; in evaluation mode.
+        model: in evaluation mode. A Nestor model, or a Hugging Face decoder whose layers cache keys and
+            values.
         levels: periods must be multiples of the shortest. Parameters of no level are fixed.
 
     Raises:
-        ConfigError: levels that do not fit each other or the model.
+        ConfigError: levels that do not fit each other or the model, or a model of another kind.
     """
 
-    def __init__(self, model: NestorForCausalLM, levels: Sequence[Level]) -> None:
+    def __init__(self, model: nn.Module, levels: Sequence[Level]) -> None:
         parameters = dict(model.named_parameters())
         self.base = check_levels(levels, parameters)
-        self.model, self.levels = model, tuple(levels)
+        self.model, self.levels, self._reader = model, tuple(levels), reader_of(model)
         self._adaptive = [level for level in self.levels if level.period is not None]
 
     def start(self, batch_size: int = 1) -> State:
         """The State of streams that have read and learned nothing."""
-        state = self.model.initial_state(batch_size).detach()
+        state = self._reader.initial_state(batch_size)
         one = state.select([0])
         streams = [_Stream(one, one, [], [], 0, self._fresh()) for _ in range(batch_size)]
         return State.stack(self._together(stream) for stream in streams)
@@ -140,7 +140,7 @@ class Learner:
             stream = self._apart(state.select([row]))
             if len(stream.tokens) > 1:
                 self._learn(stream, stream.tokens[:-1], stream.tokens[1:], stream.weights[1:])
-            stream.now = stream.start = self.model.initial_state(1).detach()
+            stream.now = stream.start = self._reader.initial_state(1)
             stream.tokens, stream.weights = [], []
             closed.append(self._together(stream))
         return State.stack(closed)
@@ -266,12 +266,10 @@ class Learner:
 
     def _run(self, deltas: Mapping[str, Tensor], tokens: list[int], state: State) -> tuple[Tensor, State]:
         own = self._parameters()
-        weights = {name: own[name] for name in own}
+        weights = dict(own)
         for name, delta in deltas.items():
             weights[name] = (own[name].to(delta.dtype) + delta).to(own[name].dtype)
-        ids = torch.tensor([tokens], device=state.device)
-        output = functional_call(self.model, weights, (ids,), {"past_key_values": state, "use_cache": True})
-        return output.logits, output.past_key_values
+        return self._reader(weights, torch.tensor([tokens], device=state.device), state)
 
     def _parameters(self) -> Tensors:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
