@@ -18,6 +18,7 @@ from nestor.errors import NestorError, suggest
 COMMANDS = {
     "quickstart": "train two small models on this machine, measure their memory, write report.html",
     "train": "train a model from a configuration file or one of the shipped recipes",
+    "learn": "read files with a model whose weights learn from them",
     "eval": "measure perplexity, recall and needle retrieval of one or more models",
     "generate": "continue a prompt",
     "chat": "talk with a model whose memory lasts",
@@ -31,6 +32,7 @@ examples:
   nestor eval runs/a/final runs/b/final --suite recall
   nestor generate runs/a/final "It was a dark and"
   nestor chat runs/a/final --memory ada.safetensors
+  nestor learn some/llama book.txt --memory book.safetensors
 
 nestor COMMAND --help shows the options of a command."""
 

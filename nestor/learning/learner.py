@@ -145,6 +145,10 @@ class Learner:
             closed.append(self._together(stream))
         return State.stack(closed)
 
+    def weights(self, state: State, row: int = 0) -> Tensors:
+        """The model's parameters by name, with what a stream has learned, in their own dtype."""
+        return self._adapted(self._deltas(self._apart(state.select([row]))))
+
     def report(self, state: State) -> list[list[LevelReport]]:
         """For each stream what each level has done.
 
@@ -265,11 +269,14 @@ class Learner:
         return made
 
     def _run(self, deltas: Mapping[str, Tensor], tokens: list[int], state: State) -> tuple[Tensor, State]:
-        own = self._parameters()
-        weights = dict(own)
+        ids = torch.tensor([tokens], device=state.device)
+        return self._reader(self._adapted(deltas), ids, state)
+
+    def _adapted(self, deltas: Mapping[str, Tensor]) -> Tensors:
+        weights = self._parameters()
         for name, delta in deltas.items():
-            weights[name] = (own[name].to(delta.dtype) + delta).to(own[name].dtype)
-        return self._reader(weights, torch.tensor([tokens], device=state.device), state)
+            weights[name] = (weights[name].to(delta.dtype) + delta).to(weights[name].dtype)
+        return weights
 
     def _parameters(self) -> Tensors:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}

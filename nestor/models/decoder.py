@@ -276,8 +276,8 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             )
         if state.learned:
             raise StateMismatchError(
-                "this State has learned weights of its own, which a plain call would leave out; "
-                "read it with the nestor.learning.Learner that made it"
+                "this State has learned weights of its own, which a plain call would leave out; read it with "
+                "the nestor.learning.Learner that made it, or use a model that `nestor learn --export` writes"
             )
         if state.batch_size != batch:
             raise StateMismatchError(

@@ -1,0 +1,243 @@
+"""`nestor learn`: read files with a model whose feed-forward weights learn from them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from nestor.cli.loading import Dtype, load_model
+from nestor.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nestor.learning import Learner, Level
+    from nestor.models.state import State
+
+
+@dataclass
+class Args:
+    """Read files with a model whose feed-forward weights learn from them, on several time scales.
+
+    The last layers' feed-forward networks are split into levels, each updated once in its period from the
+    model's own next-token loss. The model stays as it is: what it learns goes into the memory file, with
+    which the next call goes on. --export writes the model with what it has learned as a folder of its own,
+    for `nestor generate`, `nestor chat` or any other program. For each file the table compares the text's
+    bits a byte with those of the model that does not learn.
+
+    Examples:
+      nestor learn some/llama book.txt --memory book.safetensors
+      nestor learn some/llama day2.txt day3.txt --memory book.safetensors
+      nestor learn some/llama book.txt --periods 64 512 4096 --learning-rates 0.1 0.1 0.1 --export some/reader
+    """
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A folder with a model, or the id of one on the Hugging Face hub."""
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")]
+    """UTF-8 texts, read one after another."""
+    memory: Path | None = None
+    """Go on from this file, and write what is learned back to it after each text (made if it is missing)."""
+    export: Path | None = None
+    """Write the model as it has become to this new folder."""
+    periods: tuple[int, ...] = (64, 512)
+    """Tokens from update to update of each level; multiples of the shortest."""
+    learning_rates: tuple[float, ...] = field(default_factory=tuple)
+    """Of each level; none given: 0.1 for all."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """How a level steps."""
+    largest_update: float = 0.01
+    """No update changes a level's weights by more than this share of their norm."""
+    fixed: float = 0.5
+    """Share of the layers, from the first on, that do not learn."""
+    order: Literal["shallow_first", "deep_first", "shuffled"] = "shallow_first"
+    """Which of the others have the shortest period."""
+    context: int | None = None
+    """Tokens that are read together; none given: what the model takes, at most 2,048."""
+    compare: bool = True
+    """Also read the texts without learning, to compare."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own: "bytes", a folder, a file, or a hub id."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is the one they were saved in."""
+
+
+@dataclass
+class Read:
+    """Nats and seconds of a text, learning and frozen."""
+
+    tokens: int = 0
+    size: int = 0
+    learning: float = 0.0
+    frozen: float = 0.0
+    learning_seconds: float = 0.0
+    frozen_seconds: float = 0.0
+
+    def bits(self, nats: float) -> float:
+        return nats / math.log(2) / max(self.size, 1)
+
+
+def run(args: Args) -> int:
+    """Learn, and print what came of it. Raises NestorError for what the user can mend."""
+    if not args.files:
+        raise ConfigError("there is nothing to read; name at least one file.")
+    if args.memory is None and args.export is None and not args.compare:
+        raise ConfigError("nothing would be kept or shown; name a --memory file or an --export folder.")
+    if args.export is not None and args.export.exists():
+        raise ConfigError(f"{args.export} is there already; --export wants a new folder.")
+    texts = [_text(path) for path in args.files]
+
+    from contextlib import nullcontext
+
+    from nestor.files import FileLock
+
+    with FileLock(args.memory) if args.memory else nullcontext():
+        return _learn(args, texts)
+
+
+def _learn(args: Args, texts: list[str]) -> int:
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.tokenizer)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nestor.cli.memory_file import MemoryFile
+    from nestor.cli.tables import print_table
+    from nestor.learning import Learner, assign_levels
+
+    rates = args.learning_rates or (0.1,) * len(args.periods)
+    levels = assign_levels(
+        model, args.periods, rates, fixed=args.fixed, order=args.order, optimizer=args.optimizer,
+        largest_update=args.largest_update,
+    )  # fmt: skip
+    learner = Learner(model, levels)
+    context = args.context or min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
+    if context < 2:
+        raise ConfigError(f"--context is {context}; it must be at least 2.")
+    console = Console()
+    print_table(console, ("level", "layers", "learning rate"), [_described(level) for level in levels])
+    file = MemoryFile(args.memory, model) if args.memory else None
+    state = (file.load() if file else None) or learner.start()
+    before = [report.updates for report in learner.report(state)[0]]
+
+    rows: list[list[str]] = []
+    with Progress(console=console, transient=True) as progress:
+        for path, text in zip(args.files, texts, strict=True):
+            ids = tokenizer(text, verbose=False)["input_ids"]
+            if len(ids) < 2:
+                raise DataError(f"{path} has {len(ids)} tokens; a text needs at least two.")
+            task = progress.add_task(path.name, total=len(ids) - 1)
+            read = Read(size=len(text.encode()))
+            for window in _windows(ids, context):
+                state = _read(learner, model, window, state, read, args.compare)
+                progress.update(task, completed=read.tokens)
+            if file is not None:
+                file.save(state)
+            rows.append(_row(path, read, args.compare))
+    columns = ["text", "tokens", "bits a byte", "frozen", "less", "time over frozen"]
+    print_table(console, columns if args.compare else columns[:3], rows)
+    reports = learner.report(state)[0]
+    print_table(
+        console,
+        ("level", "updates", "in all", "pending tokens", "change"),
+        [
+            [r.name, str(r.updates - b), str(r.updates), str(r.pending), f"{r.change:.1e}"]
+            for r, b in zip(reports, before, strict=True)
+        ],
+    )
+    if all(r.updates == b for r, b in zip(reports, before, strict=True)):
+        console.print(
+            f"nothing was learned: the texts are shorter than the shortest period, {learner.base} tokens"
+        )
+    if file is not None:
+        console.print(f"memory in {args.memory}")
+    if args.export is not None:
+        _export(args.export, model, tokenizer, learner, state)
+        console.print(f"the model with what it has learned is in {args.export}")
+    return 0
+
+
+def _read(learner: Learner, model: Any, window: list[int], state: State, read: Read, compare: bool) -> State:
+    """The State after a window, of which the context is over."""
+    import torch
+    from torch.nn import functional as F
+
+    ids = torch.tensor([window], device=model.device)
+
+    def nats(logits: Tensor) -> float:
+        return float(F.cross_entropy(logits[0, : len(window) - 1].float(), ids[0, 1:], reduction="sum"))
+
+    begin = time.perf_counter()
+    logits, state = learner.read(ids, state)
+    state = learner.close(state)
+    read.learning += nats(logits)
+    read.learning_seconds += time.perf_counter() - begin
+    if compare:
+        begin = time.perf_counter()
+        with torch.no_grad():
+            read.frozen += nats(model(ids).logits)
+        read.frozen_seconds += time.perf_counter() - begin
+    read.tokens += len(window) - 1
+    return state
+
+
+def _windows(ids: list[int], context: int) -> Iterator[list[int]]:
+    """Pieces of at most `context` tokens; each begins with the last token of the one before, so that every
+    token but the first is predicted once."""
+    for begin in range(0, len(ids) - 1, context - 1):
+        yield ids[begin : begin + context]
+
+
+def _described(level: Level) -> list[str]:
+    layers = sorted({int(part) for name in level.parameters for part in name.split(".") if part.isdigit()})
+    return [level.name + " tokens", ", ".join(map(str, layers)), f"{level.learning_rate:g}"]
+
+
+def _row(path: Path, read: Read, compare: bool) -> list[str]:
+    learning = read.bits(read.learning)
+    row = [path.name, f"{read.tokens:,}", f"{learning:.3f}"]
+    if compare:
+        frozen = read.bits(read.frozen)
+        cost = read.learning_seconds / read.frozen_seconds
+        row += [f"{frozen:.3f}", f"{frozen - learning:.3f}", f"{cost:.1f}"]
+    return row
+
+
+def _export(folder: Path, model: Any, tokenizer: Any, learner: Learner, state: State) -> None:
+    import shutil
+
+    import torch
+
+    from nestor.training.checkpoint import publish
+
+    with torch.no_grad():
+        for name, weight in learner.weights(state).items():
+            model.get_parameter(name).copy_(weight)
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        publish(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}.") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder; name the files in it.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert it first.") from error
