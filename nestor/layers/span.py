@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ class Span:
         clock: `[B]` int64, tokens of the current document read before this call; None for a fresh sequence.
         lengths: `[B]` int64, number of valid tokens of each row; None when all `T` are valid.
         resets: `[B, T]` bool, token starts a new document; None when no token does.
+        valid: `[B, T]` bool, True at real tokens; None when all are.
     """
 
     position: Tensor
@@ -34,6 +34,7 @@ class Span:
     clock: Tensor | None = None
     lengths: Tensor | None = None
     resets: Tensor | None = None
+    valid: Tensor | None = None
 
     @staticmethod
     def build(
@@ -65,20 +66,13 @@ class Span:
             last_reset = torch.where(resets, index, -1).cummax(dim=1).values
             start = torch.where(last_reset >= 0, last_reset, start)
             position = index - start
-        return Span(position, start, clock, lengths, resets)
+        valid = None if lengths is None else index < lengths[:, None]
+        return Span(position, start, clock, lengths, resets, valid)
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(B, T)`."""
         return self.position.shape[0], self.position.shape[1]
-
-    @functools.cached_property
-    def valid(self) -> Tensor | None:
-        """`[B, T]` bool, True at real tokens; None when all are."""
-        if self.lengths is None:
-            return None
-        index = torch.arange(self.shape[1], device=self.position.device)
-        return index < self.lengths[:, None]
 
     @property
     def document(self) -> Tensor:

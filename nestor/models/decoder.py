@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from nestor.models.generation import StatefulGeneration
 from nestor.models.loss import hidden_loss, next_token_loss, next_token_targets
 from nestor.models.padding import Padding
 from nestor.models.state import LayerState, State
+from nestor.ops.neural_memory.layout import shared_grids
 
 
 class Block(GradientCheckpointingLayer):
@@ -182,12 +184,13 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         x = padding.justify(x)
         layers: dict[int, LayerState] = {}
         hidden: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
-            if output_hidden_states:
-                hidden.append(padding.restore(x))
-            x, layers[index] = layer(
-                x, None if past_key_values is None else past_key_values.layers.get(index), span
-            )
+        with nullcontext() if torch.compiler.is_compiling() else shared_grids():
+            for index, layer in enumerate(self.layers):
+                if output_hidden_states:
+                    hidden.append(padding.restore(x))
+                x, layers[index] = layer(
+                    x, None if past_key_values is None else past_key_values.layers.get(index), span
+                )
         x = padding.restore(self.norm(x))
 
         if labels is not None and shift_labels is None:

@@ -51,11 +51,19 @@ class Stages:
 
     Work in one queue waits for that of the other where it says so, `wait(mark())`. What both use must be made
     before the first wait of the side and be free only when the queue in use has waited for the side's last
-    mark. Stages that leave multiprocessors idle go to the side, whose work goes first.
+    mark, as it does where the context is left by an error. Stages that leave multiprocessors idle go to the
+    side, whose work goes first.
     """
 
     def __init__(self, device: torch.device, two: bool) -> None:
         self._side = _side(device, "stages") if two and device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if self._side is not None and kind is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
     def side(self) -> AbstractContextManager[Any]:
         """What is queued inside goes to the side."""

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nestor.ops.neural_memory.layout import chunk_grid
+from nestor.models import NestorConfig, NestorForCausalLM
+from nestor.ops.neural_memory import layout
+from nestor.ops.neural_memory.layout import chunk_grid, shared_grids
 
 CPU = torch.device("cpu")
 
@@ -149,21 +151,40 @@ def test_rows_have_room_for_a_chunk_where_asked() -> None:
     assert grid.gather(torch.ones(1, 3, 1)).shape == (1, 1, 8, 1)
 
 
-def test_layers_share_a_grid_until_their_tokens_change() -> None:
+def test_layers_share_a_grid_within_a_call() -> None:
     resets = torch.zeros(1, 9, dtype=torch.bool)
     resets[0, 5] = True
 
     def made(**choices):
         return chunk_grid(1, 9, 4, torch.device("cpu"), resets=resets, **choices)
 
-    grid = made()
-    assert made() is grid and made(whole=True) is not grid
-    assert made(phase=torch.ones(1, dtype=torch.int64)) is not grid
-    resets[0, 2] = True
-    changed = made()
-    assert (int(changed.row_resets.sum()), int(grid.row_resets.sum())) == (2, 1)
-    resets = resets.clone()
-    assert made() is not changed
+    assert made() is not made()
+    with shared_grids():
+        grid = made()
+        assert made() is grid and made(whole=True) is not grid
+        assert made(phase=torch.ones(1, dtype=torch.int64)) is not grid
+        with shared_grids():
+            assert made() is grid
+        assert chunk_grid(1, 9, 4, torch.device("cpu"), resets=resets.clone()) is not grid
+    resets.numpy()[0, 2] = True
+    with shared_grids():
+        assert int(made().row_resets.sum()) == 2
+
+
+def test_a_model_counts_once_and_its_states_have_phases_of_their_own(monkeypatch) -> None:
+    counted = []
+    ragged = layout._ragged_grid
+    monkeypatch.setattr(layout, "_ragged_grid", lambda *given: counted.append(1) or ragged(*given))
+    config = NestorConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=2,
+        layer_types=["neural_memory"] * 3, memory={"heads": 2, "chunk_size": 4},
+    )  # fmt: skip
+    model = NestorForCausalLM(config)
+    ids, resets = torch.zeros(1, 9, dtype=torch.int64), torch.zeros(1, 9, dtype=torch.bool)
+    resets[0, 5] = True
     with torch.inference_mode():
-        resets = resets.clone()
-        assert made() is not made()
+        state = model(ids, resets=resets, use_cache=True).past_key_values
+    assert len(counted) == 1
+    model(ids, labels=ids, resets=resets).loss.backward()
+    phases = [tensor for layer in state.layers.values() for name, tensor in layer.items() if "phase" in name]
+    assert len(phases) == 3 == len({phase.data_ptr() for phase in phases})

@@ -341,6 +341,6 @@ def _in_chunks(
             read = mask.any(1)[:, None, None, None]
             weights = tuple(torch.where(read, w, b) for w, b in zip(weights, state.weights, strict=True))
     momentum = () if eta is None else split([s[:, 1] for s in final_stacks])
-    final = MemoryState(weights, momentum, split(final_anchor), grid.phase)
+    final = MemoryState(weights, momentum, split(final_anchor), grid.phase.clone())
     norms = grid.from_rows(surprise, batch, length) if surprise_wanted else None
     return grid.from_rows(outputs, batch, length), final, norms

@@ -118,7 +118,7 @@ def general_memory(
         tuple(map(kept, last.weights)),
         tuple(map(kept, last.momentum)),
         tuple(map(own, last.anchor)),
-        grid.phase,
+        grid.phase.clone(),
         tuple(map(split, last.pending)),
         None if last.pooled is None else split(last.pooled),
         tuple(map(split, last.halo)),

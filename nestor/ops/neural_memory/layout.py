@@ -6,16 +6,14 @@ grid ``[B, N, C]`` of chunk rows in which the valid tokens of a row come first.
 """
 
 import functools
-import weakref
-from collections import OrderedDict
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-# Grids that are kept for the layers that follow.
-KEPT_GRIDS = 8
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,8 @@ def chunk_grid(
     resets: bool ``[B, T]``, True for the first token of a document; counted only where the mask is True.
     whole:  whether rows have room for a chunk even if none holds as many tokens.
 
-    Counting rows waits for a GPU, so the layers of a model, which are given the same mask and resets, share
-    what the first of them has counted.
+    Counting rows waits for a GPU: the layers of a model, which are given the same mask and resets, do it once
+    (`shared_grids`).
     """
     if mask is None and resets is None:
         if length == 1 and phase is not None:
@@ -137,30 +135,35 @@ def chunk_grid(
     return make() if phase is not None else _shared(make, (batch, length, chunk_size, whole), mask, resets)
 
 
-_grids: OrderedDict[Any, tuple[list[Any], ChunkGrid]] = OrderedDict()
+_here = threading.local()
 
 
-def _shared(make: Any, choices: tuple[Any, ...], *given: Tensor | None) -> ChunkGrid:
-    """What `make` makes of the same tensors, with the same values, in the same queue: once."""
-    present = [x for x in given if x is not None]
-    on_gpu = present[0].is_cuda
-    if (
-        torch.compiler.is_compiling()
-        or any(x.is_inference() for x in present)
-        or (on_gpu and torch.cuda.is_current_stream_capturing())
-    ):
-        return make()  # type: ignore[no-any-return]
-    queue = torch.cuda.current_stream(present[0].device) if on_gpu else None
-    key = (choices, queue, *(x if x is None else (id(x), x._version) for x in given))
-    found = _grids.get(key)
-    if found is not None and all(ref() is x for ref, x in zip(found[0], present, strict=True)):
-        return found[1]
-    grid: ChunkGrid = make()
-    _grids[key] = [weakref.ref(x) for x in present], grid
-    _grids.move_to_end(key)
-    while len(_grids) > KEPT_GRIDS:
-        _grids.popitem(last=False)
-    return grid
+@contextmanager
+def shared_grids() -> Iterator[None]:
+    """Inside, grids of the same mask and resets are counted once: for the layers of a model in one call. The
+    tensors must not change meanwhile."""
+    before = getattr(_here, "grids", None)
+    _here.grids = {} if before is None else before
+    try:
+        yield
+    finally:
+        _here.grids = before
+
+
+def _shared(make: Callable[[], ChunkGrid], choices: tuple[Any, ...], *given: Tensor | None) -> ChunkGrid:
+    """What `make` makes, or inside `shared_grids` has made, of the same tensors in the same queue."""
+    if torch.compiler.is_compiling():
+        return make()
+    grids = getattr(_here, "grids", None)
+    if grids is None:
+        return make()
+    device = next(x.device for x in given if x is not None)
+    queue = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    key = (choices, queue, *map(id, given))
+    if key not in grids:
+        # With the tensors, whose numbers are theirs as long as they are kept.
+        grids[key] = given, make()
+    return grids[key][1]
 
 
 def _aligned_grid(batch: int, length: int, chunk_size: int, device: torch.device) -> ChunkGrid:

@@ -75,7 +75,7 @@ def neural_memory_kernels(
         assert cells is not None
         valid = cells.flatten(1).to(torch.uint8)
         row_resets = None if grid.row_resets is None else grid.row_resets.to(torch.uint8)
-        phase = grid.phase
+        phase = grid.phase.clone()  # a State's own: layers share the grid
         used = cells.any(2)
         final_row = torch.where(used, torch.arange(grid.rows, device=q.device), -1).amax(1)
         opened = torch.where(phase == 0, -1, final_row).to(torch.int32)

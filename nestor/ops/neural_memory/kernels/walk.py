@@ -157,9 +157,10 @@ class _Walk(Call):
         if lanes == 0:
             run(grid, ((FIRST_CHUNK, first),))
             return
-        programs = grid[0] // lanes
+        programs = -(-(grid[0] // self.split) // lanes) * self.split
         for begin in range(0, grid[0], programs):
-            run((programs,), ((FIRST_CHUNK, first), (first_walk, begin // self.split)))
+            part = (min(programs, grid[0] - begin),)
+            run(part, ((FIRST_CHUNK, first), (first_walk, begin // self.split)))
 
     def _queue_triton(
         self, name: str, tensors: tuple[Any, ...], steps: tuple[int, ...], sizes: tuple[int, ...],
@@ -243,16 +244,17 @@ class _Walk(Call):
         steps = [kernels() for _ in range(rooms)]
         # When the reads have had what lies in a room.
         free = [stages.mark()] * rooms
-        for index, first in enumerate(range(0, n, span)):
-            room = index % rooms
-            write, read = steps[room]
-            with stages.side():
-                stages.wait(free[room])
-                write(first)
-                written = stages.mark()
-            stages.wait(written)
-            read(first)
-            free[room] = stages.mark()
+        with stages:
+            for index, first in enumerate(range(0, n, span)):
+                room = index % rooms
+                write, read = steps[room]
+                with stages.side():
+                    stages.wait(free[room])
+                    write(first)
+                    written = stages.mark()
+                stages.wait(written)
+                read(first)
+                free[room] = stages.mark()
         if self.opened is not None:
             anchor = self.moved(anchor, 1)
         return y, self.moved(checkpoints[-1], 1), anchor, checkpoints, z, r
@@ -364,19 +366,20 @@ class _Walk(Call):
             stages.wait(mark)
             rest(first)
 
-        for index, first in enumerate(reversed(range(0, n, span))):
-            write, read, walk, rest = steps[index % rooms]
-            write(first)
-            read(first)
-            done = stages.mark()
-            with stages.side():
-                stages.wait(done)
-                walk(first)
-                walked.append((stages.mark(), rest, first))
-            if len(walked) == rooms:
-                finish(*walked.pop(0))
-        for one in walked:
-            finish(*one)
+        with stages:
+            for index, first in enumerate(reversed(range(0, n, span))):
+                write, read, walk, rest = steps[index % rooms]
+                write(first)
+                read(first)
+                done = stages.mark()
+                with stages.side():
+                    stages.wait(done)
+                    walk(first)
+                    walked.append((stages.mark(), rest, first))
+                if len(walked) == rooms:
+                    finish(*walked.pop(0))
+            for one in walked:
+                finish(*one)
         self.gate_gradients(g_gates, rows, G, E, g_rows, g_G, g_ends, g_last, self.dual)
         g_shared = self.norm_gradients(g_norms)
         if has_targets:

@@ -108,12 +108,12 @@ def _kernel(name: str, device: torch.device, choices: tuple[tuple[str, Any], ...
 @functools.cache
 def lanes(walks: int, split: int, device: torch.device) -> int:
     """In how many parts, one after another, walks leave half of the multiprocessors to other kernels; 0:
-    they are so many that they do best all at once.
+    they are so many that they do best all at once. A last part may be smaller than the others.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     if walks * split > processors:
         return 0
-    return next(n for n in range(1, walks + 1) if walks % n == 0 and walks // n * split <= processors // 2)
+    return next(n for n in range(1, walks + 1) if -(-walks // n) * split <= processors // 2)
 
 
 @functools.cache
