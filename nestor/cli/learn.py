@@ -48,7 +48,7 @@ class Args:
     periods: tuple[int, ...] = (64, 512)
     """Tokens from update to update of each level; multiples of the shortest."""
     learning_rates: tuple[float, ...] = field(default_factory=tuple)
-    """Of each level; none given: 0.1 for all."""
+    """Of each level; none given: 0.1 for all. Weights in bfloat16 do not show changes below 0.4 %."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """How a level steps."""
     largest_update: float = 0.01
@@ -90,7 +90,7 @@ def run(args: Args) -> int:
         raise ConfigError("there is nothing to read; name at least one file.")
     if args.memory is None and args.export is None and not args.compare:
         raise ConfigError("nothing would be kept or shown; name a --memory file or an --export folder.")
-    if args.export is not None and args.export.exists():
+    if args.export is not None and (args.export.exists() or args.export == args.memory):
         raise ConfigError(f"{args.export} is there already; --export wants a new folder.")
     texts = [_text(path) for path in args.files]
 
@@ -118,9 +118,17 @@ def _learn(args: Args, texts: list[str]) -> int:
         largest_update=args.largest_update,
     )  # fmt: skip
     learner = Learner(model, levels)
-    context = args.context or min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
+    context = args.context
+    if context is None:
+        context = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
     if context < 2:
         raise ConfigError(f"--context is {context}; it must be at least 2.")
+    tokens = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    for path, ids in zip(args.files, tokens, strict=True):
+        if len(ids) < 2:
+            raise DataError(f"{path} has {len(ids)} tokens; a text needs at least two.")
+    if args.export is not None:
+        args.export.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     print_table(console, ("level", "layers", "learning rate"), [_described(level) for level in levels])
     file = MemoryFile(args.memory, model) if args.memory else None
@@ -129,10 +137,7 @@ def _learn(args: Args, texts: list[str]) -> int:
 
     rows: list[list[str]] = []
     with Progress(console=console, transient=True) as progress:
-        for path, text in zip(args.files, texts, strict=True):
-            ids = tokenizer(text, verbose=False)["input_ids"]
-            if len(ids) < 2:
-                raise DataError(f"{path} has {len(ids)} tokens; a text needs at least two.")
+        for path, text, ids in zip(args.files, texts, tokens, strict=True):
             task = progress.add_task(path.name, total=len(ids) - 1)
             read = Read(size=len(text.encode()))
             for window in _windows(ids, context):
@@ -140,6 +145,7 @@ def _learn(args: Args, texts: list[str]) -> int:
                 progress.update(task, completed=read.tokens)
             if file is not None:
                 file.save(state)
+                progress.console.print(f"read {path.name}, and saved what it taught")
             rows.append(_row(path, read, args.compare))
     columns = ["text", "tokens", "bits a byte", "frozen", "less", "time over frozen"]
     print_table(console, columns if args.compare else columns[:3], rows)

@@ -12,7 +12,8 @@ from nestor.errors import ConfigError, suggest
 from nestor.learning.levels import Level
 
 # Llama, Qwen, SmolLM, Mistral: `mlp.up_proj`; GPT-NeoX: `mlp.dense_h_to_4h`; Nestor: `feed_forward.up_proj`.
-WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:mlp|feed_forward)\.\w+\.weight$")
+MATRICES = "gate_proj|up_proj|down_proj|gate_up_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2"
+WEIGHT = re.compile(rf"^(.*\.|)layers\.(\d+)\.(?:mlp|feed_forward)\.(?:{MATRICES})\.weight$")
 ORDERS = ("shallow_first", "deep_first", "shuffled")
 
 
@@ -23,14 +24,23 @@ def feed_forward_weights(model: nn.Module) -> list[list[str]]:
         ConfigError: there are none by the names that are known.
     """
     by_layer: dict[int, list[str]] = {}
+    stacks: set[str] = set()
     for name, parameter in model.named_parameters():
         found = WEIGHT.search(name)
         if found and parameter.dim() == 2:
-            by_layer.setdefault(int(found.group(1)), []).append(name)
+            stacks.add(found.group(1))
+            by_layer.setdefault(int(found.group(2)), []).append(name)
     if not by_layer:
         raise ConfigError(
             f"a {type(model).__name__} has no weights called layers.N.mlp.*.weight or "
-            f"layers.N.feed_forward.*.weight; give the levels their parameters by name"
+            f"layers.N.feed_forward.*.weight that are those of a feed-forward network ({MATRICES}); give the "
+            f"levels their parameters by name"
+        )
+    if len(stacks) > 1 or sorted(by_layer) != list(range(max(by_layer) + 1)):
+        raise ConfigError(
+            f"a {type(model).__name__} has feed-forward networks in {sorted(stacks)}, layers "
+            f"{sorted(by_layer)}, and not one in each layer of one stack (as a mixture of experts); give the "
+            f"levels their parameters by name"
         )
     return [by_layer[index] for index in sorted(by_layer)]
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nestor.errors import NonFiniteError, ShapeError, StateMismatchError
 from nestor.learning.inner import OPTIMIZERS
-from nestor.learning.levels import Level, check_levels
+from nestor.learning.levels import REDUCTIONS, Level, check_levels
 from nestor.learning.readers import reader_of
 from nestor.models.state import State
 
@@ -122,13 +122,15 @@ class Learner:
             )
         if weights is not None and weights.shape != input_ids.shape:
             raise ShapeError(f"weights have shape {list(weights.shape)}, the tokens {list(input_ids.shape)}")
+        if weights is not None and not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ShapeError("weights of tokens must be finite and not below 0")
         counted = torch.ones(input_ids.shape) if weights is None else weights
         logits, states = [], []
-        for row in range(state.batch_size):
-            stream = self._apart(state.select([row]))
-            logits.append(self._read(stream, input_ids[row].tolist(), counted[row].tolist()))
+        for number, row in enumerate(_rows(state)):
+            stream = self._apart(row)
+            logits.append(self._read(stream, input_ids[number].tolist(), counted[number].tolist()))
             states.append(self._together(stream))
-        return Reading(torch.cat(logits), State.stack(states))
+        return Reading(torch.cat(logits), _stack(states))
 
     def close(self, state: State) -> State:
         """The State after the context is over: what was learned stays, all else begins anew.
@@ -136,14 +138,14 @@ class Learner:
         The tokens of the open chunk but the last one, which nothing followed, are learned from first.
         """
         closed = []
-        for row in range(state.batch_size):
-            stream = self._apart(state.select([row]))
+        for row in _rows(state):
+            stream = self._apart(row)
             if len(stream.tokens) > 1:
                 self._learn(stream, stream.tokens[:-1], stream.tokens[1:], stream.weights[1:])
             stream.now = stream.start = self._reader.initial_state(1)
             stream.tokens, stream.weights = [], []
             closed.append(self._together(stream))
-        return State.stack(closed)
+        return _stack(closed)
 
     def weights(self, state: State, row: int = 0) -> Tensors:
         """The model's parameters by name, with what a stream has learned, in their own dtype."""
@@ -156,22 +158,24 @@ class Learner:
         """
         own = self._parameters()
         found = []
-        for row in range(state.batch_size):
-            stream = self._apart(state.select([row]))
+        for row in _rows(state):
+            stream = self._apart(row)
             reports = []
             for level in self.levels:
-                kept = stream.levels[level.name]
+                kept = stream.levels.get(level.name, {})
                 changes = [kept[f"delta/{name}"] for name in level.parameters] if level.period else []
                 whole = _norm([own[name] for name in level.parameters])
                 updates = int(kept["updates"]) if level.period else 0
-                pending = (
-                    stream.clock if level.period is None else (stream.clock - level.phase) % level.period
-                )
+                pending = stream.clock
+                if level.period is not None and stream.clock >= level.phase:
+                    pending = (stream.clock - level.phase) % level.period
                 moved = float(kept["moved"]) if level.period else 0.0
                 reports.append(
-                    LevelReport(level.name, level.period, updates, pending, moved, _norm(changes) / whole)
+                    LevelReport(
+                        level.name, level.period, updates, pending, moved, _norm(changes) / (whole or 1.0)
+                    )
                 )
-                if level.period and stream.clock >= level.phase + level.period and updates == 0:
+                if level.period and stream.clock >= (level.phase or level.period) and updates == 0:
                     warnings.warn(
                         f"level {level.name!r} was never updated in {stream.clock} tokens; all tokens of its "
                         f"periods had the weight 0",
@@ -209,16 +213,26 @@ class Learner:
         """Read a chunk from its start, add its gradients to those of all levels, and update those that are
         due. Returns its logits."""
         with torch.inference_mode(False), torch.enable_grad():
-            leaves = {name: delta.clone().requires_grad_() for name, delta in self._deltas(stream).items()}
-            logits, after = self._run(leaves, tokens, stream.start)
+            leaves = {name: _own(x).detach().requires_grad_() for name, x in self._deltas(stream).items()}
+            start = State(
+                {i: {n: _own(x) for n, x in layer.items()} for i, layer in stream.start.layers.items()},
+                _own(stream.start.clock),
+            )
+            logits, after = self._run(leaves, tokens, start)
             wide = torch.promote_types(logits.dtype, torch.float32)
             losses = F.cross_entropy(
                 logits[0].to(wide), torch.tensor(targets, device=logits.device), reduction="none"
             )
             counted = torch.tensor(weights, dtype=wide, device=logits.device)
-            gradients = torch.autograd.grad(
-                (losses * counted).sum(), list(leaves.values()), allow_unused=True
-            )
+            total = (losses * counted).sum()
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        for x in (total, *gradients):
+            if x is not None and not bool(x.isfinite().all()):
+                raise NonFiniteError(
+                    f"the loss on tokens {stream.clock + 1} to {stream.clock + len(tokens)} of the stream, "
+                    f"{float(total)}, or a gradient of it is not finite; go on from the State before, in "
+                    f"float32 or bfloat16, or with lower learning rates"
+                )
         by_name = dict(zip(leaves, gradients, strict=True))
         with torch.no_grad():
             for level in self._adaptive:
@@ -265,7 +279,7 @@ class Learner:
         for name, change in changes.items():
             made[f"delta/{name}"] = kept[f"delta/{name}"] + change
         made["count"], made["updates"] = torch.zeros_like(kept["count"]), kept["updates"] + 1
-        made["moved"] = torch.full_like(kept["moved"], moved)
+        made["moved"], made["settings"] = torch.full_like(kept["moved"], moved), kept["settings"]
         return made
 
     def _run(self, deltas: Mapping[str, Tensor], tokens: list[int], state: State) -> tuple[Tensor, State]:
@@ -304,6 +318,7 @@ class Learner:
             kept["count"] = torch.zeros((), dtype=torch.float64, device=device)
             kept["moved"] = torch.zeros((), dtype=torch.float64, device=device)
             kept["updates"] = torch.zeros((), dtype=torch.int64, device=device)
+            kept["settings"] = _settings(level).to(device)
             levels[level.name] = kept
         return levels
 
@@ -337,6 +352,7 @@ class Learner:
                 "count",
                 "moved",
                 "updates",
+                "settings",
                 *(f"{p}/{n}" for p in _parts(level) for n in level.parameters),
             }
             for level in self._adaptive
@@ -347,11 +363,14 @@ class Learner:
                 f"the State has learned on the levels {sorted(found) or 'none'}, and this Learner has "
                 f"{sorted(wanted)}, or they have other parameters or optimisers; begin with Learner.start"
             )
+        for level in self._adaptive:
+            before, now = state.learned[level.name]["settings"][0].tolist(), _settings(level).tolist()
+            if before != now:
+                raise StateMismatchError(
+                    f"the State's level {level.name!r} has period {before[0]}, phase {before[1]} and reduces "
+                    f"by {REDUCTIONS[before[2]]}; this Learner's has {now[0]}, {now[1]} and {level.reduce}"
+                )
         own = dict(state.learned["stream"])
-        if own["tokens"].shape[1] != self.base:
-            raise StateMismatchError(
-                f"the State has chunks of {own['tokens'].shape[1]} tokens, this Learner of {self.base}"
-            )
         layers: dict[int, Tensors] = {}
         for name, tensor in own.items():
             head, _, rest = name.partition(".")
@@ -372,6 +391,27 @@ class Learner:
             clock=int(own["clock"]),
             levels=levels,
         )
+
+
+def _rows(state: State) -> list[State]:
+    """Each stream by itself; the only one as it is, for what is learned is large."""
+    if state.batch_size == 1:
+        return [state]
+    return [state.select([row]) for row in range(state.batch_size)]
+
+
+def _stack(states: list[State]) -> State:
+    return states[0] if len(states) == 1 else State.stack(states)
+
+
+def _own(x: Tensor) -> Tensor:
+    """A tensor that autograd can keep."""
+    return x.clone() if x.is_inference() else x
+
+
+def _settings(level: Level) -> Tensor:
+    """What a level must have in common with what was learned before."""
+    return torch.tensor([level.period or 0, level.phase, REDUCTIONS.index(level.reduce)])
 
 
 def _parts(level: Level) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ class Level:
         reduce: "mean" over the period's tokens, or "sum", the paper's equation 71 to the letter.
         optimizer: "sgd", "momentum" or "adam"; its state lasts as long as the level's weights.
         momentum, second_momentum: how much of a mean stays from update to update.
-        phase: updates fall on tokens `phase + C, phase + 2 C, ...` of the stream.
+        phase: updates fall on tokens `phase, phase + C, phase + 2 C, ...` of the stream (not on 0).
         largest_update: norm of an update over that of the weights that is not exceeded; None: no limit.
     """
 
@@ -77,7 +77,9 @@ class Level:
 
     def due(self, clock: int) -> bool:
         """Whether an update falls on the token of this number, counted from 1."""
-        return self.period is not None and clock > self.phase and (clock - self.phase) % self.period == 0
+        if self.period is None or clock < max(self.phase, 1):
+            return False
+        return (clock - self.phase) % self.period == 0
 
 
 def check_levels(levels: Sequence[Level], parameters: Mapping[str, Tensor]) -> int:

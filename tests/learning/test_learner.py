@@ -335,7 +335,7 @@ def test_states_of_others_are_refused(model) -> None:
         learner.read(stream(3), model.initial_state(1))
     with pytest.raises(StateMismatchError, match="other parameters or optimisers"):
         Learner(model, levels(optimizer="adam")).read(stream(3), state)
-    with pytest.raises(StateMismatchError, match="chunks of 3 tokens"):
+    with pytest.raises(StateMismatchError, match="has period 3"):
         Learner(model, levels(fast=2)).read(stream(3), state)
     with pytest.raises(StateMismatchError, match=r"nestor\.learning\.Learner"):
         model(stream(3), past_key_values=state)
@@ -343,3 +343,98 @@ def test_states_of_others_are_refused(model) -> None:
         learner.read(stream(3, rows=2), state)
     with pytest.raises(ShapeError, match="weights have shape"):
         learner.read(stream(3), state, torch.ones(1, 2))
+
+
+def test_weights_belong_to_the_tokens_that_are_predicted(model) -> None:
+    ids, weights = stream(8), torch.tensor([[9.0, 1.0, 0.0, 2.0, 0.5, 0.0, 3.0, 7.0]], dtype=torch.float64)
+    learner = Learner(model, [Level("all", (FAST,), 3, 0.3)])
+    for cuts in ([], [2], [4, 6]):
+        _, state = in_pieces(learner, ids, cuts, weights=weights)
+        other, cache = copy.deepcopy(model), State.empty(1)
+        own = dict(other.named_parameters())[FAST]
+        for begin in (0, 3):
+            out = other(ids[:, begin : begin + 3], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values.detach()
+            losses = F.cross_entropy(out.logits[0], ids[0, begin + 1 : begin + 4], reduction="none")
+            counted = weights[0, begin + 1 : begin + 4]
+            (g,) = torch.autograd.grad((losses * counted).sum() / counted.sum(), [own])
+            with torch.no_grad():
+                own.sub_(0.3 * g)
+        torch.testing.assert_close(learned(model, state, FAST, "all"), own.detach(), rtol=1e-10, atol=1e-12)
+    closed = learner.close(state)
+    assert float(closed.learned["all"]["count"]) == 7.0
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ShapeError, match="finite and not below 0"):
+            learner.read(ids, learner.start(), torch.full((1, 8), wrong))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_optimisers_are_those_of_pytorch(model, optimizer) -> None:
+    ids = stream(13)
+    learner = Learner(model, [Level("all", (FAST,), 3, 0.02, optimizer=optimizer)])
+    _, state = learner.read(ids, learner.start())
+    other, cache = copy.deepcopy(model), State.empty(1)
+    own = dict(other.named_parameters())[FAST]
+    theirs = {
+        "momentum": lambda: torch.optim.SGD([own], lr=0.02, momentum=0.9),
+        "adam": lambda: torch.optim.Adam([own], lr=0.02, betas=(0.9, 0.999)),
+    }[optimizer]()
+    for begin in range(0, 12, 3):
+        out = other(ids[:, begin : begin + 3], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values.detach()
+        loss = F.cross_entropy(out.logits[0], ids[0, begin + 1 : begin + 4])
+        (own.grad,) = torch.autograd.grad(loss, [own])
+        theirs.step()
+    torch.testing.assert_close(learned(model, state, FAST, "all"), own.detach(), rtol=1e-8, atol=1e-10)
+
+
+def test_a_phase_moves_the_updates(model) -> None:
+    learner = Learner(
+        model, [Level("fast", (FAST,), 2, 0.1), Level("slow", (SLOW,), 6, 0.1, phase=4, reduce="sum")]
+    )
+    state, counts = learner.start(), []
+    for token in stream(18)[0]:
+        state = learner.read(token.view(1, 1), state).state
+        counts.append(int(state.learned["slow"]["updates"]))
+    # Updates after 4, 10 and 16 tokens, when the one after them is there.
+    assert counts == [0] * 4 + [1] * 6 + [2] * 6 + [3] * 2
+    assert learner.report(state)[0][1].pending == 0
+    with pytest.raises(StateMismatchError, match="'slow' has period 6, phase 4 and reduces by sum"):
+        Learner(model, [Level("fast", (FAST,), 2, 0.1), Level("slow", (SLOW,), 6, 0.1)]).report(state)
+
+
+@pytest.mark.parametrize("kind", ["titans-mag", "titans-mac", "lact"])
+def test_models_with_memories_learn_under_inference_mode(kind) -> None:
+    torch.manual_seed(0)
+    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    memory = {"memory_as_gate": "titans-mag", "memory_as_context": "titans-mac", "lact": "lact"}
+    mixer = next(name for name, preset in memory.items() if preset == kind)
+    config = NestorConfig(
+        **small, layer_types=[mixer] * 2, sliding_window=6, segment_size=8,
+        memory={"chunk_size": 4} if kind == "lact" else {"heads": 2, "chunk_size": 4},
+    )  # fmt: skip
+    model = NestorForCausalLM(config).double().eval()
+    learner = Learner(model, [Level("all", ("layers.1.feed_forward.down_proj.weight",), 4, 0.1)])
+    ids = stream(15)
+    expected = learner.read(ids, learner.start())
+    with torch.inference_mode():
+        found, state = in_pieces(learner, ids, [3, 7, 8])
+    torch.testing.assert_close(found, expected.logits, rtol=1e-8, atol=1e-10)
+    assert int(state.learned["all"]["updates"]) == 3
+
+
+def test_a_gradient_that_is_not_finite_is_not_kept(model) -> None:
+    learner = Learner(model, levels(slow=12))
+    state = learner.read(stream(3), learner.start()).state
+    with torch.no_grad():
+        model.get_parameter("layers.1.mixer_norm.weight").fill_(float("nan"))
+    for step in (lambda: learner.read(stream(4), state), lambda: learner.close(state)):
+        with pytest.raises(NonFiniteError, match="not finite"):
+            step()
+    assert not state.learned["slow"][f"gradient/{SLOW}"].any()
+
+
+def test_levels_that_never_change_are_reported(model) -> None:
+    learner = Learner(model, [Level("never", (FAST,), None), Level("slow", (SLOW,), 4, 0.1)])
+    never, slow = learner.report(learner.read(stream(9), learner.start()).state)[0]
+    assert (never.updates, never.change, slow.updates) == (0, 0.0, 2)

@@ -134,6 +134,10 @@ def test_other_models_are_refused_by_what_they_lack() -> None:
     with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no weights called layers\.N\.mlp"):
         feed_forward_weights(gpt2)
     Learner(gpt2, [Level("by name", ("transformer.h.0.mlp.c_fc.weight",), 4)])
+    sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 2, "num_hidden_layers": 2}
+    experts = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes))
+    with pytest.raises(ConfigError, match="MixtralForCausalLM has no weights"):
+        feed_forward_weights(experts)
     mamba = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mamba", hidden_size=8, num_hidden_layers=1, vocab_size=9, state_size=2)
     )
