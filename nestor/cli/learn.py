@@ -217,25 +217,16 @@ def _row(path: Path, read: Read, compare: bool) -> list[str]:
 
 
 def _export(folder: Path, model: Any, tokenizer: Any, learner: Learner, state: State) -> None:
-    import shutil
-
     import torch
 
-    from nestor.training.checkpoint import publish
+    from nestor.training.checkpoint import whole_folder
 
     with torch.no_grad():
         for name, weight in learner.weights(state).items():
             model.get_parameter(name).copy_(weight)
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with whole_folder(folder, folder.with_name(f".{folder.name}.tmp")) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        publish(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _text(path: Path) -> str:

@@ -24,6 +24,8 @@ from nestor.learning.readers import reader_of
 from nestor.models.state import State
 
 Tensors = dict[str, Tensor]
+# What a level keeps beside the tensors of each parameter.
+COUNTERS = ("count", "moved", "updates", "settings")
 
 
 class Reading(NamedTuple):
@@ -92,6 +94,13 @@ class Learner:
         self.base = check_levels(levels, parameters)
         self.model, self.levels, self._reader = model, tuple(levels), reader_of(model)
         self._adaptive = [level for level in self.levels if level.period is not None]
+        self._kept = {
+            level.name: {
+                *COUNTERS,
+                *(f"{part}/{name}" for part in _parts(level) for name in level.parameters),
+            }
+            for level in self._adaptive
+        }
 
     def start(self, batch_size: int = 1) -> State:
         """The State of streams that have read and learned nothing."""
@@ -157,32 +166,31 @@ class Learner:
         Warns of a level whose period is over and that was never updated.
         """
         own = self._parameters()
+        whole = {level.name: _norm([own[name] for name in level.parameters]) or 1.0 for level in self.levels}
         found = []
         for row in _rows(state):
             stream = self._apart(row)
             reports = []
             for level in self.levels:
-                kept = stream.levels.get(level.name, {})
-                changes = [kept[f"delta/{name}"] for name in level.parameters] if level.period else []
-                whole = _norm([own[name] for name in level.parameters])
-                updates = int(kept["updates"]) if level.period else 0
-                pending = stream.clock
-                if level.period is not None and stream.clock >= level.phase:
-                    pending = (stream.clock - level.phase) % level.period
-                moved = float(kept["moved"]) if level.period else 0.0
-                reports.append(
-                    LevelReport(
-                        level.name, level.period, updates, pending, moved, _norm(changes) / (whole or 1.0)
-                    )
-                )
-                if level.period and stream.clock >= (level.phase or level.period) and updates == 0:
-                    warnings.warn(
-                        f"level {level.name!r} was never updated in {stream.clock} tokens; all tokens of its "
-                        f"periods had the weight 0",
-                        stacklevel=2,
-                    )
+                reports.append(self._report(level, stream, whole[level.name]))
             found.append(reports)
         return found
+
+    def _report(self, level: Level, stream: _Stream, whole: float) -> LevelReport:
+        clock = stream.clock
+        if level.period is None:
+            return LevelReport(level.name, None, 0, clock, 0.0, 0.0)
+        kept = stream.levels[level.name]
+        updates, moved = int(kept["updates"]), float(kept["moved"])
+        if clock >= (level.phase or level.period) and updates == 0:
+            warnings.warn(
+                f"level {level.name!r} was never updated in {clock} tokens; all tokens of its periods had "
+                f"the weight 0",
+                stacklevel=3,
+            )
+        pending = (clock - level.phase) % level.period if clock >= level.phase else clock
+        change = _norm([kept[f"delta/{name}"] for name in level.parameters]) / whole
+        return LevelReport(level.name, level.period, updates, pending, moved, change)
 
     def _read(self, stream: _Stream, tokens: list[int], weights: list[float]) -> Tensor:
         """Logits ``[1, T, V]``; the stream is the one after the tokens."""
@@ -328,10 +336,8 @@ class Learner:
         learned = {
             level: {n: x.unsqueeze(0) for n, x in kept.items()} for level, kept in stream.levels.items()
         }
-        tokens, weights = (
-            torch.zeros(1, self.base, dtype=torch.int64),
-            torch.zeros(1, self.base, dtype=torch.float64),
-        )
+        tokens = torch.zeros(1, self.base, dtype=torch.int64)
+        weights = torch.zeros(1, self.base, dtype=torch.float64)
         used = len(stream.tokens)
         tokens[0, :used], weights[0, :used] = torch.tensor(stream.tokens), torch.tensor(stream.weights)
         own = {
@@ -347,21 +353,11 @@ class Learner:
         return State(stream.now.layers, stream.now.clock, learned)
 
     def _apart(self, state: State) -> _Stream:
-        wanted = {
-            level.name: {
-                "count",
-                "moved",
-                "updates",
-                "settings",
-                *(f"{p}/{n}" for p in _parts(level) for n in level.parameters),
-            }
-            for level in self._adaptive
-        }
         found = {level: set(kept) for level, kept in state.learned.items() if level != "stream"}
-        if wanted != found or "stream" not in state.learned:
+        if self._kept != found or "stream" not in state.learned:
             raise StateMismatchError(
                 f"the State has learned on the levels {sorted(found) or 'none'}, and this Learner has "
-                f"{sorted(wanted)}, or they have other parameters or optimisers; begin with Learner.start"
+                f"{sorted(self._kept)}, or they have other parameters or optimisers; begin with Learner.start"
             )
         for level in self._adaptive:
             before, now = state.learned[level.name]["settings"][0].tolist(), _settings(level).tolist()

@@ -113,24 +113,13 @@ class State:
                 "a State that has read nothing cannot be stacked with one that has; "
                 "start from model.initial_state"
             )
-        names = {index: set(layer) for index, layer in states[0].layers.items()}
-        for state in states[1:]:
-            if {index: set(layer) for index, layer in state.layers.items()} != names:
-                raise StateMismatchError(
-                    "the States to stack have different layers; they come from different models"
-                )
-        layers = {
-            index: {name: _join(name, [state.layers[index][name] for state in states]) for name in layer}
-            for index, layer in states[0].layers.items()
-        }
-        learned_names = {part: set(tensors) for part, tensors in states[0].learned.items()}
-        for state in states[1:]:
-            if {part: set(tensors) for part, tensors in state.learned.items()} != learned_names:
-                raise StateMismatchError("the States to stack have learned on different levels")
-        learned = {
-            part: {name: _join(name, [state.learned[part][name] for state in states]) for name in tensors}
-            for part, tensors in states[0].learned.items()
-        }
+        layers = _stack_parts(
+            [state.layers for state in states],
+            "the States to stack have different layers; they come from different models",
+        )
+        learned = _stack_parts(
+            [state.learned for state in states], "the States to stack have learned on different levels"
+        )
         return cls(layers, torch.cat([state.clock for state in states]), learned)
 
     def to(self, device: torch.device | str) -> State:
@@ -209,9 +198,10 @@ class State:
         self.reorder_cache(indices)
 
     def _map(self, function: Any) -> State:
-        layers = {i: {name: function(t) for name, t in layer.items()} for i, layer in self.layers.items()}
-        learned = {i: {name: function(t) for name, t in part.items()} for i, part in self.learned.items()}
-        return State(layers, function(self.clock), learned)
+        def mapped(parts: dict[Any, LayerState]) -> dict[Any, LayerState]:
+            return {i: {name: function(t) for name, t in part.items()} for i, part in parts.items()}
+
+        return State(mapped(self.layers), function(self.clock), mapped(self.learned))
 
 
 def is_cache(name: str) -> bool:
@@ -229,6 +219,17 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         flat = weight.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return {"architecture": architecture, "weights": digest.hexdigest()}
+
+
+def _stack_parts(states: list[dict[Any, LayerState]], difference: str) -> dict[Any, LayerState]:
+    """Each tensor of each part with the rows of all States, which must have the same."""
+    names = {part: set(tensors) for part, tensors in states[0].items()}
+    if any({part: set(tensors) for part, tensors in parts.items()} != names for parts in states[1:]):
+        raise StateMismatchError(difference)
+    return {
+        part: {name: _join(name, [parts[part][name] for parts in states]) for name in tensors}
+        for part, tensors in states[0].items()
+    }
 
 
 def _join(name: str, tensors: list[Tensor]) -> Tensor:

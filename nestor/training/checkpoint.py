@@ -17,7 +17,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,7 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], traine
     values of `trainer` as trainer.json."""
     root.mkdir(parents=True, exist_ok=True)
     folder = folder_of(root, step)
-    unfinished = root / f".{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with whole_folder(folder, root / f".{folder.name}.{os.getpid()}.tmp") as unfinished:
         write(unfinished)
         sizes = {
             entry.name: entry.stat().st_size for entry in sorted(unfinished.iterdir()) if entry.is_file()
@@ -49,11 +47,21 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], traine
         write_json(
             unfinished / TRAINER, {"format_version": FORMAT_VERSION, "step": step, **trainer, "files": sizes}
         )
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path, unfinished: Path) -> Iterator[Path]:
+    """Yield `unfinished`, empty and beside `folder`; what is in it takes that place on success, and goes on
+    failure."""
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
         publish(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    return folder
 
 
 def publish(unfinished: Path, folder: Path) -> None:

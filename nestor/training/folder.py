@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from nestor.errors import ConfigError
 from nestor.files import write_json, write_text
-from nestor.training.checkpoint import clean_unfinished, list_checkpoints, publish
+from nestor.training.checkpoint import clean_unfinished, list_checkpoints, whole_folder
 from nestor.training.config import TrainConfig, load_config
 
 Resume = Literal["auto", "force", "never"]
@@ -52,13 +52,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def write_final(folder: Path, save_model: Callable[[Path], None], summary: Mapping[str, Any]) -> Path:
     """Make `folder/final`, whole or not at all: `save_model` puts model and tokenizer into the folder it is
     given, beside which come training.json and README.md."""
-    final, unfinished = folder / "final", folder / ".final.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_model(unfinished)
-    write_json(unfinished / "training.json", summary)
-    write_text(unfinished / "README.md", model_card(summary))
-    publish(unfinished, final)
+    final = folder / "final"
+    with whole_folder(final, folder / ".final.tmp") as unfinished:
+        save_model(unfinished)
+        write_json(unfinished / "training.json", summary)
+        write_text(unfinished / "README.md", model_card(summary))
     return final
 
 
