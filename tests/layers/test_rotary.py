@@ -48,3 +48,23 @@ def test_what_torch_compile_takes_is_the_same_table():
             compiled(position, 6, 1e4, dtype), rotary_table(position, 6, 1e4, dtype), strict=True
         ):
             assert one.dtype == dtype and torch.equal(one, other)
+
+
+def test_torch_compile_takes_the_table_as_an_operator_and_export_does_not():
+    """Traced through, each element that is turned would form its angle anew, in float64."""
+    position = torch.arange(9).expand(2, 9)
+    compiled: list[str] = []
+
+    def backend(graph, _):
+        compiled.append(graph.code)
+        return graph
+
+    torch.compile(rotary_table, backend=backend, fullgraph=True)(position, 6, 1e4, torch.float32)
+    assert len(compiled) == 1 and "nestor.rotary_table" in compiled[0]
+
+    class Table(torch.nn.Module):
+        def forward(self, position):
+            return rotary_table(position, 6, 1e4, torch.float32)
+
+    exported = torch.export.export(Table(), (position,))
+    assert "nestor" not in exported.graph_module.code
