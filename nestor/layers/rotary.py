@@ -17,8 +17,8 @@ def rotary_table(position: Tensor, width: int, theta: float, dtype: torch.dtype)
     """
     if position.stride(0) == 0:
         position = position[:1]
-    # torch.compile would form the angles anew, in float64, for each element that it turns. torch.export traces
-    # without dynamo; `is_exporting` is no answer here, PyTorch 2.11 has it true in all that dynamo traces.
+    # torch.compile would form the angles anew, in float64, for each element that it turns. torch.export
+    # traces without dynamo. (`is_exporting` is true in PyTorch 2.11 in all that dynamo traces.)
     traced = torch.compiler.is_dynamo_compiling()
     return (_opaque_table if traced else _table)(position, width, theta, dtype)
 

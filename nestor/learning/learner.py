@@ -9,23 +9,21 @@ them up, and levels whose period ends make their steps, all at once (spec nested
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 
-from nestor.errors import NonFiniteError, ShapeError, StateMismatchError
+from nestor.errors import ConfigError, NonFiniteError, ShapeError
 from nestor.learning.inner import OPTIMIZERS
-from nestor.learning.levels import REDUCTIONS, Level, check_levels
+from nestor.learning.levels import Level, check_levels
 from nestor.learning.readers import reader_of
+from nestor.learning.stream import Stream, Tensors, fresh_levels, take_apart
 from nestor.models.state import State
-
-Tensors = dict[str, Tensor]
-# What a level keeps beside the tensors of each parameter.
-COUNTERS = ("count", "moved", "updates", "settings")
 
 
 class Reading(NamedTuple):
@@ -50,32 +48,13 @@ class LevelReport(NamedTuple):
     change: float
 
 
-@dataclass
-class _Stream:
-    """One row of a State, taken apart.
-
-    Attributes:
-        now: the model's State after all tokens; start: where the open chunk began.
-        tokens, weights: of the open chunk, all of which have been read, and how much predicting each counts.
-        clock: tokens that were learned from.
-        levels: by level, `delta`, `gradient` and slots of each parameter; count, updates, moved.
-    """
-
-    now: State
-    start: State
-    tokens: list[int]
-    weights: list[float]
-    clock: int
-    levels: dict[str, Tensors]
-
-
 class Learner:
     """A model and the levels of its weights that learn while it reads.
 
     The model's own parameters never change: what a stream has learned is in its State, as differences from
     them in float32 (float64 for such a model), with the tokens of the chunk that is not over yet, gradients
     that wait for their level's update, and the state of optimisers. It is saved, stacked and forked with the
-    State. Streams of a batch learn each for itself.
+    State. Streams of a batch learn each for itself, one after another.
 
     Gradients do not cross from a chunk into the one before: keys and values that were cached there count as
     given. Chunks are those of the stream, wherever calls cut it.
@@ -90,24 +69,21 @@ class Learner:
     """
 
     def __init__(self, model: nn.Module, levels: Sequence[Level]) -> None:
-        parameters = dict(model.named_parameters())
+        parameters = self._parameters_of(model)
         self.base = check_levels(levels, parameters)
         self.model, self.levels, self._reader = model, tuple(levels), reader_of(model)
         self._adaptive = [level for level in self.levels if level.period is not None]
-        self._kept = {
-            level.name: {
-                *COUNTERS,
-                *(f"{part}/{name}" for part in _parts(level) for name in level.parameters),
-            }
-            for level in self._adaptive
+        self._replaced: Tensors = {}  # the model's own, while others are in their place
+        self._whole = {
+            level.name: _norm([parameters[name] for name in level.parameters]) for level in self.levels
         }
 
     def start(self, batch_size: int = 1) -> State:
         """The State of streams that have read and learned nothing."""
-        state = self._reader.initial_state(batch_size)
-        one = state.select([0])
-        streams = [_Stream(one, one, [], [], 0, self._fresh()) for _ in range(batch_size)]
-        return State.stack(self._together(stream) for stream in streams)
+        one = self._reader.initial_state(1)
+        fresh = fresh_levels(self._adaptive, self._parameters())
+        row = Stream(one, one, [], [], 0, fresh).row(self.base)
+        return row if batch_size == 1 else State.stack([row] * batch_size)
 
     def read(self, input_ids: Tensor, state: State, weights: Tensor | None = None) -> Reading:
         """Read tokens and learn from them. The State given stays as it was.
@@ -123,6 +99,7 @@ class Learner:
             StateMismatchError: a State of other levels.
             NonFiniteError: a loss or an update is infinite or no number; the State given is the one to go on
                 from.
+            ConfigError: the loss does not depend on a parameter of a level.
         """
         if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size or input_ids.shape[1] == 0:
             raise ShapeError(
@@ -136,47 +113,76 @@ class Learner:
         counted = torch.ones(input_ids.shape) if weights is None else weights
         logits, states = [], []
         for number, row in enumerate(_rows(state)):
-            stream = self._apart(row)
+            stream = take_apart(row, self._adaptive)
             logits.append(self._read(stream, input_ids[number].tolist(), counted[number].tolist()))
-            states.append(self._together(stream))
+            states.append(stream.row(self.base))
         return Reading(torch.cat(logits), _stack(states))
 
     def close(self, state: State) -> State:
         """The State after the context is over: what was learned stays, all else begins anew.
 
-        The tokens of the open chunk but the last one, which nothing followed, are learned from first.
+        The tokens of the open chunk but the last one, which nothing followed, are learned from first. Levels
+        that reset with the context forget.
         """
         closed = []
         for row in _rows(state):
-            stream = self._apart(row)
+            stream = take_apart(row, self._adaptive)
             if len(stream.tokens) > 1:
                 self._learn(stream, stream.tokens[:-1], stream.tokens[1:], stream.weights[1:])
             stream.now = stream.start = self._reader.initial_state(1)
             stream.tokens, stream.weights = [], []
-            closed.append(self._together(stream))
+            for level in self._adaptive:
+                if level.reset == "context":
+                    _reset(level, stream.own(level.name))
+            closed.append(stream.row(self.base))
         return _stack(closed)
 
     def weights(self, state: State, row: int = 0) -> Tensors:
         """The model's parameters by name, with what a stream has learned, in their own dtype."""
-        return self._adapted(self._deltas(self._apart(state.select([row]))))
+        return self._adapted(take_apart(state.select([row]), self._adaptive).deltas())
+
+    @contextmanager
+    def applied(self, state: State, row: int = 0) -> Iterator[nn.Module]:
+        """The model with what a stream has learned in its parameters, within a `with` block.
+
+        For what takes a model and not a Learner, as `generate`. The block must not be shared by threads.
+        """
+        if self._replaced:
+            raise ConfigError("the model has what another stream has learned; leave that block first")
+        learned, own = self.weights(state, row), dict(self.model.named_parameters())
+        self._replaced = self._parameters()
+        try:
+            for name, weight in learned.items():
+                own[name].data = weight
+            yield self.model
+        finally:
+            for name, weight in self._replaced.items():
+                own[name].data = weight
+            self._replaced = {}
+
+    def generate(self, input_ids: Tensor, state: State, **options: object) -> Tensor:
+        """Tokens int64 ``[1, n]`` that follow the tokens ``[1, T]`` after what a stream has read.
+
+        Nothing is learned and the State stays as it was. options: of Hugging Face's `generate`.
+        """
+        if state.batch_size != 1 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+            raise ShapeError(
+                f"the tokens have shape {list(input_ids.shape)} and the State {state.batch_size} rows; "
+                f"generate goes on with one stream and at least one token"
+            )
+        now = take_apart(state, self._adaptive).now
+        with self.applied(state):
+            return self._reader.generate(input_ids, now, options)
 
     def report(self, state: State) -> list[list[LevelReport]]:
         """For each stream what each level has done.
 
         Warns of a level whose period is over and that was never updated.
         """
-        own = self._parameters()
-        whole = {level.name: _norm([own[name] for name in level.parameters]) or 1.0 for level in self.levels}
-        found = []
-        for row in _rows(state):
-            stream = self._apart(row)
-            reports = []
-            for level in self.levels:
-                reports.append(self._report(level, stream, whole[level.name]))
-            found.append(reports)
-        return found
+        streams = [take_apart(row, self._adaptive) for row in _rows(state)]
+        return [[self._report(level, stream) for level in self.levels] for stream in streams]
 
-    def _report(self, level: Level, stream: _Stream, whole: float) -> LevelReport:
+    def _report(self, level: Level, stream: Stream) -> LevelReport:
         clock = stream.clock
         if level.period is None:
             return LevelReport(level.name, None, 0, clock, 0.0, 0.0)
@@ -186,13 +192,14 @@ class Learner:
             warnings.warn(
                 f"level {level.name!r} was never updated in {clock} tokens; all tokens of its periods had "
                 f"the weight 0",
-                stacklevel=3,
+                stacklevel=4,
             )
         pending = (clock - level.phase) % level.period if clock >= level.phase else clock
-        change = _norm([kept[f"delta/{name}"] for name in level.parameters]) / whole
-        return LevelReport(level.name, level.period, updates, pending, moved, change)
+        change = _norm([kept[f"delta/{name}"] for name in level.parameters])
+        whole = self._whole[level.name] or 1.0
+        return LevelReport(level.name, level.period, updates, pending, moved, change / whole)
 
-    def _read(self, stream: _Stream, tokens: list[int], weights: list[float]) -> Tensor:
+    def _read(self, stream: Stream, tokens: list[int], weights: list[float]) -> Tensor:
         """Logits ``[1, T, V]``; the stream is the one after the tokens."""
         logits = []
         while tokens:
@@ -210,18 +217,18 @@ class Learner:
                 continue
             count = min(room - len(stream.tokens), len(tokens))
             with torch.no_grad():
-                found, stream.now = self._run(self._deltas(stream), tokens[:count], stream.now)
+                found, stream.now = self._run(stream.deltas(), tokens[:count], stream.now)
             logits.append(found)
             stream.tokens += tokens[:count]
             stream.weights += weights[:count]
             tokens, weights = tokens[count:], weights[count:]
         return torch.cat(logits, 1)
 
-    def _learn(self, stream: _Stream, tokens: list[int], targets: list[int], weights: list[float]) -> Tensor:
+    def _learn(self, stream: Stream, tokens: list[int], targets: list[int], weights: list[float]) -> Tensor:
         """Read a chunk from its start, add its gradients to those of all levels, and update those that are
         due. Returns its logits."""
         with torch.inference_mode(False), torch.enable_grad():
-            leaves = {name: _own(x).detach().requires_grad_() for name, x in self._deltas(stream).items()}
+            leaves = {name: _own(x).detach().requires_grad_() for name, x in stream.deltas().items()}
             start = State(
                 {i: {n: _own(x) for n, x in layer.items()} for i, layer in stream.start.layers.items()},
                 _own(stream.start.clock),
@@ -233,62 +240,67 @@ class Learner:
             )
             counted = torch.tensor(weights, dtype=wide, device=logits.device)
             total = (losses * counted).sum()
-            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        for x in (total, *gradients):
-            if x is not None and not bool(x.isfinite().all()):
-                raise NonFiniteError(
-                    f"the loss on tokens {stream.clock + 1} to {stream.clock + len(tokens)} of the stream, "
-                    f"{float(total)}, or a gradient of it is not finite; go on from the State before, in "
-                    f"float32 or bfloat16, or with lower learning rates"
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        gradients: Tensors = {}
+        for name, g in zip(leaves, found, strict=True):
+            if g is None:
+                raise ConfigError(
+                    f"what the model predicts does not depend on {name!r}, which is in a level; leave it out"
                 )
-        by_name = dict(zip(leaves, gradients, strict=True))
+            gradients[name] = g
+        # One look at the device for all of them.
+        if not bool((total.detach().double() + get_total_norm(gradients.values()).double()).isfinite()):
+            raise NonFiniteError(
+                f"the loss on tokens {stream.clock + 1} to {stream.clock + len(tokens)} of the stream, "
+                f"{float(total.detach())}, or a gradient of it is not finite; go on from the State before, in "
+                f"float32 or bfloat16, or with lower learning rates"
+            )
         with torch.no_grad():
+            count = counted.sum()
             for level in self._adaptive:
-                kept = stream.levels[level.name]
+                kept = stream.own(level.name)
                 for name in level.parameters:
-                    g = by_name[name]
-                    if g is not None:
-                        kept[f"gradient/{name}"] = kept[f"gradient/{name}"] + g
-                kept["count"] = kept["count"] + counted.sum().to(kept["count"])
+                    kept[f"gradient/{name}"].add_(gradients[name])
+                kept["count"].add_(count)
             stream.clock += len(tokens)
-            due = [level for level in self._adaptive if level.due(stream.clock)]
-            for level in due:
-                stream.levels[level.name] = self._update(level, stream.levels[level.name], stream.clock)
+            for level in self._adaptive:
+                if level.due(stream.clock):
+                    self._update(level, stream.levels[level.name], stream.clock)
         stream.now = stream.start = after.detach()
         return logits.detach()
 
-    def _update(self, level: Level, kept: Tensors, clock: int) -> Tensors:
-        """The level after its step, with gradients at zero; as it was where no token counted."""
+    def _update(self, level: Level, kept: Tensors, clock: int) -> None:
+        """A level's step, after which its gradients are zero; none where no token counted."""
         count, updates = float(kept["count"]), int(kept["updates"])
         if count == 0:
-            return kept
+            return
         step, slots = OPTIMIZERS[level.optimizer]
-        made: Tensors = {}
         changes: Tensors = {}
         for name in level.parameters:
             g = kept[f"gradient/{name}"]
             given = {slot: kept[f"{slot}/{name}"] for slot in slots}
-            change, after = step(level, g / count if level.reduce == "mean" else g, given, updates)
-            changes[name] = change
-            made |= {f"{slot}/{name}": value for slot, value in after.items()}
-            made[f"gradient/{name}"] = torch.zeros_like(g)
+            if level.reduce == "mean":
+                g = g / count
+            changes[name], after = step(level, g, given, updates)
+            kept |= {f"{slot}/{name}": value for slot, value in after.items()}
         moved = _norm(changes.values())
         if not moved < float("inf"):
             raise NonFiniteError(
                 f"the update of level {level.name!r} at token {clock} of the stream is {moved}; go on from "
                 f"the State before, with a lower learning rate than {level.learning_rate}"
             )
+        scale = 1.0
         if level.largest_update is not None:
-            own = self._parameters()
-            most = level.largest_update * _norm([own[name] for name in level.parameters])
-            if moved > most:
-                changes = {name: change * (most / moved) for name, change in changes.items()}
-                moved = most
+            most = level.largest_update * self._whole[level.name]
+            scale = min(1.0, most / moved) if moved else 1.0
         for name, change in changes.items():
-            made[f"delta/{name}"] = kept[f"delta/{name}"] + change
-        made["count"], made["updates"] = torch.zeros_like(kept["count"]), kept["updates"] + 1
-        made["moved"], made["settings"] = torch.full_like(kept["moved"], moved), kept["settings"]
-        return made
+            kept[f"delta/{name}"].add_(change, alpha=scale)
+            kept[f"gradient/{name}"].zero_()
+        kept["count"].zero_()
+        kept["updates"].add_(1)
+        kept["moved"].fill_(moved * scale)
+        if isinstance(level.reset, int) and (updates + 1) % level.reset == 0:
+            _reset(level, kept)
 
     def _run(self, deltas: Mapping[str, Tensor], tokens: list[int], state: State) -> tuple[Tensor, State]:
         ids = torch.tensor([tokens], device=state.device)
@@ -301,92 +313,18 @@ class Learner:
         return weights
 
     def _parameters(self) -> Tensors:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return dict(self._replaced) or self._parameters_of(self.model)
 
-    def _deltas(self, stream: _Stream) -> Tensors:
-        return {
-            name: stream.levels[level.name][f"delta/{name}"]
-            for level in self._adaptive
-            for name in level.parameters
-        }
+    @staticmethod
+    def _parameters_of(model: nn.Module) -> Tensors:
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
-    def _fresh(self) -> dict[str, Tensors]:
-        """By level, zeros."""
-        own = self._parameters()
-        levels: dict[str, Tensors] = {}
-        for level in self._adaptive:
-            kept: Tensors = {}
-            for name in level.parameters:
-                wide = own[name].new_zeros(
-                    own[name].shape, dtype=torch.promote_types(own[name].dtype, torch.float32)
-                )
-                for part in _parts(level):
-                    kept[f"{part}/{name}"] = wide
-            device = own[level.parameters[0]].device
-            kept["count"] = torch.zeros((), dtype=torch.float64, device=device)
-            kept["moved"] = torch.zeros((), dtype=torch.float64, device=device)
-            kept["updates"] = torch.zeros((), dtype=torch.int64, device=device)
-            kept["settings"] = _settings(level).to(device)
-            levels[level.name] = kept
-        return levels
 
-    def _together(self, stream: _Stream) -> State:
-        """The row of a State: what `_apart` takes."""
-        device = stream.now.device
-        learned = {
-            level: {n: x.unsqueeze(0) for n, x in kept.items()} for level, kept in stream.levels.items()
-        }
-        tokens = torch.zeros(1, self.base, dtype=torch.int64)
-        weights = torch.zeros(1, self.base, dtype=torch.float64)
-        used = len(stream.tokens)
-        tokens[0, :used], weights[0, :used] = torch.tensor(stream.tokens), torch.tensor(stream.weights)
-        own = {
-            "tokens": tokens,
-            "weights": weights,
-            "used": torch.tensor([used]),
-            "clock": torch.tensor([stream.clock]),
-            "start.clock": stream.start.clock,
-        }
-        for index, layer in stream.start.layers.items():
-            own |= {f"start.{index}.{name}": tensor for name, tensor in layer.items()}
-        learned["stream"] = {name: tensor.to(device) for name, tensor in own.items()}
-        return State(stream.now.layers, stream.now.clock, learned)
-
-    def _apart(self, state: State) -> _Stream:
-        found = {level: set(kept) for level, kept in state.learned.items() if level != "stream"}
-        if self._kept != found or "stream" not in state.learned:
-            raise StateMismatchError(
-                f"the State has learned on the levels {sorted(found) or 'none'}, and this Learner has "
-                f"{sorted(self._kept)}, or they have other parameters or optimisers; begin with Learner.start"
-            )
-        for level in self._adaptive:
-            before, now = state.learned[level.name]["settings"][0].tolist(), _settings(level).tolist()
-            if before != now:
-                raise StateMismatchError(
-                    f"the State's level {level.name!r} has period {before[0]}, phase {before[1]} and reduces "
-                    f"by {REDUCTIONS[before[2]]}; this Learner's has {now[0]}, {now[1]} and {level.reduce}"
-                )
-        own = dict(state.learned["stream"])
-        layers: dict[int, Tensors] = {}
-        for name, tensor in own.items():
-            head, _, rest = name.partition(".")
-            index, _, key = rest.partition(".")
-            if head == "start" and key:
-                layers.setdefault(int(index), {})[key] = tensor
-        used = int(own["used"])
-        levels = {
-            level: {n: x[0] for n, x in kept.items()}
-            for level, kept in state.learned.items()
-            if level != "stream"
-        }
-        return _Stream(
-            now=State(state.layers, state.clock),
-            start=State(dict(sorted(layers.items())), own["start.clock"]),
-            tokens=own["tokens"][0, :used].tolist(),
-            weights=own["weights"][0, :used].tolist(),
-            clock=int(own["clock"]),
-            levels=levels,
-        )
+def _reset(level: Level, kept: Tensors) -> None:
+    """What a level has learned, and its optimiser's state, back to nothing; waiting gradients stay."""
+    for name in level.parameters:
+        for part in ("delta", *OPTIMIZERS[level.optimizer][1]):
+            kept[f"{part}/{name}"].zero_()
 
 
 def _rows(state: State) -> list[State]:
@@ -405,17 +343,6 @@ def _own(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
-def _settings(level: Level) -> Tensor:
-    """What a level must have in common with what was learned before."""
-    return torch.tensor([level.period or 0, level.phase, REDUCTIONS.index(level.reduce)])
-
-
-def _parts(level: Level) -> tuple[str, ...]:
-    """What a level keeps of each parameter."""
-    return ("delta", "gradient", *OPTIMIZERS[level.optimizer][1])
-
-
 def _norm(tensors: object) -> float:
     """Of all numbers together."""
-    squares = [float(x.double().square().sum()) for x in tensors]  # type: ignore[attr-defined]
-    return sum(squares) ** 0.5
+    return float(get_total_norm(list(tensors)))  # type: ignore[call-overload]

@@ -12,6 +12,7 @@ from nestor.errors import ConfigError, suggest
 from nestor.learning.inner import OPTIMIZERS
 
 REDUCTIONS = ("mean", "sum")
+RESETS = ("never", "context")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Level:
         momentum, second_momentum: how much of a mean stays from update to update.
         phase: updates fall on tokens `phase, phase + C, phase + 2 C, ...` of the stream (not on 0).
         largest_update: norm of an update over that of the weights that is not exceeded; None: no limit.
+        reset: when what the level has learned is dropped, with the state of its optimiser: "never", at the
+            end of a "context", or every so many of its own updates (eq. 72, the nested wiring).
     """
 
     name: str
@@ -40,6 +43,7 @@ class Level:
     second_momentum: float = 0.999
     phase: int = 0
     largest_update: float | None = None
+    reset: str | int = "never"
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name == "stream":
@@ -75,6 +79,12 @@ class Level:
                 f"level {self.name!r} has largest_update={self.largest_update}; it must be above 0"
             )
 
+        if self.reset not in RESETS and not (type(self.reset) is int and self.reset > 0):
+            raise ConfigError(
+                f"level {self.name!r} has reset={self.reset!r}; give {' or '.join(map(repr, RESETS))}, or a "
+                f"number of updates. {suggest(str(self.reset), RESETS)}".rstrip()
+            )
+
     def due(self, clock: int) -> bool:
         """Whether an update falls on the token of this number, counted from 1."""
         if self.period is None or clock < max(self.phase, 1):
@@ -85,13 +95,16 @@ class Level:
 def check_levels(levels: Sequence[Level], parameters: Mapping[str, Tensor]) -> int:
     """Tokens of a base chunk, the shortest period, of levels that go together and with a model's parameters.
 
+    A parameter may be in several levels if all but one of these drop what they have learned: the one that
+    does not learns where they begin, by the same gradients (eq. 72 to first order).
+
     Raises:
         ConfigError: they do not.
     """
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
         raise ConfigError(f"levels are called {', '.join(names)}; give each its own name")
-    owner: dict[str, str] = {}
+    lasting: dict[str, str] = {}
     for level in levels:
         for name in level.parameters:
             if name not in parameters:
@@ -99,9 +112,13 @@ def check_levels(levels: Sequence[Level], parameters: Mapping[str, Tensor]) -> i
                     f"level {level.name!r} has {name!r}, which is no parameter of this model. "
                     f"{suggest(name, parameters)}".rstrip()
                 )
-            if name in owner:
-                raise ConfigError(f"{name!r} is in the levels {owner[name]!r} and {level.name!r}; choose one")
-            owner[name] = level.name
+            if level.reset == "never":
+                if name in lasting:
+                    raise ConfigError(
+                        f"{name!r} is in the levels {lasting[name]!r} and {level.name!r}, which both keep "
+                        f"what they learn; choose one, or let the faster one reset"
+                    )
+                lasting[name] = level.name
     periods = [level.period for level in levels if level.period is not None]
     if not periods:
         raise ConfigError("no level has a period, so nothing would be learned; give one of them a period")

@@ -26,6 +26,10 @@ class Reader(Protocol):
         """Logits ``[1, T, V]`` and the State after the tokens. weights: all, by name."""
         ...
 
+    def generate(self, ids: Tensor, state: State, options: Mapping[str, Any]) -> Tensor:
+        """Tokens ``[1, n]`` that follow the tokens ``[1, T]`` after a State, with the model's own weights."""
+        ...
+
 
 class NestorReader:
     """A Nestor model."""
@@ -40,6 +44,12 @@ class NestorReader:
         options = {"past_key_values": state, "use_cache": True}
         output = functional_call(self.model, dict(weights), (ids,), options)
         return output.logits, output.past_key_values
+
+    def generate(self, ids: Tensor, state: State, options: Mapping[str, Any]) -> Tensor:
+        mask = torch.ones_like(ids)
+        model: Any = self.model
+        made = model.generate(ids, attention_mask=mask, past_key_values=state, **options)
+        return made[:, ids.shape[1] :]
 
 
 class CacheReader:
@@ -75,14 +85,7 @@ class CacheReader:
         return State(layers, State.empty(batch_size, self.model.device).clock)
 
     def __call__(self, weights: Mapping[str, Tensor], ids: Tensor, state: State) -> tuple[Tensor, State]:
-        cache, read = DynamicCache(), int(state.clock)
-        if read:
-            for index, layer in state.layers.items():
-                keys, values = (
-                    layer[f"{name}.cache"][:, -read:].transpose(1, 2) for name in ("keys", "values")
-                )
-                cache.update(keys, values, index)
-        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        options: dict[str, Any] = {"past_key_values": _cache(state), "use_cache": True}
         output = functional_call(self.model, dict(weights), (ids,), options)
         layers = {
             index: {
@@ -92,6 +95,26 @@ class CacheReader:
             for index, layer in enumerate(output.past_key_values.layers)
         }
         return output.logits, State(layers, state.clock + ids.shape[1])
+
+    def generate(self, ids: Tensor, state: State, options: Mapping[str, Any]) -> Tensor:
+        # Generation wants an id for each token of the cache, which it then leaves out.
+        read = ids.new_full((1, int(state.clock)), self.model.config.bos_token_id or 0)
+        ids = torch.cat((read, ids), 1)
+        model: Any = self.model
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=_cache(state), **options
+        )
+        return made[:, ids.shape[1] :]
+
+
+def _cache(state: State) -> DynamicCache:
+    """Keys and values of a State of one stream."""
+    cache, read = DynamicCache(), int(state.clock)
+    if read:
+        for index, layer in state.layers.items():
+            keys, values = (layer[f"{name}.cache"][:, -read:].transpose(1, 2) for name in ("keys", "values"))
+            cache.update(keys, values, index)
+    return cache
 
 
 def reader_of(model: nn.Module) -> Reader:

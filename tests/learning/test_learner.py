@@ -292,11 +292,97 @@ def test_it_learns_under_inference_mode_and_leaves_the_model_alone(model) -> Non
     assert not any(tensor.requires_grad for tensor in flat(state).values())
 
 
+def test_invariant_14_a_nested_level_starts_again_where_the_slower_one_says(model) -> None:
+    fast = Level("fast", (FAST,), 2, 0.3, "sum", "momentum", reset=3)
+    learner = Learner(model, [fast, Level("slow", (FAST,), 6, 0.1, "sum")])
+    ids, cache, gradients = stream(17), State.empty(1), []
+    start = dict(model.named_parameters())[FAST].detach().clone()
+    weight, momentum = start.clone(), torch.zeros_like(start)
+    for begin in range(0, 16, 2):
+        other = copy.deepcopy(model)
+        leaf = dict(other.named_parameters())[FAST]
+        leaf.data = weight
+        out = other(ids[:, begin : begin + 2], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values.detach()
+        loss = F.cross_entropy(out.logits[0], ids[0, begin + 1 : begin + 3], reduction="sum")
+        gradients.extend(torch.autograd.grad(loss, [leaf]))
+        momentum = 0.9 * momentum + gradients[-1]
+        weight = weight - 0.3 * momentum
+        if len(gradients) % 3 == 0:
+            start = start - 0.1 * sum(gradients[-3:])
+            weight, momentum = start.clone(), torch.zeros_like(start)
+        state = learner.read(ids[:, : begin + 3], learner.start()).state
+        torch.testing.assert_close(learner.weights(state)[FAST], weight, rtol=1e-9, atol=1e-12)
+        assert state.learned["fast"][f"delta/{FAST}"].any() == (len(gradients) % 3 > 0)
+    assert learner.report(state)[0][0].updates == 8
+
+
+def test_what_belongs_to_a_context_ends_with_it(model) -> None:
+    learner = Learner(
+        model, [Level("fast", (FAST,), 2, 0.3, reset="context"), Level("slow", (SLOW,), 4, 0.3)]
+    )
+    state = learner.close(learner.read(stream(9), learner.start()).state)
+    assert not state.learned["fast"][f"delta/{FAST}"].any() and state.learned["slow"][f"delta/{SLOW}"].any()
+    assert int(state.learned["fast"]["updates"]) == 4
+
+
 def test_updates_are_no_larger_than_asked(model) -> None:
     learner = Learner(model, [Level("fast", (FAST,), 3, 100.0, largest_update=1e-3)])
     _, state = learner.read(stream(5), learner.start())
     own = dict(model.named_parameters())[FAST].norm()
     assert float(state.learned["fast"][f"delta/{FAST}"].norm() / own) == pytest.approx(1e-3)
+
+
+def test_the_limit_is_that_of_all_weights_of_a_level(model) -> None:
+    names = (FAST, SLOW)
+    learner = Learner(model, [Level("all", names, 3, 100.0, largest_update=1e-3)])
+    free = Learner(model, [Level("all", names, 3, 100.0)])
+    kept, unbound = (one.read(stream(5), one.start()).state.learned["all"] for one in (learner, free))
+    own = torch.cat([dict(model.named_parameters())[name].detach().flatten() for name in names])
+    limited, without = (torch.cat([k[f"delta/{n}"].flatten() for n in names]) for k in (kept, unbound))
+    assert float(limited.norm() / own.norm()) == pytest.approx(1e-3)
+    torch.testing.assert_close(limited / limited.norm(), without / without.norm())
+    assert float(kept["moved"]) == pytest.approx(float(limited.norm()))
+
+
+def test_small_updates_add_up_beside_weights_in_bfloat16(model) -> None:
+    low = model.to(torch.bfloat16)
+    learner = Learner(low, [Level("all", (FAST,), 2, 1e-6)])
+    own = dict(low.named_parameters())[FAST]
+    first = learner.read(stream(4), learner.start()).state
+    assert torch.equal(learner.weights(first)[FAST], own) and first.learned["all"][f"delta/{FAST}"].any()
+    assert first.learned["all"][f"delta/{FAST}"].dtype == torch.float32
+    repeated = stream(1).repeat(1, 4001)
+    state = learner.read(repeated[:, :201], learner.start()).state
+    one = learner.read(repeated[:, :3], learner.start()).state.learned["all"][f"delta/{FAST}"]
+    assert float(state.learned["all"][f"delta/{FAST}"].norm()) > 50 * float(one.norm())
+
+
+def test_weights_that_nothing_depends_on_are_refused(model) -> None:
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    learner = Learner(model, [Level("all", ("unused", FAST), 2, 0.1)])
+    with pytest.raises(ConfigError, match="does not depend on 'unused'"):
+        learner.read(stream(4), learner.start())
+
+
+def test_generation_goes_on_from_what_was_read_and_learned(model) -> None:
+    learner = Learner(model, levels(rate=2.0))
+    ids = stream(11)
+    state = learner.read(ids[:, :9], learner.start()).state
+    before = {name: tensor.clone() for name, tensor in flat(state).items()}
+    found = learner.generate(ids[:, 9:], state, max_new_tokens=4, do_sample=False)
+    expected = []
+    with learner.applied(state) as changed:
+        assert changed is model and torch.equal(model.get_parameter(FAST), learner.weights(state)[FAST])
+        out = model(ids[:, 9:], past_key_values=State(state.layers, state.clock), use_cache=True)
+        for _ in range(4):
+            expected.append(int(out.logits[0, -1].argmax()))
+            out = model(torch.tensor([expected[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+    assert found.tolist() == [expected]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in flat(state).items())
+    assert not torch.equal(model.get_parameter(FAST), learner.weights(state)[FAST])
+    with pytest.raises(ShapeError, match="2 rows"):
+        learner.generate(ids[:, 9:], State.stack([state, state]))
 
 
 def test_what_is_not_finite_is_refused_and_the_state_stays(model) -> None:
@@ -312,6 +398,8 @@ def test_what_is_not_finite_is_refused_and_the_state_stays(model) -> None:
     [
         (lambda: [Level("a", (FAST,), 4), Level("a", (SLOW,), 4)], "own name"),
         (lambda: [Level("a", (FAST,), 4), Level("b", (FAST,), 8)], "choose one"),
+        (lambda: [Level("a", (FAST,), 4, reset=0)], "reset=0"),
+        (lambda: [Level("a", (FAST,), 4, reset="contexts")], "Did you mean 'context'"),
         (lambda: [Level("a", (FAST,), 4), Level("b", (SLOW,), 6)], "no multiple of the shortest period, 4"),
         (lambda: [Level("a", ("layers.0.feed_forward.down.weight",), 4)], "Did you mean"),
         (lambda: [Level("a", (FAST,), None)], "no level has a period"),
@@ -399,7 +487,7 @@ def test_a_phase_moves_the_updates(model) -> None:
     # Updates after 4, 10 and 16 tokens, when the one after them is there.
     assert counts == [0] * 4 + [1] * 6 + [2] * 6 + [3] * 2
     assert learner.report(state)[0][1].pending == 0
-    with pytest.raises(StateMismatchError, match="'slow' has period 6, phase 4 and reduces by sum"):
+    with pytest.raises(StateMismatchError, match="'slow' has period 6, phase 4, reduces by sum"):
         Learner(model, [Level("fast", (FAST,), 2, 0.1), Level("slow", (SLOW,), 6, 0.1)]).report(state)
 
 

@@ -91,6 +91,22 @@ def test_streams_can_be_cut_stacked_and_saved(kind, tmp_path) -> None:
     assert closed.layers[0]["keys.cache"].shape[1] == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_goes_on_from_the_cache(kind) -> None:
+    model, ids = build(kind), tokens(12)
+    learner = Learner(model, assign_levels(model, [4], [0.0]))
+    state = learner.read(ids[:, :9], learner.start()).state
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    found = learner.generate(ids[:, 9:], state, **options)
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(found, whole[:, 12:])
+    eager = Learner(model, assign_levels(model, [4], [2.0]))
+    moved = eager.read(ids[:, :9], eager.start()).state
+    with eager.applied(moved):
+        logits = model(ids).logits
+    assert not torch.allclose(logits, model(ids).logits)
+
+
 def test_layers_and_their_levels() -> None:
     model = build("llama")
     layers = feed_forward_weights(model)
