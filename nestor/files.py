@@ -93,6 +93,18 @@ def read_tensors(path: PathLike, device: str = "cpu") -> tuple[dict[str, "Tensor
 
     Raises: DataError if there is no such file, FileFormatError if it is truncated or of another kind.
     """
+    with _opened(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def read_metadata(path: PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors. Raises as `read_tensors`."""
+    with _opened(path, "cpu") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: PathLike, device: str) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -102,7 +114,7 @@ def read_tensors(path: PathLike, device: str = "cpu") -> tuple[dict[str, "Tensor
         )
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         size = path.stat().st_size
         raise FileFormatError(

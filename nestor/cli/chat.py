@@ -32,11 +32,15 @@ HELP = {
 class Args:
     """Talk with a model. With --memory it goes on, next time, from what it has read.
 
+    A model with memory layers keeps it in their state. Of any other decoder (Llama, Qwen, GPT-NeoX ...)
+    weights learn from what you write, as `nestor learn` and `nestor retrofit` say, and stay learned when the
+    turns themselves no longer fit into its context.
     The memory file is read at the start and replaced, atomically, after each turn; a second process that
     would write the same file is refused. Type /help in the conversation for its commands.
 
     Examples:
       nestor chat runs/a/final --memory ada.safetensors
+      nestor chat some/llama --memory book.safetensors       # what `nestor learn` wrote
       nestor chat runs/a/final --temperature 0.5 --max-new-tokens 100
       printf 'The key of Marlow is 4821.\\n/surprise\\n' | nestor chat runs/a/final
     """
@@ -73,18 +77,42 @@ def _chat(args: Args, arguments: dict[str, Any]) -> int:
     from nestor.cli.conversation import Conversation, require_state
     from nestor.cli.memory_file import MemoryFile
 
-    require_state(model)
     if args.sampling.seed is not None:
         torch.manual_seed(args.sampling.seed)
     if tokenizer.pad_token_id is not None:
         arguments["pad_token_id"] = tokenizer.pad_token_id
-    file = None if args.memory is None else MemoryFile(args.memory, model)
-    state = None if file is None else file.load()
-    chat = Chat(
-        Conversation(model, tokenizer, state), file, arguments, Console(highlight=False, soft_wrap=True)
-    )
+    file: MemoryFile | None = None
+    if args.memory is not None and _learns(args.memory, model):
+        conversation, file = _learning(args.memory, model, tokenizer)
+    else:
+        require_state(model)
+        if args.memory is not None:
+            file = MemoryFile(args.memory, model)
+        conversation = Conversation(model, tokenizer, None if file is None else file.load())
+    chat = Chat(conversation, file, arguments, Console(highlight=False, soft_wrap=True))
     chat.greet()
     return chat.loop()
+
+
+def _learns(memory: Path, model: Any) -> bool:
+    """Whether the memory is what weights have learned: its file says so, or the model has no other."""
+    from nestor.cli.levels import NOTE
+    from nestor.models.state import read_notes
+
+    return NOTE in read_notes(memory) if memory.exists() else model.config.model_type != "nestor"
+
+
+def _learning(memory: Path, model: Any, tokenizer: Any) -> "tuple[Conversation, MemoryFile]":
+    from nestor.cli.learning_conversation import LearningConversation
+    from nestor.cli.levels import NOTE, LevelOptions, retrofit_of
+    from nestor.cli.memory_file import MemoryFile
+    from nestor.learning import Learner
+
+    retrofit = retrofit_of(LevelOptions(), memory)
+    learner = Learner(model, retrofit.apply(model))
+    file = MemoryFile(memory, model, {NOTE: retrofit.to_notes()})
+    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    return LearningConversation(learner, tokenizer, limit, file.load()), file
 
 
 class Chat:
@@ -104,10 +132,8 @@ class Chat:
 
     def greet(self) -> None:
         """Say what the memory holds."""
-        state = self.conversation.state
         where = "The memory ends with this conversation" if self.file is None else f"Memory: {self.file.path}"
-        read = "it has read nothing yet" if state is None else f"it has read {int(state.clock[0]):,} tokens"
-        self._say(f"{where}; {read}. /help shows the commands.")
+        self._say(f"{where}; {self.conversation.described()}. /help shows the commands.")
 
     def loop(self) -> int:
         """Answer lines until /quit or the end of the input."""

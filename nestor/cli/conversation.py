@@ -146,7 +146,7 @@ class Conversation:
             arguments["streamer"] = TokenStream(self.tokenizer, on_text)
         if not self._has_template():
             arguments["stopping_criteria"] = [StopAfterLine(self.tokenizer, len(ids))]
-        answer, state = extend(self.model, ids, self.state, arguments, lambda a: self._close(a, closing))
+        answer, state = self._extend(ids, arguments, lambda a: self._close(a, closing))
         self.last = Turn(self.state, ids + answer + self._close(answer, closing))
         self.state = state
         reply = self.tokenizer.decode(answer, skip_special_tokens=True)
@@ -178,13 +178,27 @@ class Conversation:
                 pending = 0.0
         return pieces
 
+    @property
+    def read(self) -> int:
+        """Tokens that the open context has."""
+        return 0 if self.state is None else int(self.state.clock[0])
+
+    def described(self) -> str:
+        """What the memory holds, in words."""
+        return f"it has read {self.read:,} tokens" if self.read else "it has read nothing yet"
+
+    def _extend(
+        self, ids: list[int], arguments: dict[str, Any], tail: Callable[[list[int]], list[int]]
+    ) -> tuple[list[int], State]:
+        return extend(self.model, ids, self.state, arguments, tail)
+
     def _has_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def _wrap(self, text: str) -> tuple[list[int], str]:
         """Tokens that open an answer to `text`, and the text that closes the answer."""
         if not self._has_template():
-            return encode_prompt(self.tokenizer, text + "\n", opening=self.state is None), "\n"
+            return encode_prompt(self.tokenizer, text + "\n", opening=not self.read), "\n"
 
         _check_unicode(text)
 
@@ -197,7 +211,7 @@ class Conversation:
         stand_in = [("user", "question"), ("assistant", "<answer>")]
         past = render(stand_in)
         closing = past.rpartition("<answer>")[2]
-        if self.state is None:
+        if not self.read:
             rendered = render([("user", text)], add_generation_prompt=True)
         else:
             rendered = render([*stand_in, ("user", text)], add_generation_prompt=True).removeprefix(past)

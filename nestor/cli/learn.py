@@ -7,17 +7,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from nestor.cli.levels import LevelOptions
 from nestor.cli.loading import Dtype, load_model
 from nestor.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nestor.learning import Learner, Level
+    from nestor.learning import Learner
     from nestor.models.state import State
 
 
@@ -27,9 +28,9 @@ class Args:
 
     The last layers' feed-forward networks are split into levels, each updated once in its period from the
     model's own next-token loss. The model stays as it is: what it learns goes into the memory file, with
-    which the next call goes on. --export writes the model with what it has learned as a folder of its own,
-    for `nestor generate`, `nestor chat` or any other program. For each file the table compares the text's
-    bits a byte with those of the model that does not learn.
+    which the next call, and `nestor chat`, go on (`nestor retrofit` makes an empty one). --export writes the
+    model with what it has learned as a folder of its own, for any other program. For each file the table
+    compares the text's bits a byte with those of the model that does not learn.
 
     Examples:
       nestor learn some/llama book.txt --memory book.safetensors
@@ -45,18 +46,7 @@ class Args:
     """Go on from this file, and write what is learned back to it after each text (made if it is missing)."""
     export: Path | None = None
     """Write the model as it has become to this new folder."""
-    periods: tuple[int, ...] = (64, 512)
-    """Tokens from update to update of each level; multiples of the shortest."""
-    learning_rates: tuple[float, ...] = field(default_factory=tuple)
-    """Of each level; none given: 0.1 for all. Weights in bfloat16 do not show changes below 0.4 %."""
-    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """How a level steps."""
-    largest_update: float = 0.01
-    """No update changes a level's weights by more than this share of their norm."""
-    fixed: float = 0.5
-    """Share of the layers, from the first on, that do not learn."""
-    order: Literal["shallow_first", "deep_first", "shuffled"] = "shallow_first"
-    """Which of the others have the shortest period."""
+    levels: Annotated[LevelOptions, tyro.conf.arg(name="")] = field(default_factory=LevelOptions)
     context: int | None = None
     """Tokens that are read together; none given: what the model takes, at most 2,048."""
     compare: bool = True
@@ -108,16 +98,18 @@ def _learn(args: Args, texts: list[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from nestor.cli.levels import COLUMNS, NOTE, described, retrofit_of
     from nestor.cli.memory_file import MemoryFile
     from nestor.cli.tables import print_table
-    from nestor.learning import Learner, assign_levels
+    from nestor.learning import Learner
 
-    rates = args.learning_rates or (0.1,) * len(args.periods)
-    levels = assign_levels(
-        model, args.periods, rates, fixed=args.fixed, order=args.order, optimizer=args.optimizer,
-        largest_update=args.largest_update,
-    )  # fmt: skip
-    learner = Learner(model, levels)
+    retrofit = retrofit_of(args.levels, args.memory)
+    if args.export is not None and retrofit.reading != "existing":
+        raise ConfigError(
+            f"--export writes a model of its own kind, which one with the networks of reading "
+            f"{retrofit.reading!r} is not; leave it out, the memory file holds all that was learned."
+        )
+    learner = Learner(model, retrofit.apply(model))
     context = args.context
     if context is None:
         context = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
@@ -130,9 +122,11 @@ def _learn(args: Args, texts: list[str]) -> int:
     if args.export is not None:
         args.export.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
-    print_table(console, ("level", "layers", "learning rate"), [_described(level) for level in levels])
-    file = MemoryFile(args.memory, model) if args.memory else None
+    print_table(console, COLUMNS, [described(level) for level in learner.levels])
+    file = MemoryFile(args.memory, model, {NOTE: retrofit.to_notes()}) if args.memory else None
     state = (file.load() if file else None) or learner.start()
+    if int(state.clock):
+        state = learner.close(state)  # a conversation that `nestor chat` left open
     before = [report.updates for report in learner.report(state)[0]]
 
     rows: list[list[str]] = []
@@ -199,11 +193,6 @@ def _windows(ids: list[int], context: int) -> Iterator[list[int]]:
     token but the first is predicted once."""
     for begin in range(0, len(ids) - 1, context - 1):
         yield ids[begin : begin + context]
-
-
-def _described(level: Level) -> list[str]:
-    layers = sorted({int(part) for name in level.parameters for part in name.split(".") if part.isdigit()})
-    return [level.name + " tokens", ", ".join(map(str, layers)), f"{level.learning_rate:g}"]
 
 
 def _row(path: Path, read: Read, compare: bool) -> list[str]:

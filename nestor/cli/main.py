@@ -18,6 +18,7 @@ from nestor.errors import NestorError, suggest
 COMMANDS = {
     "quickstart": "train two small models on this machine, measure their memory, write report.html",
     "train": "train a model from a configuration file or one of the shipped recipes",
+    "retrofit": "give a trained model levels: weights that learn from what it reads",
     "learn": "read files with a model whose weights learn from them",
     "eval": "measure perplexity, recall and needle retrieval of one or more models",
     "generate": "continue a prompt",

@@ -1,6 +1,7 @@
 """A memory file: the State of one conversation on disk, with named snapshots in a folder beside it."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 class MemoryFile:
     """The State in `path`, and snapshots in `<path>.snapshots/NAME.safetensors`.
 
+    notes: what is written with each State (`State.save`).
     Every write is atomic. Hold a `nestor.files.FileLock(path)` as long as this may write.
     """
 
-    def __init__(self, path: Path, model: Any) -> None:
+    def __init__(self, path: Path, model: Any, notes: Mapping[str, Any] | None = None) -> None:
         self.path = path
+        self.notes = notes
         self.folder = path.with_name(path.name + ".snapshots")
         self.model = model
 
@@ -30,14 +33,14 @@ class MemoryFile:
         if state is None:
             self.path.unlink(missing_ok=True)
         else:
-            state.save(self.path, model=self.model)
+            state.save(self.path, self.model, self.notes)
 
     def snapshot(self, name: str, state: State) -> Path:
         """Keep `state` under a new name."""
         path = self._snapshot_path(name)
         if path.exists():
             raise ConfigError(f"there is a snapshot {name!r} already; choose another name.")
-        state.save(path, model=self.model)
+        state.save(path, self.model, self.notes)
         return path
 
     def rollback(self, name: str) -> State:

@@ -7,17 +7,19 @@ if TYPE_CHECKING:
     from nestor.learning.assignment import assign_levels, feed_forward_weights
     from nestor.learning.learner import Learner, LevelReport, Reading
     from nestor.learning.levels import Level
+    from nestor.learning.retrofit import Retrofit
 
 _EXPORTS = {
     "Learner": "nestor.learning.learner",
     "Level": "nestor.learning.levels",
     "LevelReport": "nestor.learning.learner",
     "Reading": "nestor.learning.learner",
+    "Retrofit": "nestor.learning.retrofit",
     "assign_levels": "nestor.learning.assignment",
     "feed_forward_weights": "nestor.learning.assignment",
 }
 
-__all__ = ["Learner", "Level", "LevelReport", "Reading", "assign_levels", "feed_forward_weights"]
+__all__ = ["Learner", "Level", "LevelReport", "Reading", "Retrofit", "assign_levels", "feed_forward_weights"]
 
 
 def __getattr__(name: str) -> Any:

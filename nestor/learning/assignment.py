@@ -45,6 +45,24 @@ def feed_forward_weights(model: nn.Module) -> list[list[str]]:
     return [by_layer[index] for index in sorted(by_layer)]
 
 
+def adaptive_layers(
+    layers: list[list[str]], periods: Sequence[int], learning_rates: Sequence[float], fixed: float
+) -> list[list[str]]:
+    """Those of the layers that learn: all but a share `fixed` of the first.
+
+    Raises:
+        ConfigError: no level, periods that do not rise, rates that are not one for each, or no layer.
+    """
+    if not periods or len(periods) != len(learning_rates) or list(periods) != sorted(set(periods)):
+        raise ConfigError(
+            f"periods are {list(periods)} and learning rates {list(learning_rates)}; give rising periods, "
+            f"and a learning rate for each"
+        )
+    if not 0 <= fixed < 1:
+        raise ConfigError(f"fixed is {fixed}; it must be a share of the layers, from 0 to below 1")
+    return layers[int(len(layers) * fixed) :]
+
+
 def assign_levels(
     model: nn.Module,
     periods: Sequence[int],
@@ -74,19 +92,11 @@ def assign_levels(
         raise ConfigError(
             f"order is {order!r}; known are {', '.join(ORDERS)}. {suggest(order, ORDERS)}".rstrip()
         )
-    if len(periods) != len(learning_rates) or list(periods) != sorted(set(periods)):
+    adaptive = adaptive_layers(feed_forward_weights(model), periods, learning_rates, fixed)
+    if len(periods) > len(adaptive):
         raise ConfigError(
-            f"periods are {list(periods)} and learning rates {list(learning_rates)}; give rising periods, "
-            f"and a learning rate for each"
-        )
-    if not 0 <= fixed < 1:
-        raise ConfigError(f"fixed is {fixed}; it must be a share of the layers, from 0 to below 1")
-    layers = feed_forward_weights(model)
-    adaptive = layers[int(len(layers) * fixed) :]
-    if not 0 < len(periods) <= len(adaptive):
-        raise ConfigError(
-            f"there are {len(periods)} levels for {len(adaptive)} of {len(layers)} layers; give at least one "
-            f"level, and each a layer (fixed is {fixed})"
+            f"there are {len(periods)} levels for {len(adaptive)} layers; give each level a layer (fixed is "
+            f"{fixed})"
         )
     if order == "shuffled":
         random.Random(seed).shuffle(adaptive)

@@ -252,8 +252,8 @@ class Learner:
         if not bool((total.detach().double() + get_total_norm(gradients.values()).double()).isfinite()):
             raise NonFiniteError(
                 f"the loss on tokens {stream.clock + 1} to {stream.clock + len(tokens)} of the stream, "
-                f"{float(total.detach())}, or a gradient of it is not finite; go on from the State before, in "
-                f"float32 or bfloat16, or with lower learning rates"
+                f"{float(total.detach())}, or a gradient of it is not finite; go on from the State before, "
+                f"in float32 or bfloat16, or with lower learning rates"
             )
         with torch.no_grad():
             count = counted.sum()

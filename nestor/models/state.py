@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.errors import FileFormatError, ShapeError, StateMismatchError
-from nestor.files import read_tensors, write_tensors
+from nestor.files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "nestor-state"
 FORMAT_VERSION = 1
@@ -134,11 +134,13 @@ class State:
         """A copy that shares no memory."""
         return self._map(Tensor.clone)
 
-    def save(self, path: str | os.PathLike[str], model: nn.Module) -> None:
+    def save(
+        self, path: str | os.PathLike[str], model: nn.Module, notes: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the State of `model` to one safetensors file, atomically.
 
-        The header records the format version, the architecture, a digest of the weights and how much was
-        read.
+        The header records the format version, the architecture, a digest of the weights, how much was read,
+        and `notes`, any JSON, for `read_notes`.
         """
         header = {
             "format": FORMAT,
@@ -146,6 +148,7 @@ class State:
             "nestor_version": _version(),
             "tokens_read": self.clock.tolist(),
             "fingerprint": fingerprint(model),
+            "notes": dict(notes or {}),
         }
         tensors = {f"layers.{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.items()}
         tensors |= {f"learned/{i}/{name}": t for i, part in self.learned.items() for name, t in part.items()}
@@ -202,6 +205,18 @@ class State:
             return {i: {name: function(t) for name, t in part.items()} for i, part in parts.items()}
 
         return State(mapped(self.layers), function(self.clock), mapped(self.learned))
+
+
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a State was saved with besides its tensors, which are not read.
+
+    Raises:
+        DataError: there is no such file. FileFormatError: it is truncated, or not a State.
+    """
+    notes = _header(path, read_metadata(path)).get("notes", {})
+    if not isinstance(notes, dict):
+        raise FileFormatError(f"{os.fspath(path)} has notes that are no object")
+    return notes
 
 
 def is_cache(name: str) -> bool:

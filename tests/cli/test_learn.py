@@ -103,7 +103,11 @@ def test_what_cannot_be_learned_from_is_named(nestor_command, model_folder, text
     memory = tmp_path / "m.safetensors"
     assert nestor_command("learn", model_folder, text, "--memory", memory, *LEVELS)[0] == 0
     before = memory.read_bytes()
-    assert "has learned on the levels" in error(text, "--memory", memory, "--periods", 8, "--fixed", 0)
+    found = error(text, "--memory", memory, "--periods", 8, "--fixed", 0.5)
+    assert "periods is (8, 16), not (8,); fixed is 0.0, not 0.5" in found
+    assert "has other levels: reading is existing, not added" in error(
+        text, "--memory", memory, "--reading", "added"
+    )
     with FileLock(memory):
         assert "m.safetensors" in error(text, "--memory", memory, *LEVELS)
     assert memory.read_bytes() == before

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from nestor.errors import ConfigError
-from nestor.learning import Learner, Level, assign_levels, feed_forward_weights
+from nestor.learning import Learner, Level, Retrofit, assign_levels, feed_forward_weights
 from nestor.models import State
 
 SIZES = {
@@ -128,15 +128,68 @@ def test_layers_and_their_levels() -> None:
     assert (level.optimizer, level.largest_update, level.period) == ("adam", 0.01, 4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("reading", ["copies", "added"])
+def test_invariant_25_further_networks_leave_the_function_as_it_was(kind, reading) -> None:
+    model, ids = build(kind), tokens(21)
+    plain = model(ids).logits
+    retrofit = Retrofit(reading, periods=(2, 4), learning_rates=(0.5, 0.25), largest_update=None)
+    learner = Learner(model, retrofit.apply(model))
+    torch.testing.assert_close(model(ids).logits, plain, rtol=1e-12, atol=1e-13)
+    logits, state = learner.read(ids[:, :3], learner.start())
+    torch.testing.assert_close(logits[:, :2], plain[:, :2], rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(logits[:, 2:], plain[:, 2:3])
+    # Each level has networks of its own in each of the upper layers, and all of these learn.
+    sets = [set(level.parameters) for level in learner.levels]
+    assert not sets[0] & sets[1] and all(".5." in " ".join(names) for names in sets)
+    state = learner.read(ids[:, 3:], state).state
+    for level in learner.levels:
+        for name in level.parameters:
+            assert state.learned[level.name][f"delta/{name}"].any(), name
+    # The same model again, from what a file notes.
+    again = build(kind)
+    other = Learner(again, Retrofit.from_notes(retrofit.to_notes()).apply(again))
+    assert torch.equal(other.read(ids, other.start()).logits, learner.read(ids, learner.start()).logits)
+
+
+def test_copies_learn_what_each_alone_would(tmp_path) -> None:
+    """The mean of two copies moves by half of what one network would, where only one level is due."""
+    ids = tokens(5)
+    one, two = build("llama"), build("llama")
+    single = Learner(one, assign_levels(one, [4], [0.1], fixed=0.9))
+    double = Learner(two, Retrofit("copies", (4, 8), (0.1, 0.1), largest_update=None, fixed=0.9).apply(two))
+    alone = single.read(ids, single.start()).state.learned["every 4"]
+    both = double.read(ids, double.start()).state.learned
+    for name in single.levels[0].parameters:
+        place, _, matrix = name.partition("mlp.")
+        found = both["every 4"][f"delta/{place}mlp.copies.0.{matrix}"]
+        torch.testing.assert_close(found, alone[f"delta/{name}"] / 2, rtol=1e-9, atol=1e-13)
+        assert not both["every 8"][f"delta/{place}mlp.copies.1.{matrix}"].any()
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"periods": [4, 8, 16, 32]}, "4 levels for 3 of 6 layers"),
+        ({"reading": "copy"}, "Did you mean 'copies'"),
+        ({"reading": "copies", "order": "shuffled"}, "leave it out"),
+        ({"width": 3}, "only with reading 'added'"),
+        ({"order": "deep"}, "known are shallow_first"),
+    ],
+)
+def test_retrofits_that_cannot_be(choices, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Retrofit(**choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"periods": [4, 8, 16, 32]}, "4 levels for 3 layers"),
         ({"periods": [8, 4]}, "rising periods"),
         ({"periods": [4], "learning_rates": []}, "a learning rate for each"),
         ({"periods": [4], "order": "shallow"}, "Did you mean 'shallow_first'"),
         ({"periods": [4], "fixed": 1.0}, "fixed is 1.0"),
-        ({"periods": []}, "0 levels"),
+        ({"periods": []}, "rising periods"),
     ],
 )
 def test_levels_that_do_not_fit_the_layers(choices, message) -> None:
