@@ -31,7 +31,10 @@ MIXER_MODULES = {
     "kda": "nestor.layers.fla",
     "gated_deltanet": "nestor.layers.fla",
 }
-FEED_FORWARD_MODULES = {"swiglu": "nestor.layers.feed_forward"}
+FEED_FORWARD_MODULES = {
+    "swiglu": "nestor.layers.feed_forward",
+    "continuum": "nestor.layers.continuum",
+}
 
 _mixers: dict[str, Factory] = {}
 _feed_forwards: dict[str, Factory] = {}

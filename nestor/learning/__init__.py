@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nestor.learning.assignment import assign_levels, feed_forward_weights
+    from nestor.learning.assignment import assign_levels, continuum_levels, feed_forward_weights
     from nestor.learning.learner import Learner, LevelReport, Reading
     from nestor.learning.levels import Level
     from nestor.learning.retrofit import Retrofit
@@ -16,10 +16,20 @@ _EXPORTS = {
     "Reading": "nestor.learning.learner",
     "Retrofit": "nestor.learning.retrofit",
     "assign_levels": "nestor.learning.assignment",
+    "continuum_levels": "nestor.learning.assignment",
     "feed_forward_weights": "nestor.learning.assignment",
 }
 
-__all__ = ["Learner", "Level", "LevelReport", "Reading", "Retrofit", "assign_levels", "feed_forward_weights"]
+__all__ = [
+    "Learner",
+    "Level",
+    "LevelReport",
+    "Reading",
+    "Retrofit",
+    "assign_levels",
+    "continuum_levels",
+    "feed_forward_weights",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from nestor.learning.levels import Level
 # Llama, Qwen, SmolLM, Mistral: `mlp.up_proj`; GPT-NeoX: `mlp.dense_h_to_4h`; Nestor: `feed_forward.up_proj`.
 MATRICES = "gate_proj|up_proj|down_proj|gate_up_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2"
 WEIGHT = re.compile(rf"^(.*\.|)layers\.(\d+)\.(?:mlp|feed_forward)\.(?:{MATRICES})\.weight$")
+BLOCK = re.compile(r"(?:^|\.)layers\.\d+\.feed_forward\.blocks\.(\d+)\.(?:gate|up|down)_proj\.weight$")
 ORDERS = ("shallow_first", "deep_first", "shuffled")
 
 
@@ -43,6 +44,63 @@ def feed_forward_weights(model: nn.Module) -> list[list[str]]:
             f"levels their parameters by name"
         )
     return [by_layer[index] for index in sorted(by_layer)]
+
+
+def continuum_blocks(model: nn.Module) -> list[list[str]]:
+    """Names of the matrices of each block of a model's continuum, of all layers together, from the fastest to
+    the slowest; empty where no layer has one."""
+    blocks: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        found = BLOCK.search(name)
+        if found and parameter.dim() == 2:
+            blocks.setdefault(int(found.group(1)), []).append(name)
+    return [blocks[index] for index in sorted(blocks)]
+
+
+def continuum_levels(
+    model: nn.Module, learning_rates: Sequence[float], periods: Sequence[int | None] = (), **choices: object
+) -> list[Level]:
+    """Levels of a model whose layers have a continuum, one a block.
+
+    With the wiring "nested" (eq. 72) a block returns to where it began whenever the next slower one is
+    updated, and where it begins is learned by that one, from the same gradients: to first order, for they do
+    not cross the block's updates.
+
+    Args:
+        learning_rates: one for each block that learns.
+        periods: in place of those of the model's configuration; None: a block that never learns.
+        choices: further fields of `Level`, the same for all.
+
+    Raises:
+        ConfigError: a model without a continuum, or not one number for each block.
+    """
+    blocks = continuum_blocks(model)
+    settings = getattr(getattr(model, "config", None), "continuum", None) or {}
+    periods = tuple(periods) or tuple(settings.get("periods", ()))
+    if not blocks or len(periods) != len(blocks):
+        raise ConfigError(
+            f"a {type(model).__name__} has a continuum of {len(blocks)} blocks, and there are {len(periods)} "
+            f"periods {list(periods)}; give one for each"
+        )
+    learning = [period for period in periods if period is not None]
+    if learning != sorted(set(learning)) or None in periods[: len(learning)]:
+        raise ConfigError(f"periods are {list(periods)}; give rising ones, and None for the slowest blocks")
+    if len(learning_rates) != len(learning):
+        raise ConfigError(
+            f"there are {len(learning)} blocks that learn, with periods {learning}, and learning rates "
+            f"{list(learning_rates)}; give one for each"
+        )
+    nested = settings.get("wiring") == "nested"
+    levels = []
+    for index, (period, rate) in enumerate(zip(learning, learning_rates, strict=True)):
+        own = blocks[: index + 1] if nested else [blocks[index]]
+        names = tuple(name for block in own for name in block)
+        slower = learning[index + 1] if nested and index + 1 < len(learning) else None
+        if slower is not None and slower % period:
+            raise ConfigError(f"nested periods are multiples of each other; {slower} is none of {period}")
+        reset = "never" if slower is None else slower // period
+        levels.append(Level(f"every {period}", names, period, rate, reset=reset, **choices))  # type: ignore[arg-type]
+    return levels
 
 
 def adaptive_layers(

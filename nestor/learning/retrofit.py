@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from nestor.errors import ConfigError, FileFormatError, suggest
 from nestor.layers.feed_forward import SwiGLU
-from nestor.learning.assignment import ORDERS, adaptive_layers, assign_levels, feed_forward_weights
+from nestor.learning.assignment import (
+    ORDERS,
+    adaptive_layers,
+    assign_levels,
+    continuum_blocks,
+    continuum_levels,
+    feed_forward_weights,
+)
 from nestor.learning.levels import Level
 
+DEFAULT_PERIODS, DEFAULT_RATE = (64, 512), 0.1
 READINGS = ("existing", "copies", "added")
 
 
@@ -30,7 +38,8 @@ class Retrofit:
         reading: "existing" deals out the feed-forward networks that are there, to the bit the same model;
             "copies" makes each of them one copy a level, the mean of which it puts out; "added" keeps each
             and adds a small network a level, the output of which begins at zero.
-        periods: tokens from update to update of each level, rising.
+        periods: tokens from update to update of each level, rising; none: 64 and 512, or those of the
+            configuration of a Nestor model with a continuum, of which each block is a level.
         learning_rates: of each level; none: 0.1 for all.
         optimizer, largest_update: as in `Level`, the same for all.
         fixed: share of the layers, from the first on, that do not learn.
@@ -40,7 +49,7 @@ class Retrofit:
     """
 
     reading: str = "existing"
-    periods: tuple[int, ...] = (64, 512)
+    periods: tuple[int, ...] = ()
     learning_rates: tuple[float, ...] = ()
     optimizer: str = "sgd"
     largest_update: float | None = 0.01
@@ -74,13 +83,22 @@ class Retrofit:
         Raises:
             ConfigError: a model whose feed-forward networks are not found, or levels that do not fit it.
         """
-        rates = self.learning_rates or (0.1,) * len(self.periods)
         choices: dict[str, Any] = {"optimizer": self.optimizer, "largest_update": self.largest_update}
+        blocks = continuum_blocks(model)
+        if blocks and self.reading == "existing":
+            settings = model.config.continuum or {}  # type: ignore[union-attr, operator]
+            periods = self.periods + (None,) * (len(blocks) - len(self.periods))
+            periods = periods if self.periods else tuple(settings["periods"])  # type: ignore[index, arg-type]
+            learning = sum(period is not None for period in periods)
+            rates = self.learning_rates or (DEFAULT_RATE,) * learning
+            return continuum_levels(model, rates, periods, **choices)
+        periods = self.periods or DEFAULT_PERIODS
+        rates = self.learning_rates or (DEFAULT_RATE,) * len(periods)
         if self.reading == "existing":
             return assign_levels(
-                model, self.periods, rates, fixed=self.fixed, order=self.order, seed=self.seed, **choices
+                model, periods, rates, fixed=self.fixed, order=self.order, seed=self.seed, **choices
             )
-        return _with_networks(self, model, rates, choices)
+        return _with_networks(self, model, periods, rates, choices)
 
     def to_notes(self) -> dict[str, Any]:
         """As JSON knows it, for `State.save`."""
@@ -153,11 +171,12 @@ class Added(nn.Module):
 
 
 def _with_networks(
-    retrofit: Retrofit, model: nn.Module, rates: Sequence[float], choices: dict[str, Any]
-) -> list[Level]:
+    retrofit: Retrofit, model: nn.Module, periods: Sequence[int], rates: Sequence[float],
+    choices: dict[str, Any],
+) -> list[Level]:  # fmt: skip
     layers = feed_forward_weights(model)
-    count = len(retrofit.periods)
-    adaptive = adaptive_layers(layers, retrofit.periods, rates, retrofit.fixed)
+    count = len(periods)
+    adaptive = adaptive_layers(layers, periods, rates, retrofit.fixed)
     parameters: list[list[str]] = [[] for _ in range(count)]
     for names in adaptive:
         # `model.layers.3.mlp.up_proj.weight` is a matrix of `model.layers.3.mlp`.
@@ -179,5 +198,5 @@ def _with_networks(
                 ]
     return [
         Level(f"every {period}", tuple(names), period, rate, **choices)
-        for period, rate, names in zip(retrofit.periods, rates, parameters, strict=True)
+        for period, rate, names in zip(periods, rates, parameters, strict=True)
     ]

@@ -33,6 +33,9 @@ class NestorConfig(PreTrainedConfig):
         memory: keyword arguments of the memory (heads, depth, expansion, chunk_size, ...). `kind` says which
             memory a layer of memories or a hybrid has: "titans", "moneta", "yaad", "memora", "omega", "atlas"
             or "atlas++".
+        continuum: of feed-forwards called "continuum": `periods`, for each block, from the fastest to the
+            slowest, how many tokens lie between its updates where the model learns from what it reads (None:
+            never, for the last), and `wiring`, "sequential", "independent" or "nested".
         qk_norm: normalise queries and keys of attention per head.
         rope_theta: base of the rotary embedding.
         rms_norm_eps: epsilon of the normalisations.
@@ -59,6 +62,7 @@ class NestorConfig(PreTrainedConfig):
     persistent_tokens: int = 0
     segment_size: int | None = None
     memory: dict[str, Any] | None = None
+    continuum: dict[str, Any] | None = None
     qk_norm: bool = False
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
@@ -134,6 +138,21 @@ class NestorConfig(PreTrainedConfig):
                 f"set num_key_value_heads to a divisor such as {_nearest_divisor(heads, groups)}"
             )
 
+    def _check_continuum(self) -> None:
+        # Known here, since a configuration is read without loading the layers, which need torch.
+        periods = (self.continuum or {}).get("periods")
+        if not periods:
+            raise ConfigError(
+                "feed-forward type 'continuum' needs continuum={'periods': [...]}, tokens from update to "
+                "update of each block, for example [64, 512, 4096, None]"
+            )
+        assert self.intermediate_size is not None
+        if self.intermediate_size % len(periods):
+            raise ConfigError(
+                f"intermediate_size is {self.intermediate_size} and the continuum has {len(periods)} blocks; "
+                f"make it a multiple of their number"
+            )
+
     def _check_layers(self) -> None:
         for name, known in (("layer_types", mixer_names()), ("feed_forward_types", feed_forward_names())):
             kinds = getattr(self, name)
@@ -149,6 +168,8 @@ class NestorConfig(PreTrainedConfig):
                     )
         _needs(self.layer_types, NEEDS_WINDOW, "sliding_window", self.sliding_window)
         _needs(self.layer_types, NEEDS_SEGMENT, "segment_size", self.segment_size)
+        if "continuum" in (self.feed_forward_types or ()):
+            self._check_continuum()
 
 
 # The names that a configuration takes as settings of its own.

@@ -25,20 +25,28 @@ from nestor.ops.neural_memory.layout import shared_grids
 
 
 class Block(GradientCheckpointingLayer):
-    """A layer: `x + mixer(norm(x))`, then `x + feed_forward(norm(x))`."""
+    """A layer: `x + mixer(norm(x))`, then `x + feed_forward(norm(x))`.
+
+    A feed-forward with `own_residual` takes the residual stream as it is and returns the next one.
+    """
 
     def __init__(self, config: NestorConfig, index: int) -> None:
         super().__init__()
         assert config.layer_types is not None and config.feed_forward_types is not None
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = build_mixer(config.layer_types[index], config, index)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = build_feed_forward(config.feed_forward_types[index], config, index)
+        feed_forward = build_feed_forward(config.feed_forward_types[index], config, index)
+        self.feed_forward_norm: RMSNorm | None = None
+        if not getattr(feed_forward, "own_residual", False):
+            self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = feed_forward
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span) -> tuple[Tensor, LayerState]:
         """`[B, T, d]` and the layer's state, to the same."""
         mixed, state = self.mixer(self.mixer_norm(x), state, span)
         x = x + mixed
+        if self.feed_forward_norm is None:
+            return self.feed_forward(x), state
         return x + self.feed_forward(self.feed_forward_norm(x)), state
 
 

@@ -127,6 +127,15 @@ def _ttt_mlp(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"mixer": "ttt_mlp", "memory": {"expansion": size.expansion, "chunk_size": 16}}
 
 
+# Tokens from update to update of each block of a continuum; the last learns in training alone.
+CONTINUUM = {"periods": [64, 512, 4096, None]}
+
+
+def _hope_attention(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Attention everywhere, and a feed-forward of blocks that learn at different paces."""
+    return {"mixer": "full_attention", "feed_forward": "continuum", "continuum": CONTINUUM}
+
+
 def _kda(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
     """Kimi Delta Attention everywhere; needs a GPU."""
     return {"mixer": "kda"}
@@ -153,6 +162,7 @@ PRESETS: dict[str, Recipe] = {
     "lact": _lact,
     "ttt-linear": _ttt_linear,
     "ttt-mlp": _ttt_mlp,
+    "hope-attention": _hope_attention,
     "kda": _kda,
     "gated-deltanet": _gated_deltanet,
 }
@@ -183,7 +193,7 @@ def preset(name: str, size: str = "quick", **overrides: Any) -> NestorConfig:
         if key not in OPTIONS and key not in ("dtype", "attn_implementation"):
             raise ConfigError(f"unknown setting {key!r} for a preset. {suggest(key, OPTIONS)}".rstrip())
     settings = recipe(dimensions, overrides)
-    mixer = settings.pop("mixer")
+    mixer, feed_forward = settings.pop("mixer"), settings.pop("feed_forward", None)
     settings |= {
         "num_hidden_layers": dimensions.layers,
         "hidden_size": dimensions.width,
@@ -192,12 +202,15 @@ def preset(name: str, size: str = "quick", **overrides: Any) -> NestorConfig:
     memory = {**settings.pop("memory", {}), **(overrides.pop("memory", None) or {})}
     settings |= overrides
     settings.setdefault("layer_types", [mixer] * settings["num_hidden_layers"])
+    if feed_forward is not None:
+        settings.setdefault("feed_forward_types", [feed_forward] * settings["num_hidden_layers"])
     if memory:
         settings["memory"] = {"heads": settings["num_attention_heads"], **memory}
     if settings.get("intermediate_size") is None:
-        settings["intermediate_size"] = _matched_intermediate_size(
-            NestorConfig(**settings), dimensions.budget
-        )
+        blocks = len((settings.get("continuum") or {}).get("periods", [None]))
+        # Any width that divides into the blocks stands in for the one that is looked for.
+        probe = NestorConfig(**{**settings, "intermediate_size": 8 * blocks})
+        settings["intermediate_size"] = _matched_intermediate_size(probe, dimensions.budget, 8 * blocks)
     return NestorConfig(**settings)
 
 
@@ -218,8 +231,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _matched_intermediate_size(config: NestorConfig, budget: float) -> int:
-    """The inner width of the feed-forward that spends `budget * width^2` a layer, in steps of 8."""
+def _matched_intermediate_size(config: NestorConfig, budget: float, step: int) -> int:
+    """The inner width of the feed-forward that spends `budget * width^2` a layer, in steps of `step`."""
     assert config.layer_types is not None
     width, layers = config.hidden_size, config.num_hidden_layers
     with torch.device("meta"):
@@ -229,7 +242,7 @@ def _matched_intermediate_size(config: NestorConfig, budget: float) -> int:
         }
     sizes = {kind: sum(p.numel() for p in mixer.parameters()) for kind, mixer in mixers.items()}
     mixing = sum(sizes[kind] for kind in config.layer_types) / layers
-    inner = round((budget * width**2 - mixing - 2 * width) / (3 * width) / 8) * 8
+    inner = round((budget * width**2 - mixing - 2 * width) / (3 * width) / step) * step
     if inner < width // 4:
         raise ConfigError(
             f"the mixers take {mixing:,.0f} of {budget * width**2:,.0f} parameters a layer, which leaves a "

@@ -34,6 +34,7 @@ ARCHITECTURE = (
     "persistent_tokens",
     "segment_size",
     "memory",
+    "continuum",
     "qk_norm",
     "rope_theta",
     "rms_norm_eps",
