@@ -4,7 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nestor.learning.assignment import assign_levels, continuum_levels, feed_forward_weights
+    from nestor.learning.assignment import (
+        assign_levels,
+        continuum_blocks,
+        continuum_levels,
+        feed_forward_weights,
+    )
     from nestor.learning.learner import Learner, LevelReport, Reading
     from nestor.learning.levels import Level
     from nestor.learning.retrofit import Retrofit
@@ -16,6 +21,7 @@ _EXPORTS = {
     "Reading": "nestor.learning.learner",
     "Retrofit": "nestor.learning.retrofit",
     "assign_levels": "nestor.learning.assignment",
+    "continuum_blocks": "nestor.learning.assignment",
     "continuum_levels": "nestor.learning.assignment",
     "feed_forward_weights": "nestor.learning.assignment",
 }
@@ -27,6 +33,7 @@ __all__ = [
     "Reading",
     "Retrofit",
     "assign_levels",
+    "continuum_blocks",
     "continuum_levels",
     "feed_forward_weights",
 ]

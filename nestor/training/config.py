@@ -93,6 +93,9 @@ class OptimizerConfig:
     #: the size of AdamW's); 0 takes `lr`.
     muon_lr: float = 0.0
     muon_momentum: float = 0.95
+    #: Of a continuum (`hope-attention`): steps from update to update of each block, from the fastest to the
+    #: slowest, with the mean of their gradients. Empty: all blocks in every step.
+    block_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +283,8 @@ def check(config: TrainConfig) -> None:
     _require(
         0 <= optimizer.muon_momentum < 1, "optimizer.muon_momentum", optimizer.muon_momentum, "in [0, 1)"
     )
+    for i, steps in enumerate(optimizer.block_steps):
+        _require(steps >= 1, f"optimizer.block_steps.{i}", steps, "at least 1")
     _require(0 < schedule.decay <= 1, "schedule.decay", schedule.decay, "above 0 and at most 1")
     _require(0 <= schedule.final <= 1, "schedule.final", schedule.final, "between 0 and 1")
     _require(0 < data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "between 0 and 1")

@@ -34,6 +34,7 @@ from nestor.training.interrupt import StopRequest
 from nestor.training.logging import Reporter, flops_per_token
 from nestor.training.model import build_model
 from nestor.training.optimizer import build_optimizers, set_lr
+from nestor.training.pace import Pace
 from nestor.training.saving import finish_run, restore_run, save_run
 from nestor.training.schedule import lr_factor
 from nestor.training.validation import validate
@@ -131,6 +132,7 @@ class Run:
         self.model = processes.prepare(model)
         self.plain = processes.plain(self.model)
         self.optimizers = build_optimizers(self.plain, config.optimizer)
+        self.pace = Pace(self.plain, config.optimizer.block_steps)
         if config.run.compile:
             # One block at a time: equal ones are compiled once, in seconds where a whole model takes minutes.
             for block in self.plain.layers:
@@ -194,6 +196,7 @@ class Run:
         if self.processes.device.type == "cpu":
             # Reading costs nothing here, so a bad gradient does not reach the weights.
             self.read_pending()
+        self.pace.hold(self.step)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

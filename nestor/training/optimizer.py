@@ -7,7 +7,7 @@ only), so everything here speaks of a list of optimisers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,19 +113,24 @@ def optimizer_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
 
 
 def load_optimizer_state(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Tensor]
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    state: dict[str, Tensor],
+    waiting: Collection[str] = (),
 ) -> None:
     """Put back what `optimizer_state` gave.
 
+    waiting: parameters that may not have been updated yet (`nestor.training.pace`).
+
     Raises:
-        FileFormatError: a parameter has no state, or a state no parameter.
+        FileFormatError: another parameter has no state, or a state no parameter.
     """
     by_name: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in state.items():
         name, _, key = entry.rpartition("/")
         by_name.setdefault(name, {})[key] = tensor
     known = [name for _, name, _ in _parameters(model, optimizers)]
-    stray = sorted(set(by_name) ^ set(known)) if by_name else []
+    stray = sorted((set(by_name) ^ set(known)) - (set(waiting) & set(known))) if by_name else []
     if stray:
         raise FileFormatError(
             f"the saved optimiser state and the model differ in {len(stray)} parameters, first {stray[0]!r}; "

@@ -26,12 +26,15 @@ def save_run(run: Run) -> None:
     root = run.folder / "checkpoints"
     weights = run.processes.weights(run.model)
     moments = optimizer_state(run.plain, run.optimizers)
+    waiting = run.pace.state_dict()
     generators = run.processes.gather(checkpoints.random_state())
     state = _gather_state(run)
 
     def write(folder: Path) -> None:
         save_model(run.plain, folder, weights)
         write_tensors(folder / "optimizer.safetensors", moments)
+        if waiting:
+            write_tensors(folder / "waiting.safetensors", waiting)
         checkpoints.write_random_states(folder / "rng.safetensors", generators)
         if state is not None:
             write_tensors(folder / "state.safetensors", checkpoints.state_tensors(state))
@@ -54,7 +57,9 @@ def restore_run(run: Run, found: Path, saved: dict[str, Any]) -> None:
     found: the checkpoint; saved: its trainer.json.
     """
     moments, _ = read_tensors(found / "optimizer.safetensors")
-    load_optimizer_state(run.plain, run.optimizers, moments)
+    load_optimizer_state(run.plain, run.optimizers, moments, waiting=run.pace.steps)
+    if (found / "waiting.safetensors").is_file():
+        run.pace.load_state_dict(read_tensors(found / "waiting.safetensors")[0])
     run.stream.load_state_dict(saved["data"])
     if (found / "state.safetensors").is_file() and run.config.run.state_mode != "reset":
         tensors, _ = read_tensors(found / "state.safetensors")
