@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nestor.learning.learner import Learner, LevelReport, Reading
     from nestor.learning.levels import Level
     from nestor.learning.retrofit import Retrofit
+    from nestor.learning.unrolled import unrolled_loss
 
 _EXPORTS = {
     "Learner": "nestor.learning.learner",
@@ -24,6 +25,7 @@ _EXPORTS = {
     "continuum_blocks": "nestor.learning.assignment",
     "continuum_levels": "nestor.learning.assignment",
     "feed_forward_weights": "nestor.learning.assignment",
+    "unrolled_loss": "nestor.learning.unrolled",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "continuum_blocks",
     "continuum_levels",
     "feed_forward_weights",
+    "unrolled_loss",
 ]
 
 

@@ -1,0 +1,153 @@
+"""The outer gradient through updates, against finite differences (spec nested-learning, h.21 and d.3)."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nestor.errors import ConfigError, ShapeError
+from nestor.learning import Learner, Level, unrolled_loss
+from nestor.models import NestorConfig, NestorForCausalLM
+
+FAST, SLOW = "layers.0.feed_forward.down_proj.weight", "layers.1.feed_forward.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = NestorConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8,
+        initializer_range=0.4,
+    )  # fmt: skip
+    return NestorForCausalLM(config).double().eval()
+
+
+def levels(rate=0.4, **choices):
+    return [Level("fast", (FAST,), 2, rate, **choices), Level("slow", (SLOW,), 4, rate, **choices)]
+
+
+def stream(length):
+    return torch.randint(0, 11, (1, length), generator=torch.Generator().manual_seed(3))
+
+
+def moved(model, name, place, amount):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_parameter(name)[place] += amount
+    return other
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"reduce": "sum", "optimizer": "momentum"},
+        {"optimizer": "adam", "rate": 0.05},
+        {"largest_update": 0.05},
+        {"reset": 2},
+    ],
+    ids=str,
+)
+def test_it_is_the_loss_of_a_learner(model, choices) -> None:
+    ids = stream(12)
+    learner = Learner(model, levels(**choices))
+    logits = learner.read(ids, learner.start()).logits
+    expected = F.cross_entropy(logits[0, :-1], ids[0, 1:])
+    for reach in (None, 0, 1):
+        found = unrolled_loss(model, levels(**choices), ids, reach=reach)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"optimizer": "momentum"}, {"optimizer": "adam", "rate": 0.05}, {"largest_update": 0.05}],
+    ids=str,
+)
+def test_invariant_21_the_outer_gradient_is_that_of_finite_differences(model, choices) -> None:
+    ids, score = stream(12), torch.zeros(1, 12, dtype=torch.float64)
+    score[:, 9:] = 1  # a later recall
+    fixed = levels(**choices)
+    names = (FAST, SLOW, "layers.1.mixer.q_proj.weight", "embed_tokens.weight")
+    loss = unrolled_loss(model, fixed, ids, score=score)
+    gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in names])
+    for name, g in zip(names, gradients, strict=True):
+        place = divmod(int(g.abs().argmax()), g.shape[1])
+        up, down = (
+            unrolled_loss(moved(model, name, place, amount), fixed, ids, score=score)
+            for amount in (1e-5, -1e-5)
+        )
+        # The norm of the weights, which limits an update, counts as given.
+        tolerance = 0.05 if "largest_update" in choices else 1e-5
+        assert float(g[place]) == pytest.approx(float((up - down).detach()) / 2e-5, rel=tolerance), name
+        assert abs(float(g[place])) > 1e-3
+
+
+def test_invariant_21_without_reach_updates_count_as_given(model) -> None:
+    ids, own = stream(9), model.get_parameter(FAST)
+    score = torch.zeros(1, 9, dtype=torch.float64)
+    score[:, 5:] = 1
+    spec = [Level("fast", (FAST,), 4, 0.4)]
+    (first,) = torch.autograd.grad(unrolled_loss(model, spec, ids, score=score, reach=0), [own])
+    learner = Learner(model, spec)
+    delta = learner.read(ids[:, :5], learner.start()).state.learned["fast"][f"delta/{FAST}"][0]
+
+    def loss(weight, caches_learn):
+        start = torch.func.functional_call(
+            model, {FAST: weight if caches_learn else own}, (ids[:, :4],), {"use_cache": True}
+        )
+        out = torch.func.functional_call(
+            model, {FAST: weight + delta}, (ids[:, 4:8],), {"past_key_values": start.past_key_values}
+        )
+        return F.cross_entropy(out.logits[0], ids[0, 5:])
+
+    leaf = own.detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, True), [leaf])
+    torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-12)
+    (all_of_it,) = torch.autograd.grad(unrolled_loss(model, spec, ids, score=score), [own])
+    assert not torch.allclose(all_of_it, first, rtol=1e-2)
+    # Two updates before the last chunk: one of them is crossed, or both.
+    ids = stream(13)
+    near, far, whole = (
+        torch.autograd.grad(unrolled_loss(model, spec, ids, reach=reach), [own])[0] for reach in (1, 2, None)
+    )
+    assert not torch.allclose(near, far, rtol=1e-3)
+    torch.testing.assert_close(far, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_learning_rates_can_be_learned(model) -> None:
+    ids = stream(12)
+
+    def loss(log_rate):
+        return unrolled_loss(model, levels(), ids, scales={"fast": log_rate.exp()})
+
+    log_rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(loss(log_rate), [log_rate])
+    up, down = (loss(torch.tensor(0.1 + step, dtype=torch.float64)) for step in (1e-5, -1e-5))
+    assert float(g) == pytest.approx(float((up - down).detach()) / 2e-5, rel=1e-5)
+
+
+def test_a_few_outer_steps_make_a_stream_easier_to_learn(model) -> None:
+    ids = stream(6).repeat(1, 3)
+    score = torch.zeros(ids.shape, dtype=torch.float64)
+    score[:, 12:] = 1
+    reached = []
+    for reach in (0, None):
+        other = copy.deepcopy(model)
+        own = [other.get_parameter(name) for name in (FAST, SLOW)]
+        for _ in range(15):
+            loss = unrolled_loss(other, levels(), ids, score=score, reach=reach)
+            for parameter, g in zip(own, torch.autograd.grad(loss, own), strict=True):
+                parameter.data -= 0.3 * g
+        reached.append(float(unrolled_loss(other, levels(), ids, score=score, reach=0).detach()))
+    begin = float(unrolled_loss(model, levels(), ids, score=score, reach=0).detach())
+    assert reached[0] < begin - 0.1 and reached[1] < begin - 0.1
+
+
+def test_what_cannot_be_unrolled(model) -> None:
+    with pytest.raises(ShapeError, match="at least two"):
+        unrolled_loss(model, levels(), stream(1))
+    with pytest.raises(ShapeError, match="score has shape"):
+        unrolled_loss(model, levels(), stream(4), score=torch.ones(1, 3))
+    with pytest.raises(ConfigError, match="reach is -1"):
+        unrolled_loss(model, levels(), stream(4), reach=-1)
