@@ -46,8 +46,8 @@ def unrolled_loss(
         scales: by level, a factor of all its updates (to learn its rate: the exponential of a parameter).
         reach: own updates that the outer gradient may cross, the newest first: 0 is first order, updates
             count as given; None is all. Short of all, it does not cross the state of an optimiser.
-        score: float `[1, T]`, how much predicting each token counts in this loss, as for a later recall; None: 1.
-            All tokens are learned from.
+        score: float `[1, T]`, how much predicting each token counts in this loss, as for a later recall;
+            None: 1. All tokens are learned from.
 
     Raises:
         ShapeError: not one stream of at least two tokens, or a score of another shape.
