@@ -38,6 +38,14 @@ CASES = {
     "masks and resets to a start": {"masked": 0.3, "reset": 0.1, "with_start": True, "momentum": False},
     "resets to a start with momentum": {"reset": 0.1, "with_start": True, "batch": 1},
 }
+# Of these the interpreter, which is slow, computes some in every run of the tests.
+QUICK = (
+    "neither, no norm",
+    "residual, huber",
+    "chunk-start reads, decay to zero, resets",
+    "masks, from a state",
+    "masks and resets to a start",
+)
 
 
 def _draw(draw_problem, seed=0, **choices):
@@ -125,7 +133,9 @@ def _interpreted(test):
 
 
 @_interpreted
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_interpreted_kernels_equal_the_chunked_form(draw_problem, flat, gradients, case) -> None:
     _compare(draw_problem, flat, gradients, torch.float32, **{**SMALL, **CASES[case]})
 
@@ -215,15 +225,26 @@ def test_interpreted_kernels_decode(draw_problem, flat, case) -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and starts its interpreter itself")
-def test_the_kernels_in_tritons_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        ("not slow", len(QUICK) + len(DECODE_CASES) + 4),
+        pytest.param("slow", len(CASES) - len(QUICK), marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernels_in_tritons_interpreter(chosen, count) -> None:
     """The variable must be set before Triton is imported, so those tests run in a process of their own."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(Path(__file__))]
     done = subprocess.run(
-        [*command, "-k", "interpreted_kernels"], env=env, capture_output=True, text=True, check=False
+        [*command, "-k", "interpreted_kernels", "-m", chosen],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert f"{len(CASES) + len(DECODE_CASES) + 4} passed" in done.stdout, done.stdout[-500:]
+    assert f"{count} passed" in done.stdout, done.stdout[-500:]
 
 
 LARGE = {"depth": 1, "batch": 2, "heads": 2, "width": 64, "chunk_size": 64, "length": 201, "step": 0.02}
