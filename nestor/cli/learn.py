@@ -49,7 +49,7 @@ class Args:
     """Tokens from update to update of each level; multiples of the shortest."""
     learning_rates: tuple[float, ...] = field(default_factory=tuple)
     """Of each level; none given: 0.1 for all. Weights in bfloat16 do not show changes below 0.4 %."""
-    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    optimizer: Literal["sgd", "momentum", "adam", "m3"] = "sgd"
     """How a level steps."""
     largest_update: float = 0.01
     """No update changes a level's weights by more than this share of their norm."""

@@ -365,6 +365,7 @@ class Learner:
                 raise StateMismatchError(
                     f"the State's level {level.name!r} has period {before[0]}, phase {before[1]} and reduces "
                     f"by {REDUCTIONS[before[2]]}; this Learner's has {now[0]}, {now[1]} and {level.reduce}"
+                    + "".join(f"; slow periods are {a} and {b}" for a, b in zip(before[3:], now[3:], strict=True))
                 )
         own = dict(state.learned["stream"])
         layers: dict[int, Tensors] = {}
@@ -407,7 +408,8 @@ def _own(x: Tensor) -> Tensor:
 
 def _settings(level: Level) -> Tensor:
     """What a level must have in common with what was learned before."""
-    return torch.tensor([level.period or 0, level.phase, REDUCTIONS.index(level.reduce)])
+    slow = [level.slow_period] if level.optimizer == "m3" else []
+    return torch.tensor([level.period or 0, level.phase, REDUCTIONS.index(level.reduce), *slow])
 
 
 def _parts(level: Level) -> tuple[str, ...]:
