@@ -365,7 +365,9 @@ class Learner:
                 raise StateMismatchError(
                     f"the State's level {level.name!r} has period {before[0]}, phase {before[1]} and reduces "
                     f"by {REDUCTIONS[before[2]]}; this Learner's has {now[0]}, {now[1]} and {level.reduce}"
-                    + "".join(f"; slow periods are {a} and {b}" for a, b in zip(before[3:], now[3:], strict=True))
+                    + "".join(
+                        f"; slow periods are {a} and {b}" for a, b in zip(before[3:], now[3:], strict=True)
+                    )
                 )
         own = dict(state.learned["stream"])
         layers: dict[int, Tensors] = {}

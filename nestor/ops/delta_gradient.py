@@ -4,8 +4,8 @@ Delta gradient descent (DGD, arXiv 2512.24695, section 4.5): a linear layer y = 
 
     W' = argmin  1/2 |W' x - u|^2 + 1/(2 eta) |W' - W|^2,   u = -dL/dy at W,
 
-which decays W along x before it writes there. Repeated on one pair of unit k with L = 1/2 |W k - v|^2 it comes
-to rest at W k = v / 2, not at v; with L = -<W k, v> it is the delta rule and rests at v (spec nested-learning
+which decays W along x before it writes there. Repeated on one pair of unit k with L = 1/2 |W k - v|^2 it
+rests at W k = v / 2, not at v; with L = -<W k, v> it is the delta rule and rests at v (spec nested-learning,
 b.5). Momenta of section 4.3 end in `W <- W + m`.
 """
 

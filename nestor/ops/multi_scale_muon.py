@@ -1,8 +1,8 @@
 """M3, multi-scale momentum Muon: one step of a matrix (arXiv 2512.24695, algorithm 1).
 
 Two momenta are orthogonalised: a fast one of every gradient, and a slow one that takes in the gradients of a
-block of steps when the block is over, so that its direction is a block late. Element-wise second moments divide
-their sum. Spec nested-learning b.6 says where the printed algorithm is repaired.
+block of steps when the block is over, so that its direction is a block late. Element-wise second moments
+divide their sum. Spec nested-learning b.6 says where the printed algorithm is repaired.
 """
 
 from __future__ import annotations

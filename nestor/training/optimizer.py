@@ -1,7 +1,7 @@
 """Which parameters go to which optimiser, and optimiser state by parameter name.
 
-PyTorch's own AdamW and Muon are used as they are, AdaMuon and M3 are those of `orthogonal.py`. Two of them may
-run side by side (all but AdamW update matrices only), so everything here speaks of a list of optimisers.
+PyTorch's own AdamW and Muon are used as they are, AdaMuon and M3 are those of `orthogonal.py`. Two of them
+may run side by side (all but AdamW update matrices only), so everything here speaks of a list of optimisers.
 """
 
 from __future__ import annotations

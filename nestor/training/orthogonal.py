@@ -1,8 +1,8 @@
 """Optimisers of matrices that orthogonalise: M3 and AdaMuon, as `torch.optim.Optimizer`.
 
-PyTorch has Muon itself. What these keep is float32 (float64 for such parameters), whatever the parameters are.
-Sharded parameters (FSDP2) have sharded slots; only what is orthogonalised is gathered, one matrix at a time,
-and every process orthogonalises it for itself and takes its part.
+PyTorch has Muon itself. What these keep is float32 (float64 for such parameters), whatever the parameters
+are. Sharded parameters (FSDP2) have sharded slots; only what is orthogonalised is gathered, one matrix at a
+time, and every process orthogonalises it for itself and takes its part.
 """
 
 from __future__ import annotations
@@ -153,8 +153,9 @@ class M3(MatrixOptimizer):
 class AdaMuon(MatrixOptimizer):
     """Muon with element-wise second moments of the orthogonalised momentum (Si et al., arXiv 2507.11005).
 
-    ``M = b1 M + g``, ``O = NS(sign(M))``, ``V = b2 V + (1 - b2) O^2``, and the step is ``O / (sqrt(V) + eps)``
-    scaled to a root mean square of 0.2, that of AdamW. V needs no correction, for the scaling undoes it.
+    ``M = b1 M + g``, ``O = NS(sign(M))``, ``V = b2 V + (1 - b2) O^2``, and the step is
+    ``O / (sqrt(V) + eps)`` scaled to a root mean square of 0.2, that of AdamW. V needs no correction, for the
+    scaling undoes it.
 
     Args:
         params: matrices. lr: in AdamW's units. betas: b1 and b2, one number in the paper.

@@ -102,7 +102,9 @@ def test_impossible_settings(choices, message) -> None:
 
 
 def test_only_matrices_and_a_whole_model_by_groups(model) -> None:
-    with pytest.raises(ConfigError, match=r"'m3', which is for matrices, and 'layers\.0\.mixer_norm\.weight'"):
+    with pytest.raises(
+        ConfigError, match=r"'m3', which is for matrices, and 'layers\.0\.mixer_norm\.weight'"
+    ):
         Learner(model, [Level("norms", ("layers.0.mixer_norm.weight",), 2, 0.1, optimizer="m3")])
     with torch.no_grad():
         for parameter in model.parameters():

@@ -80,9 +80,7 @@ def test_on_the_dot_product_dgd_is_the_delta_rule() -> None:
 def test_a_batch_is_the_mean_of_its_tokens() -> None:
     w, x, grad_y = draw(4, 5), draw(3, 5, seed=1), draw(3, 4, seed=2)
     alone = [delta_gradient_step(w, x[b], grad_y[b], 0.4, alpha=0.9) for b in range(3)]
-    torch.testing.assert_close(
-        delta_gradient_step(w, x, grad_y, 0.4, alpha=0.9), torch.stack(alone).mean(0)
-    )
+    torch.testing.assert_close(delta_gradient_step(w, x, grad_y, 0.4, alpha=0.9), torch.stack(alone).mean(0))
     # Of inputs of one norm, the form with one coefficient and mean products.
     x = torch.nn.functional.normalize(x, dim=-1)
     c = 0.4 / 1.4
@@ -133,7 +131,7 @@ def test_pitfall_delta_momentum_stays_bounded_for_large_gradients(elementwise) -
 
 
 def test_deep_momentum_of_a_constant_is_momentum() -> None:
-    phi, m, w = {"m": torch.zeros(4, 5, dtype=torch.float64)}, torch.zeros(4, 5, dtype=torch.float64), 0
+    phi, m = {"m": torch.zeros(4, 5, dtype=torch.float64)}, torch.zeros(4, 5, dtype=torch.float64)
     for seed in range(5):
         g = draw(4, 5, seed=seed)
         update, phi = deep_momentum_step(phi, g, 0.1, lambda phi, g: phi["m"], alpha=0.7)

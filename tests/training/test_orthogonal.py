@@ -1,4 +1,4 @@
-"""M3 and AdaMuon against loops of their equations: invariants 22, 23 and 24 of spec nested-learning, section h."""
+"""M3 and AdaMuon against their equations: invariants 22, 23 and 24 of spec nested-learning, section h."""
 
 import math
 
@@ -35,7 +35,9 @@ def trajectory(make, given, start=None):
 
 def moves(make, given):
     places, _ = trajectory(make, given, torch.zeros_like(given[0]))
-    return [after - before for before, after in zip([torch.zeros_like(given[0]), *places], places, strict=False)]
+    return [
+        after - before for before, after in zip([torch.zeros_like(given[0]), *places], places, strict=False)
+    ]
 
 
 def assert_same(one, other, rtol=1e-10):
@@ -93,7 +95,7 @@ def test_invariant_22_m3_without_slow_branch_is_muon(off) -> None:
 
 
 def test_invariant_22_without_slow_momentum_the_printed_slow_branch_is_nothing() -> None:
-    """beta3 = 0 switches the branch off in the print, ``M2 + beta3 B``; ``beta3 M2 + B`` then is the last block."""
+    """beta3 = 0 makes ``M2 + beta3 B`` zero, as the print has it, and ``beta3 M2 + B`` the last block."""
     given = gradients(8)
     common = {"v_source": "none", "slow_period": 2, **LITERAL}
     paper = {"accumulate": "paper", **common}
@@ -112,7 +114,7 @@ def test_invariant_22_the_slow_direction_is_one_block_late() -> None:
             g, slots, step, betas=(0.9, 0.9, 0.8), slow_period=period, slow_weight=0.5, v_source="none"
         )
         finished = (step - 1) // period
-        # Exactly `period` gradients a block, those of steps 1 to k f while steps k f + 1 to (k + 1) f are made.
+        # Exactly f gradients a block: those of steps 1 to k f, in steps k f + 1 to (k + 1) f.
         blocks = [sum(given[k * period : (k + 1) * period]) for k in range(finished)]
         slow = sum((0.8 ** (finished - 1 - k) * b for k, b in enumerate(blocks)), torch.zeros(6, 4))
         torch.testing.assert_close(slots["slow_momentum"], slow.double())
@@ -161,12 +163,12 @@ def test_invariant_23_in_the_print_two_betas_have_no_effect() -> None:
 def test_pitfall_printed_steps_are_huge_at_first_and_shrink() -> None:
     given = gradients(64, shape=(16, 16))
     options = {"slow_period": 8, "slow_weight": 0.3}
-    sizes = [float(m.norm()) for m in moves(
-        lambda p: M3(p, 1.0, (0.9, 0.999, 0.9), accumulate="paper", **options, **LITERAL), given)]  # fmt: skip
+    betas = (0.9, 0.999, 0.9)
+    printed = moves(lambda p: M3(p, 1.0, betas, accumulate="paper", **options, **LITERAL), given)
+    sizes = [float(m.norm()) for m in printed]
     assert sizes[0] > 20 * sizes[-1] and sizes[8] > 2 * sizes[-1]
-    level = [float(m.norm()) for m in moves(
-        lambda p: M3(p, 1.0, (0.9, 0.999, 0.9), **options, weight_decay=0.0), given)]  # fmt: skip
-    torch.testing.assert_close(level, [0.2 * 16] * 64)
+    level = moves(lambda p: M3(p, 1.0, betas, **options, weight_decay=0.0), given)
+    torch.testing.assert_close([float(m.norm()) for m in level], [0.2 * 16] * 64)
 
 
 def test_invariant_24_newton_schulz() -> None:
@@ -176,17 +178,18 @@ def test_invariant_24_newton_schulz() -> None:
     o = g.clone().requires_grad_()
     loss = ((o - g) ** 2).sum() / 2 + ((o.T @ o - torch.eye(5)) ** 2).sum() / 2
     (slope,) = torch.autograd.grad(loss, [o])
-    torch.testing.assert_close(slope, 2 * g @ (g.T @ g - torch.eye(5)))
+    gram = g.T @ g
+    torch.testing.assert_close(slope, 2 * g @ (gram - torch.eye(5)))
     cubic = g - 0.25 * slope
-    torch.testing.assert_close(cubic, 1.5 * g - 0.5 * g @ g.T @ g)
+    torch.testing.assert_close(cubic, 1.5 * g - 0.5 * g @ gram)
     torch.testing.assert_close(newton_schulz(g, [CUBIC]), cubic, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(newton_schulz(3.0 * g, [QUINTIC] * 5), newton_schulz(g), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(newton_schulz(g.T), newton_schulz(g).T)
     assert not newton_schulz(torch.zeros(3, 2)).any()
     x = draw(64, 32)
     quintic, short = (torch.linalg.svdvals(newton_schulz(x, [p] * n)) for p, n in ((QUINTIC, 5), (CUBIC, 3)))
-    assert 0.65 < quintic.min() and quintic.max() < 1.2
-    assert 0.1 < short.min() < 0.3 and 0.6 < short.max() < 0.9
+    assert quintic.min() > 0.65 and quintic.max() < 1.2
+    assert short.min() > 0.1 and short.min() < 0.3 and short.max() > 0.6 and short.max() < 0.9
 
 
 def test_pitfall_zeros_make_no_step_and_no_nan() -> None:
