@@ -39,7 +39,7 @@ from rich.table import Table
 
 from nestor.errors import NonFiniteError
 from nestor.evaluation.plots import Axes, Series, curves
-from nestor.files import atomic_write, write_json
+from nestor.files import FileLock, atomic_write, write_json
 from nestor.models import NestorForCausalLM, preset
 from nestor.training import TrainConfig, train
 from nestor.training.optimizer import build_optimizers
@@ -74,7 +74,7 @@ class Settings:
 
     sections: tuple[str, ...] = SECTIONS
     subjects: tuple[str, ...] = tuple(SUBJECTS)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
     seeds: tuple[int, ...] = (1, 2, 3)
     device: Literal["cpu", "cuda"] = "cpu"
     model: str = "transformer"
@@ -164,7 +164,9 @@ def trial(s: Settings, subject: str, rate: float, seed: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(config_of(s, subject, rate, seed, folder), resume="never", on_step=note, quiet=True)
+            run = train(config_of(s, subject, rate, seed, folder), resume="never", on_step=note, quiet=True)
+            if run.signal:
+                raise SystemExit(run.exit_code)
             final = curve[-1][1]
         except NonFiniteError:
             final = None
@@ -310,6 +312,12 @@ def main(s: Settings) -> None:
     if s.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda, but PyTorch sees no GPU; use --device cpu")
     torch.set_num_threads(s.threads)
+    with FileLock(s.result_file()):
+        measure(s)
+
+
+def measure(s: Settings) -> None:
+    """The chosen sections, as far as they are not in the file."""
     console, result = Console(), opened(s)
     if "tasks" in s.sections:
         if "tasks" not in result:

@@ -71,6 +71,26 @@ def test_m3_is_its_sums_over_all_gradients() -> None:
     assert_same(found, by_hand(given, 0.1, 0.8, 0.9, 0.7, 3, 0.4))
 
 
+def test_the_printed_algorithm_to_the_letter() -> None:
+    given, (beta1, beta2, beta3), alpha, f, eta, eps = gradients(9), (0.8, 0.9, 0.7), 0.4, 3, 0.1, 1e-8
+    w = draw(6, 4, seed=7)
+    m1 = m2 = v = o2 = b = torch.zeros_like(w)
+    expected = []
+    for t, g in enumerate(given, 1):
+        if t > 1 and (t - 1) % f == 0:
+            m2, b = m2 + beta3 * b, torch.zeros_like(b)
+            o2 = newton_schulz(m2)
+        b = b + g
+        m1 = m1 + beta1 * g
+        v = v + beta2 * g * g
+        w = w - eta * (newton_schulz(m1) + alpha * o2) / (v.sqrt() + eps)
+        expected.append(w)
+    options = {"accumulate": "paper", "slow_period": f, "slow_weight": alpha, "eps": eps}
+    found, kept = trajectory(lambda p: M3(p, eta, (beta1, beta2, beta3), **options, **LITERAL), given)
+    assert_same(found, expected)
+    torch.testing.assert_close(kept["slow_momentum"], m2)
+
+
 @pytest.mark.parametrize("off", [{"slow_weight": 0.0}, {"slow_period": math.inf}, {"slow_period": 20}])
 def test_invariant_22_m3_without_slow_branch_is_muon(off) -> None:
     given = gradients(12)
