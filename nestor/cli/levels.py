@@ -25,7 +25,7 @@ class LevelOptions:
     """Tokens from update to update of each level, multiples of the shortest; none given: 64 512."""
     learning_rates: tuple[float, ...] | None = None
     """Of each level; none given: 0.1 for all. With 0 the model stays as it is."""
-    optimizer: Literal["sgd", "momentum", "adam"] | None = None
+    optimizer: Literal["sgd", "momentum", "adam", "m3"] | None = None
     """How a level steps; none given: sgd."""
     largest_update: float | None = None
     """No update changes a level's weights by more than this share of their norm; none given: 0.01."""

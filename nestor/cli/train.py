@@ -28,6 +28,7 @@ options:
 examples:
   nestor train quick-transformer
   nestor train quick-titans-mag --optimizer.lr 1e-3 --run.steps 2000
+  nestor train quick-titans-mag --optimizer.name m3     (or adamw, muon, adamuon)
   nestor train quick-titans-mag --data.sources "books/**/*.txt" --run.out runs/books
   nestor train my.toml --run.precision bf16 --run.state-mode pass
   torchrun --nproc-per-node 4 -m nestor train 60m-titans-mag --run.parallel fsdp2"""

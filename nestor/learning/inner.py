@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nestor.ops.multi_scale_muon import M3_SLOTS, m3_step, match_rms
+
 if TYPE_CHECKING:
     from nestor.learning.levels import Level
 
@@ -40,9 +42,28 @@ def adam(level: Level, g: Tensor, slots: Slots, updates: int) -> tuple[Tensor, S
     return -level.learning_rate * mean / (spread + EPSILON), {"momentum": m, "second_momentum": v}
 
 
+def m3(level: Level, g: Tensor, slots: Slots, updates: int) -> tuple[Tensor, Slots]:
+    """Multi-scale momentum Muon, for matrices (arXiv 2512.24695, algorithm 1; `nestor.ops.multi_scale_muon`).
+
+    Steps are updates of the level. They have a root mean square of 0.2 times the learning rate, about that
+    of Adam's. `momentum` is that of both momenta.
+    """
+    update, after = m3_step(
+        g,
+        slots,
+        updates + 1,
+        betas=(level.momentum, level.second_momentum, level.momentum),
+        slow_period=level.slow_period,
+        slow_weight=level.slow_weight,
+        eps=EPSILON,
+    )
+    return -level.learning_rate * match_rms(update), after
+
+
 #: Each with the names of its slots, which begin as zeros.
 OPTIMIZERS: dict[str, tuple[Step, tuple[str, ...]]] = {
     "sgd": (sgd, ()),
     "momentum": (momentum, ("momentum",)),
     "adam": (adam, ("momentum", "second_momentum")),
+    "m3": (m3, M3_SLOTS),
 }

@@ -25,12 +25,15 @@ class Level:
         period: tokens C from one update to the next; None: these weights never change.
         learning_rate: of a step along the reduced gradient.
         reduce: "mean" over the period's tokens, or "sum", the paper's equation 71 to the letter.
-        optimizer: "sgd", "momentum" or "adam"; its state lasts as long as the level's weights.
+        optimizer: "sgd", "momentum", "adam" or "m3" (matrices only); its state lasts as long as the level's
+            weights.
         momentum, second_momentum: how much of a mean stays from update to update.
         phase: updates fall on tokens `phase, phase + C, phase + 2 C, ...` of the stream (not on 0).
         largest_update: norm of an update over that of the weights that is not exceeded; None: no limit.
         reset: when what the level has learned is dropped, with the state of its optimiser: "never", at the
             end of a "context", or every so many of its own updates (eq. 72, the nested wiring).
+        slow_period: of "m3", updates that its slow momentum takes in at once when they are over.
+        slow_weight: of "m3", how much the slow momentum counts beside the fast one.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Level:
     phase: int = 0
     largest_update: float | None = None
     reset: str | int = "never"
+    slow_period: int = 10
+    slow_weight: float = 0.3
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name == "stream":
@@ -74,6 +79,11 @@ class Level:
                 raise ConfigError(
                     f"level {self.name!r} has {name}={getattr(self, name)}; it must be in [0, 1)"
                 )
+        if self.slow_period < 1 or not (math.isfinite(self.slow_weight) and self.slow_weight >= 0):
+            raise ConfigError(
+                f"level {self.name!r} has slow_period={self.slow_period} and slow_weight={self.slow_weight}; "
+                f"they must be at least 1 and at least 0"
+            )
         if self.largest_update is not None and not self.largest_update > 0:
             raise ConfigError(
                 f"level {self.name!r} has largest_update={self.largest_update}; it must be above 0"
@@ -119,6 +129,11 @@ def check_levels(levels: Sequence[Level], parameters: Mapping[str, Tensor]) -> i
                         f"what they learn; choose one, or let the faster one reset"
                     )
                 lasting[name] = level.name
+            if level.optimizer == "m3" and parameters[name].dim() != 2:
+                raise ConfigError(
+                    f"level {level.name!r} has optimizer='m3', which is for matrices, and {name!r} of shape "
+                    f"{list(parameters[name].shape)}; give that to a level with optimizer='adam'"
+                )
     periods = [level.period for level in levels if level.period is not None]
     if not periods:
         raise ConfigError("no level has a period, so nothing would be learned; give one of them a period")

@@ -87,7 +87,8 @@ def parts_of(level: Level) -> tuple[str, ...]:
 def settings_of(level: Level) -> Tensor:
     """What a level must have in common with what was learned before."""
     reset = {"never": -1, "context": 0}.get(str(level.reset), level.reset)
-    return torch.tensor([level.period or 0, level.phase, REDUCTIONS.index(level.reduce), int(reset)])
+    slow = [level.slow_period] if level.optimizer == "m3" else []
+    return torch.tensor([level.period or 0, level.phase, REDUCTIONS.index(level.reduce), int(reset), *slow])
 
 
 def fresh_levels(levels: Sequence[Level], parameters: Tensors) -> dict[str, Tensors]:
@@ -154,6 +155,7 @@ def take_apart(state: State, levels: Sequence[Level]) -> Stream:
 
 
 def _described(settings: Sequence[int]) -> str:
-    period, phase, reduction, reset = settings
+    period, phase, reduction, reset, *slow = settings
     again = {-1: "never resets", 0: "resets with the context"}.get(reset, f"resets every {reset} updates")
-    return f"period {period}, phase {phase}, reduces by {REDUCTIONS[reduction]} and {again}"
+    slower = "".join(f", with a slow period of {updates} updates" for updates in slow)
+    return f"period {period}, phase {phase}, reduces by {REDUCTIONS[reduction]} and {again}{slower}"

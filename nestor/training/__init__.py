@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nestor.training.config import TrainConfig, load_config, shipped_configs
     from nestor.training.loop import RunResult, train
+    from nestor.training.orthogonal import M3, AdaMuon
 
 _EXPORTS = {
+    "AdaMuon": "nestor.training.orthogonal",
+    "M3": "nestor.training.orthogonal",
     "RunResult": "nestor.training.loop",
     "TrainConfig": "nestor.training.config",
     "load_config": "nestor.training.config",
@@ -15,7 +18,7 @@ _EXPORTS = {
     "train": "nestor.training.loop",
 }
 
-__all__ = ["RunResult", "TrainConfig", "load_config", "shipped_configs", "train"]
+__all__ = ["AdaMuon", "M3", "RunResult", "TrainConfig", "load_config", "shipped_configs", "train"]
 
 
 def __getattr__(name: str) -> Any:

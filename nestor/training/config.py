@@ -79,23 +79,33 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW for every parameter, or Muon for the hidden matrices and AdamW for the rest."""
+    """AdamW for every parameter, or Muon, AdaMuon or M3 for the hidden matrices and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "adamuon", "m3"] = "adamw"
     lr: float = 1e-3
+    #: Of AdamW; AdaMuon and M3 take the second for their own second moments.
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     #: On weights of two and more dimensions; norms, biases and other vectors are never decayed.
     weight_decay: float = 0.1
     #: Largest norm of the gradient of a step; 0 does not clip.
     clip: float = 1.0
-    #: Peak learning rate of the hidden matrices under Muon, in AdamW's units (its updates are scaled to
-    #: the size of AdamW's); 0 takes `lr`.
+    #: Peak learning rate of the hidden matrices under Muon, AdaMuon and M3, in AdamW's units (their updates
+    #: are scaled to the size of AdamW's); 0 takes `lr`.
     muon_lr: float = 0.0
+    #: What stays from step to step of the momentum that they orthogonalise.
     muon_momentum: float = 0.95
     #: Of a continuum (`hope-attention`): steps from update to update of each block, from the fastest to the
     #: slowest, with the mean of their gradients. Empty: all blocks in every step.
     block_steps: tuple[int, ...] = ()
+    #: M3's slow momentum takes in the gradients of so many steps at once, when the last of them is over.
+    m3_slow_period: int = 10
+    #: How much the slow momentum's direction counts beside the fast one's; 0: not at all.
+    m3_slow_weight: float = 0.3
+    #: What stays of the slow momentum from one of its updates to the next.
+    m3_slow_momentum: float = 0.9
+    #: M3's second moments are of the gradients, as in the paper, or of the orthogonalised fast momentum.
+    m3_v_source: Literal["gradient", "orthogonal", "none"] = "gradient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +283,8 @@ def check(config: TrainConfig) -> None:
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("optimizer.clip", optimizer.clip, 0),
         ("optimizer.muon_lr", optimizer.muon_lr, 0),
+        ("optimizer.m3_slow_period", optimizer.m3_slow_period, 1),
+        ("optimizer.m3_slow_weight", optimizer.m3_slow_weight, 0),
         ("schedule.warmup", schedule.warmup, 0),
     ):
         _require(value >= least, key, value, f"at least {least}")
@@ -280,11 +292,10 @@ def check(config: TrainConfig) -> None:
     _require(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "above 0")
     for i, beta in enumerate(optimizer.betas):
         _require(0 <= beta < 1, f"optimizer.betas.{i}", beta, "at least 0 and below 1")
-    _require(
-        0 <= optimizer.muon_momentum < 1, "optimizer.muon_momentum", optimizer.muon_momentum, "in [0, 1)"
-    )
     for i, steps in enumerate(optimizer.block_steps):
         _require(steps >= 1, f"optimizer.block_steps.{i}", steps, "at least 1")
+    for key in ("muon_momentum", "m3_slow_momentum"):
+        _require(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}", getattr(optimizer, key), "in [0, 1)")
     _require(0 < schedule.decay <= 1, "schedule.decay", schedule.decay, "above 0 and at most 1")
     _require(0 <= schedule.final <= 1, "schedule.final", schedule.final, "between 0 and 1")
     _require(0 < data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "between 0 and 1")

@@ -1,7 +1,7 @@
 """Which parameters go to which optimiser, and optimiser state by parameter name.
 
-PyTorch's own AdamW and Muon are used as they are. Two of them may run side by side (Muon updates matrices
-only), so everything here speaks of a list of optimisers.
+PyTorch's own AdamW and Muon are used as they are, AdaMuon and M3 are those of `orthogonal.py`. Two of them
+may run side by side (all but AdamW update matrices only), so everything here speaks of a list of optimisers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nestor.errors import ConfigError, FileFormatError
 from nestor.training.config import OptimizerConfig
 from nestor.training.distributed import whole
+from nestor.training.orthogonal import M3, AdaMuon
 
 # A matrix narrower than this maps to a few numbers per head (gates); orthogonalising its update would give
 # each of them the same weight, whatever its gradient says.
@@ -29,9 +30,11 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     """The optimisers of a model, every trainable parameter in exactly one of them.
 
     AdamW (Loshchilov & Hutter 2019) decays weights of two and more dimensions and no others. With `muon`
-    (Jordan et al. 2024), the weights of hidden linear layers go to Muon; embeddings, the output projection,
-    gates, vectors and the initial weights of memories (three dimensions) stay with AdamW. Muon's updates are
-    scaled to AdamW's root mean square, so that one learning rate serves both (Liu et al. 2025).
+    (Jordan et al. 2024), `adamuon` (Si et al. 2025) or `m3` (Behrouz et al. 2025), the weights of hidden
+    linear layers go to that; embeddings, the output projection, gates, vectors and the initial weights of
+    memories (three dimensions) stay with AdamW. Updates of hidden matrices are scaled to AdamW's root mean
+    square, 0.2, so that one learning rate serves both (Liu et al. 2025): Muon's by what it is if all singular
+    values are 1, those of AdaMuon and M3, which are divided element by element, by what it is.
 
     Raises:
         ConfigError: nothing can be trained.
@@ -39,7 +42,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ConfigError("the model has no trainable parameter; every one has requires_grad off")
-    hidden = hidden_matrices(model) if config.name == "muon" else set()
+    hidden = hidden_matrices(model) if config.name != "adamw" else set()
     rest = [(name, parameter) for name, parameter in named if name not in hidden]
     groups = [
         {"params": [p for name, p in rest if decays(name, p)], "weight_decay": config.weight_decay},
@@ -52,19 +55,35 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
             torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
         )
     if hidden:
-        optimizers.append(
-            torch.optim.Muon(
-                [parameter for name, parameter in named if name in hidden],
-                lr=config.muon_lr or config.lr,
-                weight_decay=config.weight_decay,
-                momentum=config.muon_momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        optimizers.append(_of_matrices([p for name, p in named if name in hidden], config))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _of_matrices(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser of the hidden matrices."""
+    lr, momentum, second = config.muon_lr or config.lr, config.muon_momentum, config.betas[1]
+    if config.name == "muon":
+        return torch.optim.Muon(
+            matrices,
+            lr=lr,
+            weight_decay=config.weight_decay,
+            momentum=momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    shared: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "eps": config.eps}
+    if config.name == "adamuon":
+        return AdaMuon(matrices, betas=(momentum, second), **shared)
+    return M3(
+        matrices,
+        betas=(momentum, second, config.m3_slow_momentum),
+        slow_period=config.m3_slow_period,
+        slow_weight=config.m3_slow_weight,
+        v_source=config.m3_v_source,
+        **shared,
+    )
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -73,7 +92,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def hidden_matrices(model: Any) -> set[str]:
-    """Names of the parameters for Muon: weights of linear layers that lead from hidden to hidden."""
+    """Names of the parameters for Muon and its kin: weights of linear layers from hidden to hidden."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     outer = set() if output is None else set(map(id, output.parameters()))
     outer |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}

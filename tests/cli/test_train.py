@@ -74,6 +74,7 @@ def test_train_resume_and_refusal_end_to_end(book, tmp_path, capsys):
         str(book),
         "--run.out",
         str(tmp_path / "run"),
+        *("--optimizer.name", "m3", "--optimizer.m3-slow-period", "2"),
     ]
     assert main([*command, "--run.steps", "3"]) == 0
     out = capsys.readouterr().out
@@ -87,6 +88,8 @@ def test_train_resume_and_refusal_end_to_end(book, tmp_path, capsys):
     assert main([*command, "--run.steps", "5", "--resume"]) == 0
     out = capsys.readouterr().out
     assert "resuming from" in out and "step 4/5" in out and "step 3/5" not in out
+    assert main([*command, "--optimizer.name", "m33"]) == 2
+    assert "adamw, muon, adamuon, m3. Did you mean 'm3'?" in capsys.readouterr().err
     assert main([*command, "--run.steps", "2", "--restart", "--quiet"]) == 0
     assert capsys.readouterr().out == ""
 

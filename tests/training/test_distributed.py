@@ -18,14 +18,16 @@ from nestor.training.checkpoint import list_checkpoints
 def command(config, tmp_path, processes=1, name="config.toml"):
     path = tmp_path / name
     path.write_text(config.to_toml(), encoding="utf-8")
-    launch = [sys.executable, "-m"]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launch += ["torch.distributed.run", "--nproc-per-node", str(processes)]
-        launch += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m"]
-    return [*launch, "nestor", "train", str(path)]
+    launch = launcher(processes) if processes > 1 else [sys.executable]
+    return [*launch, "-m", "nestor", "train", str(path)]
+
+
+def launcher(processes):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return [*launch, "--master-addr", "127.0.0.1", "--master-port", str(port)]
 
 
 def environment():
@@ -48,10 +50,11 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(tiny, tmp_path, weights, parallel):
+@pytest.mark.parametrize(("parallel", "optimizer"), [("ddp", "adamw"), ("fsdp2", "m3")])
+def test_two_processes_equal_one(tiny, tmp_path, weights, parallel, optimizer):
     """Same lanes, weights after six steps equal to 1e-6, and the checkpoint of two is resumed by one."""
     settings = {"run__precision": "fp64", "run__steps": 6, "run__eval_every": 3, "run__save_every": 3}
+    settings |= {"optimizer__name": optimizer, "optimizer__m3_slow_period": 2}
     sources = [
         {"text": list(tiny().data.sources[0].text)},
         # Few of its tokens count, so that the processes have different numbers of targets.
@@ -78,6 +81,57 @@ def test_two_processes_equal_one(tiny, tmp_path, weights, parallel):
             assert torch.allclose(alone[name], tensor, rtol=0, atol=1e-6), name
     lines = [(config.folder / "metrics.jsonl").read_text().splitlines() for config in (one, two)]
     assert len(lines[0]) == len(lines[1])
+
+
+SHARDED = """
+import torch
+from torch import nn
+from nestor.training.config import OptimizerConfig
+from nestor.training.distributed import shard, whole
+from nestor.training.optimizer import build_optimizers, load_optimizer_state, optimizer_state
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+
+def make(sharded):
+    torch.manual_seed(0)
+    # Rows that two processes cannot share evenly.
+    model = nn.Sequential(nn.Linear(40, 35), nn.Tanh(), nn.Linear(35, 32)).double()
+    return shard(model, "cpu", 2) if sharded else model
+
+def advance(model, optimizers, steps):
+    for step in steps:
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+for name in ("m3", "adamuon"):
+    config = OptimizerConfig(name=name, lr=0.01, m3_slow_period=2)
+    alone, model, twin = make(False), make(True), make(True)
+    ours, theirs, others = (build_optimizers(m, config) for m in (alone, model, twin))
+    advance(alone, ours, range(7))
+    advance(model, theirs, range(3))
+    saved = optimizer_state(model, theirs)
+    assert saved["0.weight/momentum"].shape == (35, 40), saved["0.weight/momentum"].shape
+    with torch.no_grad():
+        for one, other in zip(twin.parameters(), model.parameters()):
+            one.copy_(other)
+    load_optimizer_state(twin, others, saved)
+    advance(twin, others, range(3, 7))
+    for (key, one), other in zip(alone.named_parameters(), twin.parameters()):
+        assert torch.allclose(one, whole(other), rtol=0, atol=1e-9), (name, key)
+        assert hasattr(others[-1].state[twin[0].weight]["momentum"], "device_mesh")
+    for key, value in optimizer_state(alone, ours).items():
+        assert torch.allclose(value, optimizer_state(twin, others)[key], rtol=1e-6, atol=1e-9), (name, key)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_matrices_in_parts_are_orthogonalised_whole_and_resumed(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED, encoding="utf-8")
+    run([*launcher(2), str(tmp_path / "sharded.py")])
 
 
 def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tiny, tmp_path):

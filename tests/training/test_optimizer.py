@@ -32,13 +32,16 @@ def step(model, optimizers, seed):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+KINDS = pytest.mark.parametrize("kind", ["adamw", "muon", "adamuon", "m3"])
+
+
+@KINDS
 def test_every_parameter_is_in_exactly_one_group(kind):
     model = small_model()
     optimizers = build_optimizers(model, OptimizerConfig(name=kind))
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
-    assert len(optimizers) == (2 if kind == "muon" else 1)
+    assert len(optimizers) == (1 if kind == "adamw" else 2)
 
 
 def test_norms_biases_and_scales_are_not_decayed_and_weights_are():
@@ -66,7 +69,37 @@ def test_rates_follow_the_factor_of_their_own_peak():
     assert {group["lr"] for group in optimizers[1].param_groups} == {0.5e-2}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_settings_reach_the_optimiser_of_matrices():
+    config = OptimizerConfig(
+        name="m3", lr=0.1, betas=(0.8, 0.7), muon_lr=0.2, muon_momentum=0.6, weight_decay=0.3, eps=1e-6,
+        m3_slow_period=4, m3_slow_weight=0.5, m3_slow_momentum=0.4, m3_v_source="orthogonal",
+    )  # fmt: skip
+    group = build_optimizers(small_model(), config)[1].param_groups[0]
+    wanted = {
+        "lr": 0.2, "betas": (0.6, 0.7, 0.4), "slow_period": 4, "slow_weight": 0.5, "weight_decay": 0.3,
+        "eps": 1e-6, "v_source": "orthogonal", "accumulate": "decay", "match_rms": True,
+    }  # fmt: skip
+    assert {key: group[key] for key in wanted} == wanted
+    config = OptimizerConfig(name="adamuon", lr=0.1, betas=(0.8, 0.7), muon_momentum=0.6)
+    group = build_optimizers(small_model(), config)[1].param_groups[0]
+    assert (group["lr"], group["betas"], group["sign"]) == (0.1, (0.6, 0.7), True)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamuon", "m3"])
+def test_updates_of_hidden_matrices_have_the_size_of_those_of_adamw(kind):
+    """A root mean square of 0.2 times the learning rate; Muon's own is near it where matrices are square."""
+    model = small_model()
+    optimizers = build_optimizers(model, OptimizerConfig(name=kind, lr=1e-3, weight_decay=0.0))
+    names = hidden_matrices(model)
+    for seed in range(3):
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
+        step(model, optimizers, seed)
+        for name, was in before.items():
+            rms = float((model.get_parameter(name).detach() - was).square().mean().sqrt())
+            assert rms == pytest.approx(0.2e-3, rel=0.4 if kind == "muon" else 1e-3), name
+
+
+@KINDS
 def test_restored_state_continues_bit_for_bit(kind):
     config = OptimizerConfig(name=kind, lr=1e-2)
     model = small_model()

@@ -1,11 +1,20 @@
 """Orthogonalised steps (Muon) and weights of constant norm (spec/neural-memory.md sections 5.2 and 7.1)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+Polynomial = tuple[float, float, float]
+
+#: a, b, c of the step of Muon, the largest slope at 0 that a quintic has without blowing up.
+QUINTIC: Polynomial = (3.4445, -4.7750, 2.0315)
+#: The classical step: one of gradient descent on being near to X and orthogonal (arXiv 2512.24695, eq. 43).
+CUBIC: Polynomial = (1.5, -0.5, 0.0)
+
 # a, b, c of each of the five steps.
-NEWTON_SCHULZ: dict[str, tuple[tuple[float, float, float], ...]] = {
-    "constant": ((3.4445, -4.7750, 2.0315),) * 5,
+NEWTON_SCHULZ: dict[str, tuple[Polynomial, ...]] = {
+    "constant": (QUINTIC,) * 5,
     "scheduled": (
         (4.0848, -6.8946, 2.9270),
         (3.9505, -6.3029, 2.6377),
@@ -16,16 +25,16 @@ NEWTON_SCHULZ: dict[str, tuple[tuple[float, float, float], ...]] = {
 }
 
 
-def newton_schulz(x: Tensor, schedule: str = "constant") -> Tensor:
+def newton_schulz(x: Tensor, schedule: str | Sequence[Polynomial] = "constant") -> Tensor:
     """About U V^T for x = U S V^T ``[..., m, n]``; a matrix of zeros stays one.
 
     ``X /= ||X||_F + 1e-7``, then five times ``X = a X + (b X X^T + c (X X^T)^2) X``, with constant
-    coefficients or LaCT's schedule.
+    coefficients or LaCT's schedule. schedule: one of `NEWTON_SCHULZ`, or a, b, c of each step.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in NEWTON_SCHULZ[schedule]:
+    for a, b, c in NEWTON_SCHULZ[schedule] if isinstance(schedule, str) else schedule:
         square = x @ x.mT
         x = a * x + (b * square + c * (square @ square)) @ x
     return x.mT if tall else x
