@@ -143,12 +143,14 @@ def write(
     spec = group.spec
     inner = group.inner(state.anchor, tokens.k, tokens.v)
     eta = capped(spec, tokens.eta, tokens.alpha, tokens.k, inner.size)
-    of_tokens = (eta, tokens.alpha, mu, valid)
     transitions, corrections = [], []
     weights, momentum = [], []
     for layer, (keys, errors) in enumerate(zip(inner.inputs, inner.errors, strict=True)):
-        dgd = spec.dgd and (spec.dgd_hidden or not layer)
-        t = make_transition(keys, *(_over_memories(x, layer) for x in of_tokens), dgd)  # type: ignore[arg-type]
+        rows = _over_memories if layer else _as_it_is
+        t = make_transition(
+            keys, rows(eta), rows(tokens.alpha), None if mu is None else rows(mu),
+            None if valid is None else rows(valid), dgd=spec.dgd and (spec.dgd_hidden or not layer),
+        )  # fmt: skip
         s = state.momentum[layer] if state.momentum else None
         w, s, a = advance(t, state.weights[layer], s, errors)
         weights.append(w)
@@ -159,9 +161,13 @@ def write(
     return Written(after, transitions, corrections, inner, (eta * inner.size).detach())
 
 
-def _over_memories(x: Tensor | None, layer: int) -> Tensor | None:
-    """``[m, C]``, with an axis for the memories where matrices have one."""
-    return x if x is None or not layer else x.unsqueeze(1)
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _over_memories(x: Tensor) -> Tensor:
+    """``[m, C]``, with the axis that second matrices have for the memories."""
+    return x.unsqueeze(1)
 
 
 def _walk_projections(

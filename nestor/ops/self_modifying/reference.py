@@ -9,9 +9,9 @@
 ("Nested Learning", arXiv 2512.24695, equations 83-97, resolved in spec/nested-learning.md section c.) What
 makes k, v, eta, alpha and v^, and where the gradient is taken, is the state at the start of the memory's
 chunk; with chunks of one token that is the state before the token. The gradient of the inner loss takes k, v^
-and the gates for constants; gradients of what is read later pass through everything. Vectors are rows here,
-so that M(x) is x W, or x + phi(x W_a) W_b, and the decay stands on the left. Gradients come from autograd. This
-file is slow and meant to be read.
+and the gates for constants; gradients of what is read later pass through everything. Vectors are rows here:
+M(x) is x W, or x + phi(x W_a) W_b, and the decay stands on the left. Gradients come from autograd. This file
+is slow and meant to be read.
 """
 
 from collections.abc import Mapping

@@ -76,8 +76,8 @@ def linear_walk(
 def _maps(
     t: Transition, rows: Tensor, fixed: Tensor | None, momentum: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """What corrections ``[..., C, c]``, weights ``[..., p, c]`` and momentum at the end are, with unit matrices
-    in place of W0, S0 (if there is momentum) and W_a, and for the fixed errors: the columns c in this order.
+    """What corrections ``[..., C, c]``, weights ``[..., p, c]`` and momentum at the end are, with the unit
+    matrix for W0, S0 (if there is momentum) and W_a, and for the fixed errors: the columns c in this order.
     Those of the momentum begin with W_a.
     """
     k, zeros = t.keys, torch.zeros_like(t.keys)
