@@ -57,8 +57,8 @@ class SelfModifyingMemory(nn.Module):
         adaptive: which of "k", "v", "q", "eta", "alpha" are memories; the others are static projections.
         momentum: "none", "fixed" (S keeps `momentum_keep` of itself) or "gated" (a projection says how much).
             A gradient that persists is then followed by steps of up to eta / (1 - keep).
-        inner_loss, targets, dgd, dgd_hidden, read_mode, step_cap, unit_values, activation, recompute: see
-            `SelfModifyingSpec`.
+        inner_loss, targets, dgd, dgd_hidden, read_mode, step_cap, activation, recompute: see
+            `SelfModifyingSpec`. The paper's targets are "self".
         max_step: largest share of a token's error that a write takes away, to first order and at the initial
             weights: eta over the square of the length of a hidden row. step_bias: of the sigmoid of eta.
         horizon: tokens that a memory lasts; at first it loses 1 / 4 of a part in `horizon` at each token.
@@ -87,12 +87,11 @@ class SelfModifyingMemory(nn.Module):
         momentum: str = "none",
         momentum_keep: float = 0.9,
         inner_loss: str = "l2",
-        targets: str = "self",
+        targets: str = "bounded",
         dgd: bool = True,
         dgd_hidden: bool = True,
         read_mode: str = "running",
         step_cap: str = "spectral",
-        unit_values: bool = False,
         max_step: float = 1.0,
         step_bias: float = -1.0,
         horizon: float = 4096.0,
@@ -140,7 +139,7 @@ class SelfModifyingMemory(nn.Module):
         self.spec = SelfModifyingSpec(
             chunk_size=chunk_size, projection_chunk_size=projection_chunk_size, inner_loss=inner_loss,
             targets=targets, dgd=dgd, dgd_hidden=dgd_hidden, read_mode=read_mode, step_cap=step_cap,
-            max_step=max_step / curvature, horizon=horizon, activation=activation, unit_values=unit_values,
+            max_step=max_step / curvature, horizon=horizon, activation=activation,
             recompute=recompute,
         )  # fmt: skip
         self.momentum, self.momentum_keep = momentum, momentum_keep

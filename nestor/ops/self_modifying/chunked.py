@@ -33,7 +33,7 @@ from nestor.ops.self_modifying.layout import (
     regrid,
     valid_rows,
 )
-from nestor.ops.self_modifying.scan import linear_walk
+from nestor.ops.self_modifying.scan import is_linear, linear_walk
 from nestor.ops.self_modifying.spec import Gate, SelfModifyingSpec, SelfModifyingState
 from nestor.ops.self_modifying.transitions import Transition, advance, make_transition, read_running
 
@@ -90,7 +90,7 @@ def self_modifying_chunks(
         after_others = carried[0][0]
     tokens = regrid(projected, *grids, batch, length)
     momenta = None if mu is None else grids[1].to_rows(mu)
-    walk = linear_walk if own.depth == 1 and spec.step_cap != "soft" else _walk_memory
+    walk = linear_walk if is_linear(own) else _walk_memory
     y, strength, after_own = walk(own, *carried[1], tokens, momenta, valid_rows(grids[1], heads))
 
     parts = []
@@ -120,9 +120,8 @@ def project(group: Group, gates: Mapping[str, Gate], anchor: Stack, x: Inputs) -
     if "alpha" in group.names and x.g is not None:
         alpha = kept_fraction(group.spec, logit(gates["alpha"], made("alpha", x.g)))
     assert eta is not None and alpha is not None
-    eps, v = group.spec.norm_eps, made("v", x.v)
-    v = unit(v, eps) if group.spec.unit_values else v
-    return Projected(unit(made("q", x.q), eps), unit(made("k", x.k), eps), v, eta, alpha)
+    eps = group.spec.norm_eps
+    return Projected(unit(made("q", x.q), eps), unit(made("k", x.k), eps), made("v", x.v), eta, alpha)
 
 
 class Written(NamedTuple):

@@ -1,4 +1,5 @@
-"""Keys of unit length, gates that memories make, and bounds of the write step (spec section c.5)."""
+"""Keys of unit length, bounded targets, gates that memories make, and caps of the write step (spec section
+c.5)."""
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ TINY = 1e-24
 def unit(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(||x||^2 + eps) over the last axis."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """x / max(1, ||x||) over the last axis."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp_min(1.0))
 
 
 def logit(gate: Gate, output: Tensor) -> Tensor:

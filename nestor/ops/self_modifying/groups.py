@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nestor.ops.neural_memory.networks import Mlp
-from nestor.ops.self_modifying.gates import gradient_size, unit
+from nestor.ops.self_modifying.gates import bounded, gradient_size, unit
 from nestor.ops.self_modifying.spec import SelfModifyingSpec
 
 Stack = list[Tensor]  # one or two tensors, as above
@@ -72,12 +72,21 @@ class Group:
     def inner(self, stack: Stack, k: Tensor, v: Tensor) -> Inner:
         """The gradients of all memories at the stack, for keys and values ``[m, C, p]``."""
         if self.depth == 1:
-            errors = torch.matmul(self.difference(k, v), stack[0])
+            if self.spec.targets == "bounded":
+                errors = -self._bounded(torch.matmul(v, stack[0]))
+                if self.spec.inner_loss == "l2":
+                    errors = errors + torch.matmul(k, stack[0])
+            else:
+                errors = torch.matmul(self.difference(k, v), stack[0])
             if self.spec.targets == "value":
                 errors = errors - torch.cat([v] * len(self.names), -1)
             squares = k.square().sum(-1) * errors.square().sum(-1)
             return Inner([k], [errors], gradient_size(squares))
         return self._of_networks(stack, k, v)
+
+    def _bounded(self, targets: Tensor) -> Tensor:
+        """Targets of linear memories ``[m, C, sum of o]``, each memory's bounded."""
+        return torch.cat([bounded(x) for x in targets.split(self.widths, -1)], -1)
 
     def difference(self, k: Tensor, v: Tensor) -> Tensor:
         """The row whose product with a linear memory is its error, but for targets that are v itself."""
@@ -94,8 +103,10 @@ class Group:
             return torch.matmul(x, stack[0]).unflatten(-1, (len(self.names), -1)).transpose(1, 2)
 
         k_rows, target = k.unsqueeze(1), v.unsqueeze(1)
-        if self.spec.targets == "self":
+        if self.spec.targets != "value":
             target = target + network.value(v, product)
+        if self.spec.targets == "bounded":
+            target = bounded(target)
 
         def of_output(z: Tensor) -> Tensor:
             return k_rows + z - target if self.spec.inner_loss == "l2" else (-target).expand_as(z)

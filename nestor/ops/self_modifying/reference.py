@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nestor.ops.neural_memory.functions import ACTIVATIONS
 from nestor.ops.self_modifying.gates import (
+    bounded,
     capped,
     gradient_size,
     kept_fraction,
@@ -75,7 +76,6 @@ def self_modifying_reference(
         key = unit(made("k", k[:, t]), spec.norm_eps)
         value = made("v", v[:, t])
         query = unit(made("q", q[:, t]), spec.norm_eps)
-        value = unit(value, spec.norm_eps) if spec.unit_values else value
         own = {name: logit(gates[name], made(name, g[:, t])) for name in gates if g is not None}
         step = write_step(spec, own["eta"]) if eta is None else eta[:, t]
         keep = kept_fraction(spec, own["alpha"]) if alpha is None else alpha[:, t]
@@ -122,7 +122,8 @@ def _inner_gradient(
     spec: SelfModifyingSpec, key: Tensor, value: Tensor, anchor: Matrices
 ) -> tuple[Tensor, ...]:
     """Of the loss at the anchor, with the target a constant, for each matrix."""
-    target = apply_memory(spec, value, anchor) if spec.targets == "self" else value
+    target = value if spec.targets == "value" else apply_memory(spec, value, anchor)
+    target = bounded(target) if spec.targets == "bounded" else target
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Copies: what target and key owe to the anchor is no part of the gradient with respect to them.

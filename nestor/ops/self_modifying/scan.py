@@ -21,6 +21,12 @@ from nestor.ops.self_modifying.transitions import (
 )
 
 
+def is_linear(group: Group) -> bool:
+    """Whether what a chunk does to the one memory of a group is linear in its weights."""
+    spec = group.spec
+    return group.depth == 1 and spec.step_cap != "soft" and spec.targets != "bounded"
+
+
 def linear_walk(
     group: Group,
     state: Carried,

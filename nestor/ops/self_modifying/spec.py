@@ -15,7 +15,7 @@ MEMORIES = ("k", "v", "q", "eta", "alpha", "mem")
 GATES = ("eta", "alpha")
 LOSSES = ("l2", "dot_product")
 READ_MODES = ("running", "anchor")
-TARGETS = ("self", "value")
+TARGETS = ("self", "bounded", "value")
 STEP_CAPS = ("none", "spectral", "soft")
 
 Memories = Mapping[str, tuple[Tensor, ...]]  # per memory its matrices
@@ -29,7 +29,11 @@ class SelfModifyingSpec:
     projection_chunk_size: tokens C_o between anchors of all others. One of the two divides the other. Both
         change the function, not only the speed: a model must run with those that it was trained with.
     inner_loss: "l2" is 1/2 ||M(k) - v||^2, "dot_product" is -<M(k), v>.
-    targets: "self", v^ = M(v): every memory makes its own; "value": v itself, for all (equations 79-82).
+    targets: "self", v^ = M(v): every memory makes its own; "bounded": the same, and shortened to length 1
+        where it is longer, which the paper does not do; "value": v itself, for all (equations 79-82). A
+        memory that makes its own targets feeds on itself: of a key k that repeats within chunks of C tokens,
+        it multiplies its answer by x + (1 - x) (v.k - 1) a chunk, x = (1 - eta)^C, with the L2 loss and dgd,
+        which for v = -k is below -1 from x = 1/3 on. A bounded target leaves the factor 2 x - 1.
     dgd: whether the decay of a token is alpha I - eta k k^T (delta gradient descent), else alpha I.
     dgd_hidden: the same for the second matrix of a network, by its own input of unit length.
     read_mode: the weights that query t sees: "running" M_{t-1}, or "anchor", those of the chunk's start.
@@ -40,8 +44,6 @@ class SelfModifyingSpec:
         alpha = exp(-softplus(.) / horizon).
     activation: of networks of two matrices, "silu" or "gelu".
     norm_eps: keys and queries are x / sqrt(||x||^2 + norm_eps).
-    unit_values: values as well, which the paper does not do. A target M(v) of a long v makes M grow, and
-        with it the next target.
     recompute: backward recomputes the inside of the chunks and keeps only their start states.
     """
 
@@ -57,7 +59,6 @@ class SelfModifyingSpec:
     horizon: float = 4096.0
     activation: str = "silu"
     norm_eps: float = 1e-6
-    unit_values: bool = False
     recompute: bool = False
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ def _check_initial(initial: Memories, heads: int, width: int, spec: SelfModifyin
         else:
             wanted = [(heads, width, width)]
             # A gate may be one number, or a row that a vector is read with.
-            free = name in GATES and spec.targets == "self" and len(shapes) == 1 and len(shapes[0]) == 3
+            free = name in GATES and spec.targets != "value" and len(shapes) == 1 and len(shapes[0]) == 3
             if free:
                 wanted = [(heads, width, shapes[0][2])]
         if shapes != wanted:
