@@ -60,7 +60,9 @@ class SelfModifyingMemory(nn.Module):
         inner_loss, targets, dgd, dgd_hidden, read_mode, step_cap, activation, recompute: see
             `SelfModifyingSpec`. The paper's targets are "self".
         max_step: largest share of a token's error that a write takes away, to first order and at the initial
-            weights: eta over the square of the length of a hidden row. step_bias: of the sigmoid of eta.
+            weights: eta over the square of the length of a hidden row. step_bias: of the sigmoid of eta; at
+            0 a first write with the L2 loss takes all that a linear memory answered to the key, and puts half
+            of the target in its place.
         horizon: tokens that a memory lasts; at first it loses 1 / 4 of a part in `horizon` at each token.
         conv_kernel: tokens seen by the short convolution; 0: none. convolution: "projections", after each
             static projection, or "input", one before them all.
@@ -93,7 +95,7 @@ class SelfModifyingMemory(nn.Module):
         read_mode: str = "running",
         step_cap: str = "spectral",
         max_step: float = 1.0,
-        step_bias: float = -1.0,
+        step_bias: float = 0.0,
         horizon: float = 4096.0,
         conv_kernel: int = 4,
         convolution: str = "projections",

@@ -33,7 +33,8 @@ class SelfModifyingSpec:
         where it is longer, which the paper does not do; "value": v itself, for all (equations 79-82). A
         memory that makes its own targets feeds on itself: of a key k that repeats within chunks of C tokens,
         it multiplies its answer by x + (1 - x) (v.k - 1) a chunk, x = (1 - eta)^C, with the L2 loss and dgd,
-        which for v = -k is below -1 from x = 1/3 on. A bounded target leaves the factor 2 x - 1.
+        which for v = -k is below -1 where x is below 1/3: it explodes. A bounded target adds to it no more
+        than 1 a chunk.
     dgd: whether the decay of a token is alpha I - eta k k^T (delta gradient descent), else alpha I.
     dgd_hidden: the same for the second matrix of a network, by its own input of unit length.
     read_mode: the weights that query t sees: "running" M_{t-1}, or "anchor", those of the chunk's start.
