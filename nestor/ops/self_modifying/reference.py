@@ -80,7 +80,7 @@ def self_modifying_reference(
         step = write_step(spec, own["eta"]) if eta is None else eta[:, t]
         keep = kept_fraction(spec, own["alpha"]) if alpha is None else alpha[:, t]
 
-        gradients = {name: _inner_gradient(spec, key, value, anchor[name]) for name in names}
+        gradients = _inner_gradients(spec, key, value, anchor)
         squares = {name: _sum([x.square().sum((-2, -1)) for x in gradients[name]]) for name in names}
         weights, momentum = {}, {}
         for name in names:
@@ -118,26 +118,36 @@ def _sum(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def _inner_gradient(
-    spec: SelfModifyingSpec, key: Tensor, value: Tensor, anchor: Matrices
-) -> tuple[Tensor, ...]:
-    """Of the loss at the anchor, with the target a constant, for each matrix."""
-    target = value if spec.targets == "value" else apply_memory(spec, value, anchor)
-    target = bounded(target) if spec.targets == "bounded" else target
+def _inner_gradients(
+    spec: SelfModifyingSpec, key: Tensor, value: Tensor, anchor: dict[str, Matrices]
+) -> dict[str, Matrices]:
+    """Of each memory's loss at its anchor, with the target a constant, for each of its matrices."""
     differentiable = torch.is_grad_enabled()
+    targets = {}
+    for name, weights in anchor.items():
+        target = value if spec.targets == "value" else apply_memory(spec, value, weights)
+        targets[name] = bounded(target) if spec.targets == "bounded" else target
+
+    def copy(w: Tensor) -> Tensor:
+        return w.clone() if differentiable and w.requires_grad else w.detach().requires_grad_()
+
     with torch.enable_grad():
         # Copies: what target and key owe to the anchor is no part of the gradient with respect to them.
-        own = [
-            w.clone() if differentiable and w.requires_grad else w.detach().requires_grad_() for w in anchor
-        ]
-        prediction = apply_memory(spec, key, tuple(own))
-        if spec.inner_loss == "l2":
-            loss = 0.5 * (prediction - target).square().sum()
-        else:
-            loss = -(prediction * target).sum()
-        # Sequences and heads have their own weights, so the sum separates.
-        gradients = torch.autograd.grad(loss, own, create_graph=differentiable)
-    return gradients if differentiable else tuple(x.detach() for x in gradients)
+        own = {name: tuple(map(copy, weights)) for name, weights in anchor.items()}
+        losses = []
+        for name, target in targets.items():
+            prediction = apply_memory(spec, key, own[name])
+            if spec.inner_loss == "l2":
+                losses.append(0.5 * (prediction - target).square().sum())
+            else:
+                losses.append(-(prediction * target).sum())
+        # Sequences, heads and memories have their own weights, so the sum separates.
+        leaves = [w for weights in own.values() for w in weights]
+        found = iter(torch.autograd.grad(_sum(losses), leaves, create_graph=differentiable))
+    return {
+        name: tuple(g if differentiable else g.detach() for _, g in zip(weights, found, strict=False))
+        for name, weights in own.items()
+    }
 
 
 def _decays(

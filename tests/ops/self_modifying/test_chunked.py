@@ -40,12 +40,18 @@ CASES = {
     "deep_soft": {"depth": 2, "step_cap": "soft"},
 }
 
+# Those in which a gradient takes another way.
+OUTER = [
+    "usual", "adaptive_queries", "momentum", "plain_descent", "anchor", "shared_targets_momentum", "some",
+    "bounded", "gate_rows", "soft_momentum", "deep_momentum", "deep_bounded", "deep_soft",
+]  # fmt: skip
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_chunked_form_is_the_token_loop(draw_problem, same, case) -> None:
     """Invariant 18: generators and gradients pinned to the chunk's start, for both periods."""
     chunk, projections = ((4, 2), (2, 6), (3, 3))[list(CASES).index(case) % 3]
-    p = draw_problem(chunk_size=chunk, projection_chunk_size=projections, length=9, **CASES[case])
+    p = draw_problem(chunk_size=chunk, projection_chunk_size=projections, length=7, **CASES[case])
     with torch.no_grad():
         same(p.run(), p.run("reference"))
 
@@ -53,7 +59,7 @@ def test_the_chunked_form_is_the_token_loop(draw_problem, same, case) -> None:
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_documents_and_padding_are_those_of_the_token_loop(draw_problem, same, case) -> None:
-    p = draw_problem(3, batch=3, masked=True, documents=True, length=9, **CASES[case])
+    p = draw_problem(3, batch=3, masked=True, documents=True, length=8, **CASES[case])
     p = p.replace(mask=p.mask & (torch.arange(3) != 1)[:, None])  # a row without a token
     same(p.run(), p.run("reference"))
 
@@ -97,7 +103,7 @@ def streams(draw):
 
 
 @given(case=streams())
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @torch.no_grad()
 def test_any_stream_cut_anywhere_is_the_token_loop(draw_problem, same, case) -> None:
     """Invariants 8 and 18: ragged lengths, documents, padding, one period dividing the other."""
@@ -112,12 +118,12 @@ def test_any_stream_cut_anywhere_is_the_token_loop(draw_problem, same, case) -> 
     same((torch.cat([first, rest], 1), state, torch.cat([strength, more], 1)), wanted)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OUTER)
 def test_outer_gradients_are_those_of_the_token_loop(draw_problem, case) -> None:
     """Of every input, initial weight and gate, through targets, generators and a State handed on."""
     # Recomputing is one for all cases; every other has it.
-    recompute = list(CASES).index(case) % 2 == 1
-    p = draw_problem(5, length=7, documents=True, recompute=recompute, **CASES[case])
+    recompute = OUTER.index(case) % 2 == 1
+    p = draw_problem(5, length=6, documents=True, recompute=recompute, **CASES[case])
 
     def gradients(backend):
         leaves = {name: x.clone().requires_grad_() for name, x in p.leaves().items()}

@@ -155,13 +155,13 @@ def test_20_a_transition_never_enlarges_a_memory(draw_problem) -> None:
     assert torch.linalg.matrix_norm(uncapped.run()[1].weights["mem"][0], 2).min() > 1.5
 
 
-@pytest.mark.parametrize("chunk", [4, 16, 1024])
+@pytest.mark.parametrize("chunk", [3, 16, 1024])
 @torch.no_grad()
 def test_20_a_frozen_chunk_on_one_key_is_bounded_and_without_decay_diverges(draw_problem, chunk) -> None:
     """L2 with dgd multiplies the answer by 2 (1 - eta)^C - 1 a chunk; plain descent by 1 - eta C."""
     eta = 0.5
     p = draw_problem(chunk_size=chunk, projection_chunk_size=chunk, batch=1, heads=1, **PLAIN)
-    p = repeated(constant(p.replace(v=torch.zeros_like(p.v)), eta, 1.0), 2 * chunk)
+    p = repeated(constant(p.replace(v=torch.zeros_like(p.v)), eta, 1.0), chunk)
     k = unit(p.k[:, 0])
     before = torch.einsum("bhi,hio->bho", k, p.initial["mem"][0])
 
@@ -169,8 +169,8 @@ def test_20_a_frozen_chunk_on_one_key_is_bounded_and_without_decay_diverges(draw
         state = p.run(**choices)[1]
         return torch.einsum("bhi,bhio->bho", k, state.weights["mem"][0])
 
-    torch.testing.assert_close(answers(), before * (2 * (1 - eta) ** chunk - 1) ** 2, **EXACT)
-    torch.testing.assert_close(answers(dgd=False), before * (1 - eta * chunk) ** 2, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(answers(), before * (2 * (1 - eta) ** chunk - 1), **EXACT)
+    torch.testing.assert_close(answers(dgd=False), before * (1 - eta * chunk), rtol=1e-8, atol=1e-10)
     assert answers().norm() <= before.norm() * (1 + 1e-9)
     assert (answers(dgd=False).norm() > before.norm()) == (eta * chunk > 2)
 
@@ -231,19 +231,17 @@ def test_21_the_gradient_of_a_later_read_goes_through_the_writes(draw_problem, d
         return (p.run(initial=initial)[0][:, -1] * direction).sum()
 
     for name, matrices in p.initial.items():
-        for layer, weight in enumerate(matrices):
-            way, step = torch.randn_like(weight), 1e-6
+        ways, step = [torch.randn_like(w) for w in matrices], 1e-6
 
-            def moved(size, name=name, layer=layer, matrices=matrices, way=way):
-                changed = tuple(w + size * way if i == layer else w for i, w in enumerate(matrices))
-                return {**p.initial, name: changed}
+        def moved(size, name=name, matrices=matrices, ways=ways):
+            return {**p.initial, name: tuple(w + size * way for w, way in zip(matrices, ways, strict=True))}
 
-            size = torch.zeros((), dtype=torch.float64, requires_grad=True)
-            (found,) = torch.autograd.grad(value(moved(size)), size)
-            with torch.no_grad():
-                wanted = (value(moved(step)) - value(moved(-step))) / (2 * step)
-            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8, msg=lambda m: f"{name}: {m}")
-            assert found.abs() > 1e-6
+        size = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(value(moved(size)), size)
+        with torch.no_grad():
+            wanted = (value(moved(step)) - value(moved(-step))) / (2 * step)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8, msg=lambda m: f"{name}: {m}")
+        assert found.abs() > 1e-6
 
 
 def test_21_a_detached_state_ends_the_gradient_and_changes_no_value(draw_problem) -> None:
