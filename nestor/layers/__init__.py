@@ -49,6 +49,7 @@ _EXPORTS = {
     "Miras": "nestor.layers.miras",
     "Atlas": "nestor.layers.atlas",
     "LaCT": "nestor.layers.lact",
+    "SelfModifyingMemory": "nestor.layers.self_modifying",
 }
 
 __all__ = sorted(_EXPORTS)

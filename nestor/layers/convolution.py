@@ -50,3 +50,22 @@ class ShortConvolution(nn.Module):
             clock=span.clock_after() if resets else None,
         )
         return y, after
+
+
+@torch.no_grad()
+def look_back(
+    q_proj: nn.Linear, k_proj: nn.Linear, q: ShortConvolution, k: ShortConvolution, v: ShortConvolution
+) -> None:
+    """Let queries and keys start as one projection and convolution, keys one token late; values as they are.
+
+    A memory then starts as one of what came next: a query finds the values of the tokens that followed the
+    same few tokens earlier.
+    """
+    k_proj.weight.copy_(q_proj.weight)
+    for convolution in (q, k, v):
+        convolution.weight.zero_()
+    nn.init.normal_(q.weight[:, 1:], std=(q.kernel - 1) ** -0.5)
+    k.weight[:, :-1] = q.weight[:, 1:]
+    # A first token has nothing before it: from a key of zero its unit vector would have no gradient.
+    nn.init.normal_(k.weight[:, -1], std=0.1)
+    v.weight[:, -1] = 1.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.errors import ConfigError, suggest
-from nestor.layers.convolution import ShortConvolution
+from nestor.layers.convolution import ShortConvolution, look_back
 from nestor.layers.norm import RMSNorm
 from nestor.layers.projections import project_together, project_wide, stacked
 from nestor.layers.registry import register_mixer
@@ -165,7 +165,8 @@ class NeuralMemory(nn.Module):
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(projection.weight, std=self.dim**-0.5)
         if self.convolutions is not None:
-            self._look_back(self.convolutions)
+            q, k, v = (cast(ShortConvolution, self.convolutions[name]) for name in "qkv")
+            look_back(self.q_proj, self.k_proj, q, k, v)
         self._open_gates(std)
         self._draw_network()
         if self.memory_gamma is not None and self.memory_beta is not None:
@@ -200,21 +201,6 @@ class NeuralMemory(nn.Module):
     def initial_weights(self) -> list[Tensor]:
         """What the fast weights are before the first token, `[H, in, out]` each."""
         return list(self.initial)
-
-    @torch.no_grad()
-    def _look_back(self, convolutions: nn.ModuleDict) -> None:
-        """Queries and keys by one projection and convolution, keys one token late; values as they are."""
-        self.k_proj.weight.copy_(self.q_proj.weight)
-        q, k, v = (cast(ShortConvolution, convolutions[name]).weight for name in "qkv")
-        kernel = q.shape[1]
-        q.zero_()
-        k.zero_()
-        v.zero_()
-        nn.init.normal_(q[:, 1:], std=(kernel - 1) ** -0.5)
-        k[:, :-1] = q[:, 1:]
-        # A first token has nothing before it: from a key of zero its unit vector would have no gradient.
-        nn.init.normal_(k[:, -1], std=0.1)
-        v[:, -1] = 1.0
 
     def forward(
         self,

@@ -28,6 +28,7 @@ MIXER_MODULES = {
     "lact": "nestor.layers.lact",
     "ttt_linear": "nestor.layers.ttt",
     "ttt_mlp": "nestor.layers.ttt",
+    "self_modifying": "nestor.layers.self_modifying",
     "kda": "nestor.layers.fla",
     "gated_deltanet": "nestor.layers.fla",
 }

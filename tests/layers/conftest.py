@@ -13,6 +13,7 @@ from nestor.layers.memory_as_context import MemoryAsContext
 from nestor.layers.memory_as_gate import MemoryAsGate
 from nestor.layers.memory_as_layer import MemoryAsLayer
 from nestor.layers.neural_memory import memory_from_config
+from nestor.layers.self_modifying import SelfModifyingMemory
 from nestor.layers.span import Span
 from nestor.layers.tnt import FIXED, TNT
 from nestor.layers.ttt import TTT
@@ -36,6 +37,7 @@ KINDS = (
     "memory_as_layer_yaad",
     "memory_as_context_memora",
     "lact",
+    "self_modifying",
 )
 
 
@@ -65,6 +67,25 @@ def member_of_family(member, arguments):
     return memory_from_config(config, {"kind": member, **arguments})
 
 
+def self_modifying(arguments):
+    """With those of the arguments that it takes; of three layers it has two."""
+    chunk, read = arguments["chunk_size"], arguments.get("read_mode")
+    return SelfModifyingMemory(
+        DIM,
+        HEADS,
+        depth=min(arguments.get("depth", 1), 2),
+        expansion=1.5,
+        chunk_size=chunk,
+        projection_chunk_size=2 if chunk % 2 == 0 else chunk,
+        momentum="gated" if arguments.get("momentum") else "none",
+        conv_kernel=arguments.get("conv_kernel", 4),
+        read_mode="anchor" if read == "chunk_start" else "running",
+        max_step=arguments["max_step"],
+        step_bias=arguments["step_bias"],
+        horizon=10.0,
+    )
+
+
 def build(kind, *, persistent=3, segment=SEGMENT, window=WINDOW, **memory):
     """A layer with weights so large, and gates so open, that a wrong token or a lost write shows."""
     torch.manual_seed(2)
@@ -86,6 +107,8 @@ def build(kind, *, persistent=3, segment=SEGMENT, window=WINDOW, **memory):
     elif kind == "lact":
         attention = Attention(DIM, HEADS, window=max(window, arguments["chunk_size"]))
         layer = LaCT(attention, HEADS, chunk_size=arguments["chunk_size"], expansion=1.5, base_step=0.5)
+    elif kind == "self_modifying":
+        layer = self_modifying(arguments)
     elif kind == "tnt":
         layer = TNT(inner, (1, 3), shard_size=segment)
     elif kind == "memory_as_layer":

@@ -250,7 +250,7 @@ def test_a_bfloat16_layer_keeps_its_memory_in_float32(kind, build_layer, read_pi
     assert float((y.double() - wanted).norm() / wanted.norm()) < 0.1
     fast = [n for n in state if {"weights", "momentum", "anchor", "segment"} & set(n.split("."))]
     matrices = {"tnt": 12, "ttt": 4, "memory_as_context": 8, "memory_as_context_memora": 6}
-    matrices |= {"atlas++": 9, "lact": 9}
+    matrices |= {"atlas++": 9, "lact": 9, "self_modifying": 10}
     without_momentum = ("moneta", "yaad", "memora", "omega", "memory_as_layer_yaad")
     assert len(fast) == matrices.get(kind, 4 if kind in without_momentum else 6)
     for name in fast:

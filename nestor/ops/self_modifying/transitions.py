@@ -1,0 +1,151 @@
+"""The decays and writes of a chunk as a few matrix products (the UT form of delta rules).
+
+Over a chunk with start state (W0, S0), unit keys k_t and gradients k_t^T e_t that are all given,
+
+    S_t = mu_t S_{t-1} - eta_t k_t^T e_t       W_t = (alpha_t I - eta_t k_t^T k_t) W_{t-1} + S_t
+
+unrolls to
+
+    W_t = A_t W0 + F_t S0 + sum_{j<=t} k_j^T (D_tj a_j - G_tj e_j)
+    S_t = m_t S0 - sum_{j<=t} E_tj k_j^T e_j
+
+where D_tj is the product of alpha after j and A, F, m, G, E are the coefficients of a memory whose decay is a
+number (spec/neural-memory.md section 1.3). The corrections ``a_t = -eta_t k_t W_{t-1}`` are what the
+decay takes along the key; they need the rows before them, so that they solve
+
+    (I + eta (D- . K K^T)) a = -eta (A- K W0 + F- K S0 - (G- . K K^T) e)
+
+with a unit lower triangle; a minus marks rows of the token before. Nothing divides by a product of gates, so
+that alpha may be 0 or 1. Leading axes are free.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestor.ops.neural_memory.coefficients import gate_products
+
+
+class Transition(NamedTuple):
+    """Everything of a chunk that does not depend on its start state.
+
+    keys ``[..., C, i]``. A, F ``[..., C, 1]``, D, G ``[..., C, C]``: rows of the token before. scores:
+    ``G . K K^T``; solve: the inverse of the triangle times diag(eta) ``[..., C, C]``, None for a decay
+    without keys. A_end, F_end, m_end ``[..., 1, 1]``, D_end, G_end, E_end ``[..., C, 1]``: rows of the last
+    token. F and m are None without momentum, where E = diag(eta).
+    """
+
+    keys: Tensor
+    A: Tensor
+    F: Tensor | None
+    D: Tensor
+    G: Tensor
+    scores: Tensor
+    solve: Tensor | None
+    A_end: Tensor
+    F_end: Tensor | None
+    m_end: Tensor | None
+    D_end: Tensor
+    G_end: Tensor
+    E_end: Tensor
+
+
+def make_transition(
+    keys: Tensor, eta: Tensor, alpha: Tensor, mu: Tensor | None, valid: Tensor | None, dgd: bool
+) -> Transition:
+    """keys ``[..., C, i]`` of unit length; eta, alpha (kept), mu ``[..., C]``; valid bool ``[..., C]``.
+
+    Tokens that are not valid are skipped: no gates are an identity step while there is momentum, so that
+    their lines are left out.
+    """
+    if valid is not None:
+        eta, alpha = torch.where(valid, eta, 0.0), torch.where(valid, alpha, 1.0)
+        mu = None if mu is None else torch.where(valid, mu, 1.0)
+    D = gate_products(alpha)
+    A = D[..., :1] * alpha[..., :1, None]
+    F_all = m = None
+    if mu is None:
+        G = E = D * eta.unsqueeze(-2)
+    else:
+        M = gate_products(mu)
+        E, m = M * eta.unsqueeze(-2), M[..., :1] * mu[..., :1, None]
+        into = (E, m) if valid is None else (E * valid.unsqueeze(-1), m * valid.unsqueeze(-1))
+        G, F_all = torch.matmul(D, into[0]), torch.matmul(D, into[1])
+    D_before, G_before = _delayed(D), _delayed(G)
+    overlap = torch.matmul(keys, keys.mT)
+    solve = None
+    if dgd:
+        # The solver takes the diagonal for 1 and does not look above it.
+        triangle = eta.unsqueeze(-1) * (D_before * overlap)
+        solve = torch.linalg.solve_triangular(
+            triangle, torch.diag_embed(eta), upper=False, unitriangular=True
+        )
+    return Transition(
+        keys=keys,
+        A=_delayed(A, first=1.0),
+        F=None if F_all is None else _delayed(F_all),
+        D=D_before,
+        G=G_before,
+        scores=G_before * overlap,
+        solve=solve,
+        A_end=A[..., -1:, :],
+        F_end=None if F_all is None else F_all[..., -1:, :],
+        m_end=None if m is None else m[..., -1:, :],
+        D_end=D[..., -1, :, None],
+        G_end=G[..., -1, :, None],
+        E_end=E[..., -1, :, None],
+    )
+
+
+def _delayed(rows: Tensor, first: float = 0.0) -> Tensor:
+    """Rows ``[..., C, n]`` one token later."""
+    return F.pad(rows[..., :-1, :], (0, 0, 1, 0), value=first)
+
+
+def corrections(t: Transition, start: Tensor, momentum: Tensor | None, errors: Tensor) -> Tensor | None:
+    """The rows a ``[..., C, o]`` from K W0, K S0 and e, each ``[..., C, o]``; None without keys in the
+    decay."""
+    if t.solve is None:
+        return None
+    right = t.A * start - torch.matmul(t.scores, errors)
+    if t.F is not None and momentum is not None:
+        right = right + t.F * momentum
+    return -torch.matmul(t.solve, right)
+
+
+def added(t: Transition, a: Tensor | None, errors: Tensor) -> Tensor:
+    """``sum_j k_j^T (D a_j - G e_j)`` at the chunk's end, ``[..., i, o]``."""
+    rows = -t.G_end * errors
+    return torch.matmul(t.keys.mT, rows if a is None else rows + t.D_end * a)
+
+
+def advance(
+    t: Transition, weights: Tensor, momentum: Tensor | None, errors: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weights, momentum ``[..., i, o]`` at the chunk's end, and the corrections, from those at its start."""
+    on_momentum = None if momentum is None else torch.matmul(t.keys, momentum)
+    a = corrections(t, torch.matmul(t.keys, weights), on_momentum, errors)
+    after = t.A_end * weights + added(t, a, errors)
+    if momentum is not None and t.F_end is not None and t.m_end is not None:
+        after = after + t.F_end * momentum
+        momentum = t.m_end * momentum - torch.matmul(t.keys.mT, t.E_end * errors)
+    return after, momentum, a
+
+
+def read_running(
+    t: Transition,
+    q: Tensor,
+    weights: Tensor,
+    momentum: Tensor | None,
+    a: Tensor | None,
+    errors: Tensor,
+) -> Tensor:
+    """q_t W_{t-1} for rows q ``[..., C, i]``, from the weights at the chunk's start: ``[..., C, o]``."""
+    y = t.A * torch.matmul(q, weights)
+    if momentum is not None and t.F is not None:
+        y = y + t.F * torch.matmul(q, momentum)
+    overlap = torch.matmul(q, t.keys.mT)
+    y = y - torch.matmul(overlap * t.G, errors)
+    return y if a is None else y + torch.matmul(overlap * t.D, a)
