@@ -131,6 +131,12 @@ def _ttt_mlp(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
 CONTINUUM = {"periods": [64, 512, 4096, None]}
 
 
+def _hope(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Memories that make their own keys, values, gates and targets, and a continuum."""
+    memory = {"chunk_size": size.chunk, "projection_chunk_size": 16}
+    return {"mixer": "self_modifying", "memory": memory, "feed_forward": "continuum", "continuum": CONTINUUM}
+
+
 def _hope_attention(size: Size, overrides: dict[str, Any]) -> dict[str, Any]:
     """Attention everywhere, and a feed-forward of blocks that learn at different paces."""
     return {"mixer": "full_attention", "feed_forward": "continuum", "continuum": CONTINUUM}
@@ -162,6 +168,7 @@ PRESETS: dict[str, Recipe] = {
     "lact": _lact,
     "ttt-linear": _ttt_linear,
     "ttt-mlp": _ttt_mlp,
+    "hope": _hope,
     "hope-attention": _hope_attention,
     "kda": _kda,
     "gated-deltanet": _gated_deltanet,

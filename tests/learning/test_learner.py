@@ -491,15 +491,17 @@ def test_a_phase_moves_the_updates(model) -> None:
         Learner(model, [Level("fast", (FAST,), 2, 0.1), Level("slow", (SLOW,), 6, 0.1)]).report(state)
 
 
-@pytest.mark.parametrize("kind", ["titans-mag", "titans-mac", "lact"])
+@pytest.mark.parametrize("kind", ["titans-mag", "titans-mac", "lact", "hope"])
 def test_models_with_memories_learn_under_inference_mode(kind) -> None:
     torch.manual_seed(0)
     small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     memory = {"memory_as_gate": "titans-mag", "memory_as_context": "titans-mac", "lact": "lact"}
+    memory["self_modifying"] = "hope"
     mixer = next(name for name, preset in memory.items() if preset == kind)
+    own = {"lact": {}, "hope": {"projection_chunk_size": 2}}.get(kind, {"heads": 2})
     config = NestorConfig(
         **small, layer_types=[mixer] * 2, sliding_window=6, segment_size=8,
-        memory={"chunk_size": 4} if kind == "lact" else {"heads": 2, "chunk_size": 4},
+        memory={"chunk_size": 4, **own},
     )  # fmt: skip
     model = NestorForCausalLM(config).double().eval()
     learner = Learner(model, [Level("all", ("layers.1.feed_forward.down_proj.weight",), 4, 0.1)])

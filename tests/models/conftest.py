@@ -18,6 +18,7 @@ VARIANTS = {
     "moneta": ("moneta", {"memory": {"chunk_size": 4, "rank": 4}}),
     "memora": ("memora", {"memory": {"chunk_size": 3, "rank": 4}}),
     "atlas": ("atlas", {"memory": {"chunk_size": 4, "key_width": 4, "window": 3}}),
+    "hope": ("hope", {"memory": {"chunk_size": 4, "projection_chunk_size": 2}}),
     "lact": ("lact", {"sliding_window": 6, "memory": {"heads": 2, "chunk_size": 4, "base_step": 0.1}}),
 }
 
