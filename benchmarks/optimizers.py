@@ -74,7 +74,7 @@ class Settings:
 
     sections: tuple[str, ...] = SECTIONS
     subjects: tuple[str, ...] = tuple(SUBJECTS)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     seeds: tuple[int, ...] = (1, 2, 3)
     device: Literal["cpu", "cuda"] = "cpu"
     model: str = "transformer"
