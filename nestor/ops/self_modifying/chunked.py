@@ -157,7 +157,8 @@ def write(
         transitions.append(t)
         corrections.append(a)
     after = Carried(weights, momentum, state.anchor)
-    return Written(after, transitions, corrections, inner, (eta * inner.size).detach())
+    strength = torch.zeros_like(eta) if inner.size is None else (eta * inner.size).detach()
+    return Written(after, transitions, corrections, inner, strength)
 
 
 def _as_it_is(x: Tensor) -> Tensor:

@@ -43,11 +43,13 @@ def gradient_size(squares: Tensor) -> Tensor:
     return torch.sqrt(squares + TINY)
 
 
-def capped(spec: SelfModifyingSpec, eta: Tensor, alpha: Tensor, key: Tensor, size: Tensor) -> Tensor:
-    """The write step that is used, ``[...]``: key ``[..., p]``, size of the gradient ``[...]``."""
+def capped(spec: SelfModifyingSpec, eta: Tensor, alpha: Tensor, key: Tensor, size: Tensor | None) -> Tensor:
+    """The write step that is used, ``[...]``: key ``[..., p]``, size of the gradient ``[...]``, which
+    only the cap "soft" looks at."""
     if spec.step_cap == "none":
         return eta
     if spec.step_cap == "soft":
+        assert size is not None
         ratio = eta * size / (1.0 - alpha).clamp_min(torch.finfo(alpha.dtype).tiny)
         # (1 - exp(-x)) / x, and the first terms of its series where that is 0 / 0.
         small = ratio < 1e-4

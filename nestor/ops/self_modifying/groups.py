@@ -22,11 +22,11 @@ Stack = list[Tensor]  # one or two tensors, as above
 class Inner(NamedTuple):
     """The inner gradients of a chunk. Per matrix of the stack: inputs of unit length ``[..., C, i]``, and
     errors ``[..., C, o]`` of which the gradient of a token is ``input^T error``. size: the norm of a token's
-    gradient over all memories, ``[m, C]``."""
+    gradient over all memories, ``[m, C]``; None unless something looks at it."""
 
     inputs: list[Tensor]
     errors: list[Tensor]
-    size: Tensor
+    size: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class Group:
         z = Mlp(self.spec.activation, self.depth).value(x, lambda layer, z: torch.matmul(z, own[layer]))
         return z if self.depth == 1 else x + z
 
+    @property
+    def sized(self) -> bool:
+        """Whether something looks at the size of gradients: reports of writes, or a cap."""
+        return self.names == ("mem",) or self.spec.step_cap == "soft"
+
     def inner(self, stack: Stack, k: Tensor, v: Tensor) -> Inner:
         """The gradients of all memories at the stack, for keys and values ``[m, C, p]``."""
         if self.depth == 1:
@@ -80,8 +85,9 @@ class Group:
                 errors = torch.matmul(self.difference(k, v), stack[0])
             if self.spec.targets == "value":
                 errors = errors - torch.cat([v] * len(self.names), -1)
-            squares = k.square().sum(-1) * errors.square().sum(-1)
-            return Inner([k], [errors], gradient_size(squares))
+            if not self.sized:
+                return Inner([k], [errors], None)
+            return Inner([k], [errors], gradient_size(k.square().sum(-1) * errors.square().sum(-1)))
         return self._of_networks(stack, k, v)
 
     def _bounded(self, targets: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def linear_walk(
 ) -> tuple[Tensor, Tensor, Carried]:
     """Outputs ``[m, N, C, p]``, the strengths of writes ``[m, N, C]`` and the state after the last chunk."""
     spec, p = group.spec, tokens.k.shape[-1]
-    eta = capped(spec, tokens.eta, tokens.alpha, tokens.k, tokens.eta)  # whose size only "soft" looks at
+    eta = capped(spec, tokens.eta, tokens.alpha, tokens.k, None)
     t = make_transition(tokens.k, eta, tokens.alpha, mu, valid, spec.dgd)
     rows = group.difference(tokens.k, tokens.v)
     fixed = -tokens.v if spec.targets == "value" else None
@@ -101,6 +101,6 @@ def _maps(
     pad = own.shape[-1] - width * len(kept)
     onto_weights = own + torch.nn.functional.pad(torch.cat(kept, -1), (0, pad))
     onto_momentum = None
-    if momentum:
+    if t.E_end is not None:
         onto_momentum = -torch.matmul(k.mT, t.E_end * torch.cat([rows, *tail], -1))
     return a, onto_weights, onto_momentum

@@ -15,8 +15,9 @@ decay takes along the key; they need the rows before them, so that they solve
 
     (I + eta (D- . K K^T)) a = -eta (A- K W0 + F- K S0 - (G- . K K^T) e)
 
-with a unit lower triangle; a minus marks rows of the token before. Nothing divides by a product of gates, so
-that alpha may be 0 or 1. Leading axes are free.
+with a unit lower triangle; a minus marks rows of the token before. Without momentum what is taken along a key
+and what is written there are one row ``u_t = a_t - eta_t e_t``: F, G and E go, and the right side is ``-eta
+(A- K W0 + e)``. Nothing divides by a product of gates, so that alpha may be 0 or 1. Leading axes are free.
 """
 
 from typing import NamedTuple
@@ -31,25 +32,26 @@ from nestor.ops.neural_memory.coefficients import gate_products
 class Transition(NamedTuple):
     """Everything of a chunk that does not depend on its start state.
 
-    keys ``[..., C, i]``. A, F ``[..., C, 1]``, D, G ``[..., C, C]``: rows of the token before. scores:
-    ``G . K K^T``; solve: the inverse of the triangle times diag(eta) ``[..., C, C]``, None for a decay
-    without keys. A_end, F_end, m_end ``[..., 1, 1]``, D_end, G_end, E_end ``[..., C, 1]``: rows of the last
-    token. F and m are None without momentum, where E = diag(eta).
+    keys ``[..., C, i]``, eta ``[..., C, 1]``. A, F ``[..., C, 1]``, D, G ``[..., C, C]``: rows of the token
+    before. scores: ``G . K K^T``; solve: the inverse of the triangle times diag(eta) ``[..., C, C]``, None
+    for a decay without keys. A_end, F_end, m_end ``[..., 1, 1]``, D_end, G_end, E_end ``[..., C, 1]``: rows
+    of the last token. F, G, scores, m and E are None without momentum.
     """
 
     keys: Tensor
+    eta: Tensor
     A: Tensor
     F: Tensor | None
     D: Tensor
-    G: Tensor
-    scores: Tensor
+    G: Tensor | None
+    scores: Tensor | None
     solve: Tensor | None
     A_end: Tensor
     F_end: Tensor | None
     m_end: Tensor | None
     D_end: Tensor
-    G_end: Tensor
-    E_end: Tensor
+    G_end: Tensor | None
+    E_end: Tensor | None
 
 
 def make_transition(
@@ -65,16 +67,7 @@ def make_transition(
         mu = None if mu is None else torch.where(valid, mu, 1.0)
     D = gate_products(alpha)
     A = D[..., :1] * alpha[..., :1, None]
-    F_all = m = None
-    if mu is None:
-        G = E = D * eta.unsqueeze(-2)
-    else:
-        M = gate_products(mu)
-        E, m = M * eta.unsqueeze(-2), M[..., :1] * mu[..., :1, None]
-        into = (E, m) if valid is None else (E * valid.unsqueeze(-1), m * valid.unsqueeze(-1))
-        G, F_all = torch.matmul(D, into[0]), torch.matmul(D, into[1])
-    D_before, G_before = _delayed(D), _delayed(G)
-    overlap = torch.matmul(keys, keys.mT)
+    D_before, overlap = _delayed(D), torch.matmul(keys, keys.mT)
     solve = None
     if dgd:
         # The solver takes the diagonal for 1 and does not look above it.
@@ -82,18 +75,23 @@ def make_transition(
         solve = torch.linalg.solve_triangular(
             triangle, torch.diag_embed(eta), upper=False, unitriangular=True
         )
-    return Transition(
-        keys=keys,
-        A=_delayed(A, first=1.0),
-        F=None if F_all is None else _delayed(F_all),
-        D=D_before,
+    plain = Transition(
+        keys, eta.unsqueeze(-1), _delayed(A, first=1.0), None, D_before, None, None, solve,
+        A[..., -1:, :], None, None, D[..., -1, :, None], None, None,
+    )  # fmt: skip
+    if mu is None:
+        return plain
+    M = gate_products(mu)
+    E, m = M * eta.unsqueeze(-2), M[..., :1] * mu[..., :1, None]
+    into = (E, m) if valid is None else (E * valid.unsqueeze(-1), m * valid.unsqueeze(-1))
+    G, F_all = torch.matmul(D, into[0]), torch.matmul(D, into[1])
+    G_before = _delayed(G)
+    return plain._replace(
+        F=_delayed(F_all),
         G=G_before,
         scores=G_before * overlap,
-        solve=solve,
-        A_end=A[..., -1:, :],
-        F_end=None if F_all is None else F_all[..., -1:, :],
-        m_end=None if m is None else m[..., -1:, :],
-        D_end=D[..., -1, :, None],
+        F_end=F_all[..., -1:, :],
+        m_end=m[..., -1:, :],
         G_end=G[..., -1, :, None],
         E_end=E[..., -1, :, None],
     )
@@ -104,10 +102,16 @@ def _delayed(rows: Tensor, first: float = 0.0) -> Tensor:
     return F.pad(rows[..., :-1, :], (0, 0, 1, 0), value=first)
 
 
-def corrections(t: Transition, start: Tensor, momentum: Tensor | None, errors: Tensor) -> Tensor | None:
-    """The rows a ``[..., C, o]`` from K W0, K S0 and e, each ``[..., C, o]``; None without keys in the
-    decay."""
-    if t.solve is None:
+def corrections(
+    t: Transition, start: Tensor | None, momentum: Tensor | None, errors: Tensor
+) -> Tensor | None:
+    """The rows u, or with momentum a, ``[..., C, o]`` from K W0, K S0 and e, each ``[..., C, o]``. Without
+    keys in the decay K W0 may be None, and a is None."""
+    if t.scores is None:
+        if t.solve is None or start is None:
+            return -t.eta * errors
+        return -torch.matmul(t.solve, t.A * start + errors)
+    if t.solve is None or start is None:
         return None
     right = t.A * start - torch.matmul(t.scores, errors)
     if t.F is not None and momentum is not None:
@@ -116,19 +120,26 @@ def corrections(t: Transition, start: Tensor, momentum: Tensor | None, errors: T
 
 
 def added(t: Transition, a: Tensor | None, errors: Tensor) -> Tensor:
-    """``sum_j k_j^T (D a_j - G e_j)`` at the chunk's end, ``[..., i, o]``."""
-    rows = -t.G_end * errors
-    return torch.matmul(t.keys.mT, rows if a is None else rows + t.D_end * a)
+    """What the chunk's tokens add to the weights at its end, ``[..., i, o]``."""
+    rows = None if a is None else t.D_end * a
+    if t.G_end is not None:
+        written = -t.G_end * errors
+        rows = written if rows is None else rows + written
+    assert rows is not None
+    return torch.matmul(t.keys.mT, rows)
 
 
 def advance(
     t: Transition, weights: Tensor, momentum: Tensor | None, errors: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weights, momentum ``[..., i, o]`` at the chunk's end, and the corrections, from those at its start."""
-    on_momentum = None if momentum is None else torch.matmul(t.keys, momentum)
-    a = corrections(t, torch.matmul(t.keys, weights), on_momentum, errors)
+    on_weights = on_momentum = None
+    if t.solve is not None:
+        on_weights = torch.matmul(t.keys, weights)
+        on_momentum = None if momentum is None else torch.matmul(t.keys, momentum)
+    a = corrections(t, on_weights, on_momentum, errors)
     after = t.A_end * weights + added(t, a, errors)
-    if momentum is not None and t.F_end is not None and t.m_end is not None:
+    if momentum is not None and t.F_end is not None and t.m_end is not None and t.E_end is not None:
         after = after + t.F_end * momentum
         momentum = t.m_end * momentum - torch.matmul(t.keys.mT, t.E_end * errors)
     return after, momentum, a
@@ -147,5 +158,6 @@ def read_running(
     if momentum is not None and t.F is not None:
         y = y + t.F * torch.matmul(q, momentum)
     overlap = torch.matmul(q, t.keys.mT)
-    y = y - torch.matmul(overlap * t.G, errors)
+    if t.G is not None:
+        y = y - torch.matmul(overlap * t.G, errors)
     return y if a is None else y + torch.matmul(overlap * t.D, a)
