@@ -24,10 +24,11 @@ def intents(tmp_path):
 
 def test_it_measures_and_writes(model_folder, intents, nestor_command, tmp_path):
     out = tmp_path / "out"
+    stream = ("--intents.classes", 2, "--intents.examples", 3, "--intents.tests", 2, "--intents.periods", 16)
+    arms = ("--intents.arms", "nearest", "frozen", "in-context", "online", "--intents.learning-rates", 0.1)
     status, printed, err = nestor_command(
         "eval", model_folder, "--suite", "class-incremental", "--data", intents, "--out", out, "--quiet",
-        "--intents.classes", 2, "--intents.examples", 3, "--intents.tests", 2, "--intents.periods", 16,
-        "--seeds", 0, 1, "--intents.learning-rates", 0.1, "--intents.arms", "nearest", "frozen", "in-context", "online",
+        "--seeds", 0, 1, *stream, *arms,
     )  # fmt: skip
     assert status == 0, err
     result = json.loads((out / "class-incremental.json").read_text())
