@@ -203,13 +203,14 @@ def table(results: dict[str, Any]) -> str:
             cells += [with_interval(one["accuracy"], as_percent=True), f"{100 * max(one['by_seed']):.0f} %"]
         lines.append("| " + " | ".join(cells) + " |")
     count = len(settings["seeds"])
+    few = " A bootstrap over fewer than five seeds is too narrow." if 1 < count < 5 else ""
     models = "\n".join(f"- {name}: {about}." for name, about in results["models"].items())
     return (
         "# Formal languages\n\n"
         f"Strings that are right at every place, of up to {settings['strings']} different ones a bin; mean "
         f"of {count} seed{'s' if count > 1 else ''} with its 95 % interval over seeds (none where all seeds "
-        f"agree). {settings['layers']} layers of width {settings['width']}, {settings['steps']} steps of "
-        f"{settings['batch_size']} strings, chunks of {settings['chunk_size']}; learning rates "
+        f"agree).{few} Layers: {settings['layers']}, of width {settings['width']}; {settings['steps']} steps "
+        f"of {settings['batch_size']} strings, chunks of {settings['chunk_size']}; learning rates "
         f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])} tried once for each row.\n\n"
         + "\n".join(lines)
         + f"\n\n{models}\n\n{results['device']}, PyTorch {results['versions']['torch']}.\n"

@@ -41,6 +41,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                     f"{with_interval(difference['forgetting'], as_percent=True)}."
                 )
     over = "with 95 % intervals over seeds" if seeds > 1 else "the interval of final is over its texts"
+    over += " (too narrow for fewer than five)" if 1 < seeds < 5 else ""
     parts.append(
         f"{settings['classes']} classes a session, {settings['examples']} texts of each read "
         f"{_times(settings['passes'], 'time')}, up to {settings['tests']} of each asked among all labels so "
