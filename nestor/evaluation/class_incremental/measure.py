@@ -45,12 +45,16 @@ def measure_class_incremental(
     """
     settings.check()
     bar = bar or (lambda title: nullcontext(None))
-    sizes = {"classes": settings.classes, "examples": settings.examples, "tests": settings.tests}
+    sizes: dict[str, Any] = {
+        "classes": settings.classes,
+        "examples": settings.examples,
+        "tests": settings.tests,
+    }
     streams = {seed: class_sessions(data, seed=seed, sessions=settings.sessions, **sizes) for seed in seeds}
     found = {}
     for name in settings.arms:
         with bar(f"{name}: {subject.name}") as progress:
-            options = {"batch_size": batch_size, "piece": piece, "progress": progress}
+            options: dict[str, Any] = {"batch_size": batch_size, "piece": piece, "progress": progress}
             tuning: dict[str, float] = {}
             rate = settings.learning_rates[0]
             if name in LEARNING and len(settings.learning_rates) > 1:
