@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +14,13 @@ import tyro
 
 from nestor.cli.loading import Dtype, load_model
 from nestor.errors import ConfigError, suggest
+from nestor.evaluation.class_incremental.settings import ClassIncremental
 
 if TYPE_CHECKING:
     from nestor.evaluation.scoring import Progress
     from nestor.evaluation.suites import Settings
 
-SUITES = ("perplexity", "recall", "needle", "all", "lm-eval")
+SUITES = ("perplexity", "recall", "needle", "all", "class-incremental", "lm-eval")
 
 
 @dataclass
@@ -32,13 +33,15 @@ class Args:
       nestor eval runs/a/final runs/b/final --suite recall
       nestor eval runs/a/final --suite perplexity --lengths 65536 --corpus "books/*.txt"
       nestor eval runs/a/final --suite needle --lengths 1024 4096 16384 --seeds 0 1 2 --variants passkey
+      nestor eval runs/a/final --suite class-incremental --data folder/of/clinc150 --seeds 0 1 2 3 4
       nestor eval runs/a/final --suite lm-eval --tasks arc_easy piqa
     """
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
     """Folders with models, or ids on the Hugging Face hub."""
     suite: tuple[str, ...] = ("all",)
-    """perplexity, recall, needle, all of these, or lm-eval (needs the extra nestor[eval])."""
+    """perplexity, recall, needle, all of these; or one that runs alone: class-incremental (needs --data),
+    lm-eval (needs the extra nestor[eval])."""
     lengths: tuple[int, ...] = ()
     """In tokens. Several: contexts, distances and lengths to measure. One: the greatest, the others are
     doubled up to it. None: up to 16 times the training length where the run is known, else up to 4,096."""
@@ -86,6 +89,8 @@ class Args:
     """Items of each lm-eval task."""
     include_path: Path | None = None
     """Folder with lm-eval task files of your own."""
+    intents: ClassIncremental = field(default_factory=ClassIncremental)
+    """Of the suite class-incremental."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """No progress bars."""
 
@@ -105,6 +110,10 @@ def run(args: Args) -> int:
         if len(args.suite) > 1:
             raise ConfigError("--suite lm-eval runs alone; call the command twice")
         return _lm_eval(args, names)
+    if "class-incremental" in args.suite:
+        if len(args.suite) > 1:
+            raise ConfigError("--suite class-incremental runs alone; call the command twice")
+        return _class_incremental(args, names)
     from nestor.evaluation.suites import evaluate, write_results
 
     settings = _settings(args)
@@ -232,6 +241,49 @@ def _go_on(args: Args) -> list[tuple[str, str]]:
             f"nestor chat {shlex.quote(args.models[-1])} --memory memory.safetensors",
         ),
     ]
+
+
+def _class_incremental(args: Args, names: list[str]) -> int:
+    from dataclasses import asdict
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+
+    from nestor.cli.tables import print_table
+    from nestor.data.tasks.intents import SOURCES, read_labelled
+    from nestor.evaluation.class_incremental.measure import MEASURES, measure_class_incremental
+    from nestor.evaluation.class_incremental.results import table_rows, write_class_incremental
+    from nestor.evaluation.suites import device_name, versions
+
+    stream = args.intents
+    stream.check()
+    if stream.data is None:
+        raise ConfigError(f"--suite class-incremental needs --data, a folder. {SOURCES[stream.dataset]}")
+    data = read_labelled(stream.dataset, stream.data)
+    subjects = [_subject(args, path, name) for path, name in zip(args.models, names, strict=True)]
+    with _bars(args.quiet) as bar:
+        found = {
+            subject.name: measure_class_incremental(
+                subject, data, stream, seeds=args.seeds, batch_size=args.batch_size, piece=args.piece, bar=bar
+            )
+            for subject in subjects
+        }
+    result = {
+        "format": "nestor-class-incremental",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "device": device_name(subjects[0].model.device),
+        "settings": asdict(stream) | {"data": str(stream.data)},
+        "seeds": list(args.seeds),
+        "descriptions": [subject.describe() for subject in subjects],
+        "models": found,
+    }
+    paths = write_class_incremental(result, _out(args, names))
+    for name, one in found.items():
+        print(f"\n{name}")
+        print_table(Console(), ("arm", "learning rate", *MEASURES), table_rows(one))
+    print("\n" + "\n".join(map(str, paths)))
+    return 0
 
 
 def _lm_eval(args: Args, names: list[str]) -> int:

@@ -124,10 +124,16 @@ class Stream:
         self._begun = state is not None
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def fork(self) -> Stream:
+    def fork(self, rows: int | None = None) -> Stream:
         """Another stream that has read the same. A State of Nestor is never changed by a call; the caches of
-        other libraries are, and are copied."""
+        other libraries are, and are copied. `rows`: so many times the only row."""
         state = self.state if isinstance(self.state, State) else copy.deepcopy(self.state)
+        if rows is not None:
+            index = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
+            if isinstance(state, State):
+                state = state.select(index)
+            else:
+                state.reorder_cache(index)
         fork = Stream(self.model, self.piece, self.progress, state)
         fork._begun = self._begun
         return fork
@@ -226,6 +232,42 @@ def score_rows(
             here = slice(len(prefix) + rows[i].start, len(prefix) + rows[i].end)
             found[i] = (scores.bits[slot, here], scores.correct[slot, here])
     return [pair for pair in found if pair is not None]
+
+
+@torch.inference_mode()
+def score_choices(
+    model: Any,
+    prompt: Sequence[int],
+    choices: Sequence[Sequence[int]],
+    *,
+    prefix: Sequence[int] = (),
+    batch_size: int,
+    piece: int = PIECE,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Bits of each choice as what follows the prompt: float64 [len(choices)].
+
+    The prompt is read once and its State or cache repeated for the choices; of a model without one it is
+    read with each of them. `prefix` goes in front of the prompt.
+
+    Raises:
+        ConfigError: prefix and prompt together have less than two tokens.
+    """
+    read = [*prefix, *prompt]
+    if len(read) < 2:
+        raise ConfigError(f"a prompt of {len(read)} tokens is given; it must have at least two")
+    stream = Stream(model, piece, progress)
+    stream.read(torch.as_tensor([read[:-1]]))
+    if not isinstance(stream.state, State) and not hasattr(stream.state, "reorder_cache"):
+        rows = [Row([*read, *choice], len(read), len(read) + len(choice)) for choice in choices]
+        scored = score_rows(model, rows, batch_size=batch_size, piece=piece, progress=progress)
+        return torch.stack([bits.sum() for bits, _ in scored])
+    found = []
+    for chosen in _batches(range(len(choices)), batch_size):
+        rows = [Row([read[-1], *choices[i]], 1, 1 + len(choices[i])) for i in chosen]
+        scores = _continue(stream.fork(len(rows)), *_pad(rows))
+        found += [scores.bits[slot, 1 : row.end].sum() for slot, row in enumerate(rows)]
+    return torch.stack(found)
 
 
 def _pad(rows: Sequence[Row], prefix: Sequence[int] = ()) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Synthetic tasks that measure and train memory: recall in real text, associative recall of tokens,
-needles."""
+needles, formal languages."""
 
 from nestor.data.tasks.facts import TEMPLATES, Fact, FactsPage, FactSpec, facts_page
+from nestor.data.tasks.formal_languages import LANGUAGES, FormalBatch, FormalLanguage, formal_language
 from nestor.data.tasks.haystack import CorpusHaystack, Haystack, RepeatedHaystack
 from nestor.data.tasks.mqar import MqarTask
 from nestor.data.tasks.needle import NEEDLE_KINDS, Needle, needle
@@ -9,6 +10,7 @@ from nestor.data.tasks.recall import RecallProbe, RecallTask
 from nestor.data.tasks.stream import Answer, Task, TaskDocument, TaskStream
 
 __all__ = [
+    "LANGUAGES",
     "NEEDLE_KINDS",
     "TEMPLATES",
     "Answer",
@@ -16,6 +18,8 @@ __all__ = [
     "Fact",
     "FactSpec",
     "FactsPage",
+    "FormalBatch",
+    "FormalLanguage",
     "Haystack",
     "MqarTask",
     "Needle",
@@ -26,5 +30,6 @@ __all__ = [
     "TaskDocument",
     "TaskStream",
     "facts_page",
+    "formal_language",
     "needle",
 ]
