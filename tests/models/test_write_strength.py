@@ -149,6 +149,7 @@ def test_a_model_without_a_memory_is_refused(tiny, tokens):
         tiny("transformer").write_strength(tokens(1, 4))
 
 
+@pytest.mark.slow  # a minute of tracing
 def test_compiled_blocks_report_their_writes_to_those_who_watch(tiny, tokens):
     # One layer and two chunks: tracing takes its time for each.
     model, ids = tiny("titans-mag", num_hidden_layers=1), tokens(2, 5)
