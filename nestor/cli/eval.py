@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +14,13 @@ import tyro
 
 from nestor.cli.loading import Dtype, load_model
 from nestor.errors import ConfigError, suggest
+from nestor.evaluation.retention.settings import RetentionSettings
 
 if TYPE_CHECKING:
     from nestor.evaluation.scoring import Progress
     from nestor.evaluation.suites import Settings
 
-SUITES = ("perplexity", "recall", "needle", "all", "lm-eval")
+SUITES = ("perplexity", "recall", "needle", "all", "retention", "lm-eval")
 
 
 @dataclass
@@ -33,12 +34,17 @@ class Args:
       nestor eval runs/a/final --suite perplexity --lengths 65536 --corpus "books/*.txt"
       nestor eval runs/a/final --suite needle --lengths 1024 4096 16384 --seeds 0 1 2 --variants passkey
       nestor eval runs/a/final --suite lm-eval --tasks arc_easy piqa
+      nestor eval some/llama --suite retention --seeds 0 1 2 3 4 --retention.periods 64 512 4096
+
+    The suite retention asks whether a model that learns while it reads keeps what it read after the context is
+    gone. It tunes and runs every arm on every seed, which takes long; finished arms are kept in --out, and the
+    same command goes on after an interruption.
     """
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
     """Folders with models, or ids on the Hugging Face hub."""
     suite: tuple[str, ...] = ("all",)
-    """perplexity, recall, needle, all of these, or lm-eval (needs the extra nestor[eval])."""
+    """perplexity, recall, needle, all of these; retention; or lm-eval (needs the extra nestor[eval])."""
     lengths: tuple[int, ...] = ()
     """In tokens. Several: contexts, distances and lengths to measure. One: the greatest, the others are
     doubled up to it. None: up to 16 times the training length where the run is known, else up to 4,096."""
@@ -86,6 +92,8 @@ class Args:
     """Items of each lm-eval task."""
     include_path: Path | None = None
     """Folder with lm-eval task files of your own."""
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
+    """The suite retention."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """No progress bars."""
 
@@ -110,9 +118,9 @@ def run(args: Args) -> int:
     settings = _settings(args)
     settings.check()
     subjects = [_subject(args, path, name) for path, name in zip(args.models, names, strict=True)]
-    with _bars(args.quiet) as bar:
-        result = evaluate(subjects, settings, name=names[0], bar=bar)
     out = _out(args, names)
+    with _bars(args.quiet) as bar:
+        result = evaluate(subjects, settings, name=names[0], bar=bar, folder=out)
     report = write_results(result, out, _go_on(args))
     _print_summary(result)
     print(f"\n{report}\n{out / 'results.json'}")
@@ -120,12 +128,13 @@ def run(args: Args) -> int:
 
 
 def _settings(args: Args) -> Settings:
-    from nestor.evaluation.suites import SUITES as ALL
-    from nestor.evaluation.suites import Settings
+    from nestor.evaluation.suites import READING, Settings
 
     shared = {field.name for field in fields(Settings)} & {field.name for field in fields(Args)}
     return Settings(
-        suites=ALL if "all" in args.suite else args.suite,
+        suites=(*READING, *(("retention",) if "retention" in args.suite else ()))
+        if "all" in args.suite
+        else args.suite,
         train_length=_train_length(args.models),
         **{key: getattr(args, key) for key in shared},
     )
