@@ -36,9 +36,9 @@ class Args:
       nestor eval runs/a/final --suite lm-eval --tasks arc_easy piqa
       nestor eval some/llama --suite retention --seeds 0 1 2 3 4 --retention.periods 64 512 4096
 
-    The suite retention asks whether a model that learns while it reads keeps what it read after the context is
-    gone. It tunes and runs every arm on every seed, which takes long; finished arms are kept in --out, and the
-    same command goes on after an interruption.
+    The suite retention asks whether a model that learns while it reads keeps what it read after the context
+    is gone. It tunes and runs every arm on every seed, which takes long; finished arms are kept in --out, and
+    the same command goes on after an interruption.
     """
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]

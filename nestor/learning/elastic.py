@@ -3,7 +3,8 @@
 EWC adds `(lambda / 2) sum_i F_i delta_i^2` to the loss, with the diagonal Fisher information F of old text.
 Its step is taken here as a proximal one, after each update of a level, so that it is stable for any strength:
 
-    delta <- argmin_x 1/2 |x - delta|^2 + (pull / 2) sum_i (F_i / mean F) x_i^2 = delta / (1 + pull F / mean F)
+    delta <- argmin_x 1/2 |x - delta|^2 + (pull / 2) sum_i (F_i / mean F) x_i^2
+           = delta / (1 + pull F / mean F)
 
 `pull` is learning rate times lambda times the mean of F over the level's weights: a weight of average
 importance loses about this share of what it has learned at each update.
@@ -35,7 +36,10 @@ def fisher_information(model: nn.Module, names: Iterable[str], texts: Iterable[T
     """
     found = dict(model.named_parameters())
     chosen = {name: found[name] for name in names}
-    sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in chosen.items()}
+    sums = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for name, p in chosen.items()
+    }
     before = {name: p.requires_grad for name, p in chosen.items()}
     count = 0
     try:
@@ -78,11 +82,15 @@ class Elastic:
         for level in self._levels:
             missing = [name for name in level.parameters if name not in importance]
             if missing:
-                raise ConfigError(f"there is no importance of {missing[0]!r}, a weight of level {level.name!r}")
+                raise ConfigError(
+                    f"there is no importance of {missing[0]!r}, a weight of level {level.name!r}"
+                )
             weights = {name: importance[name] for name in level.parameters}
             total = sum(float(x.double().sum()) for x in weights.values())
             if any(bool((x < 0).any()) for x in weights.values()) or not 0 < total < math.inf:
-                raise ConfigError(f"importances of level {level.name!r} must be at least 0, and some above it")
+                raise ConfigError(
+                    f"importances of level {level.name!r} must be at least 0, and some above it"
+                )
             mean = total / sum(x.numel() for x in weights.values())
             self._strength[level.name] = {name: pull * x / mean for name, x in weights.items()}
 

@@ -12,7 +12,9 @@ SPEC = SessionSpec(sessions=3, facts=12, untaught=6, repeats=(1, 3), relations=3
 
 @pytest.fixture(scope="module")
 def filler():
-    return FillerText(["Rain fell on the roof, and nothing moved. " * 50, "A door closed. It was late.\n" * 50])
+    return FillerText(
+        ["Rain fell on the roof, and nothing moved. " * 50, "A door closed. It was late.\n" * 50]
+    )
 
 
 def test_the_seed_gives_the_stream_and_tuning_is_another(filler):

@@ -1,5 +1,4 @@
-"""Measures of retention against matrices worked out by hand, and the decision rule against tables that must be
-decided either way."""
+"""Measures of retention against matrices worked out by hand; the decision on tables that must go one way."""
 
 import numpy as np
 import pytest

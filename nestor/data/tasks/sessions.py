@@ -28,8 +28,8 @@ _STREAMS = ("test", "tuning")
 
 @dataclass(frozen=True)
 class Relation:
-    """Wordings of a fact, all of which end before the value; the last is never stated. `reverse` asks back and
-    ends before the entity; nor is it ever stated."""
+    """Wordings of a fact, all of which end before the value; the last is never stated. `reverse` asks back
+    and ends before the entity; nor is it ever stated."""
 
     wordings: tuple[str, ...]
     reverse: str
@@ -206,8 +206,8 @@ class SessionSpec:
         if not self.distractors < self.facts // self.relations <= len(NOUNS):
             raise ConfigError(
                 f"{self.facts} facts over {self.relations} relations are {self.facts // self.relations} for "
-                f"each; there must be more than the {self.distractors} distractors, which are values of other "
-                f"facts of the same relation, and at most {len(NOUNS)}"
+                f"each; there must be more than the {self.distractors} distractors, which are values of "
+                f"other facts of the same relation, and at most {len(NOUNS)}"
             )
 
     def draw(self, filler: FillerText, seed: int, stream: str = "test") -> list[Session]:
@@ -251,7 +251,9 @@ class SessionSpec:
             untaught.append(SessionFact(names.pop(), kind, values[kind][place], (), others, ()))
         return Session(tuple(facts), tuple(untaught), self._parts(rng, facts, filler))
 
-    def _parts(self, rng: np.random.Generator, facts: list[SessionFact], filler: FillerText) -> tuple[str, ...]:
+    def _parts(
+        self, rng: np.random.Generator, facts: list[SessionFact], filler: FillerText
+    ) -> tuple[str, ...]:
         """Statements in random order with other text evenly between them."""
         statements = [statement for fact in facts for statement in fact.statements]
         rng.shuffle(statements)

@@ -64,6 +64,7 @@ def arms_of(settings: RetentionSettings) -> list[Arm]:
     periods = settings.periods
     found: list[Arm] = [Arm(name, name) for name in settings.arms if name in _SHOWS]
     for optimizer in settings.optimizers:
+
         def named(base: str, optimizer: str = optimizer, **choices: Any) -> Arm:
             several = len(settings.optimizers) > 1
             return Arm(f"{base} {optimizer}" if several else base, base, optimizer=optimizer, **choices)
@@ -106,14 +107,16 @@ def levels_of(
     adaptive = len(layers) - int(len(layers) * settings.fixed)
     if len(arm.periods) > adaptive:
         raise ConfigError(
-            f"the arm {arm.name} has {len(arm.periods)} levels, and only {adaptive} of the {len(layers)} layers "
-            f"learn; lower fixed ({settings.fixed}) or give fewer periods"
+            f"the arm {arm.name} has {len(arm.periods)} levels, and only {adaptive} of the {len(layers)} "
+            f"layers learn; lower fixed ({settings.fixed}) or give fewer periods"
         )
     levels = assign_levels(
         model, arm.periods, [rate.learning_rate for rate in rates], fixed=settings.fixed, order=arm.order,
         seed=seed, optimizer=arm.optimizer,
     )  # fmt: skip
-    levels = [replace(one, largest_update=rate.largest_update) for one, rate in zip(levels, rates, strict=True)]
+    levels = [
+        replace(one, largest_update=rate.largest_update) for one, rate in zip(levels, rates, strict=True)
+    ]
     if arm.together:
         levels = [replace(one, name=f"group {n}", period=arm.periods[0]) for n, one in enumerate(levels)]
     if arm.rank:

@@ -1,14 +1,14 @@
 """The decision rule of the protocol (spec i.5), fixed before anything is measured.
 
-The claim: weights on several time scales learn from a stream, keep it after the context is gone, and lose less
-old knowledge than weights on one. Recall is the share of facts right among the candidates after the gap of the
-endpoint. It is supported if all four hold:
+The claim: weights on several time scales learn from a stream, keep it after the context is gone, and lose
+less old knowledge than weights on one. Recall is the share of facts right among the candidates after the gap of
+the endpoint. It is supported if all four hold:
 
 (a) the continuum with the most levels beats the frozen model by at least 20 points, interval above 0, at no
     more loss of old knowledge than the limit;
-(b) against each of the single-rate arms it forgets less at equal acquisition (not lower by more than 5 points),
-    or dominates it: better in recall or old knowledge with an interval that excludes 0, and no worse in the
-    other;
+(b) against each of the single-rate arms it forgets less at equal acquisition (not lower by more than 5
+    points), or dominates it: better in recall or old knowledge with an interval that excludes 0, and no worse
+    in the other;
 (c) recall does not fall from one number of levels to the next, and rises with it, interval above 0; one level
     is the better of the single-rate arms;
 (d) it beats the arm with equal periods and the same learning rates, interval above 0.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,8 @@ def _against_frozen(arms: Records, best: str, old_limit: float) -> Verdict:
     within = loss <= old_limit + _SAME
     holds = _number(gain) >= POINTS - _SAME and _above(gain) and within
     words = (
-        f"{best} minus frozen: {_points(gain)} after the gap, at a rise of old text's bits of {100 * loss:.2f} % "
-        f"({'within' if within else 'beyond'} the limit of {100 * old_limit:g} %)."
+        f"{best} minus frozen: {_points(gain)} after the gap, at a rise of old text's bits of "
+        f"{100 * loss:.2f} % ({'within' if within else 'beyond'} the limit of {100 * old_limit:g} %)."
     )
     return Verdict("a", claim, holds, words)
 
@@ -101,7 +102,9 @@ def _against_single(arms: Records, best: str) -> Verdict:
         recall = seeds_interval(_less(_recall(arms[best]), _recall(arms[name])))
         loss = seeds_interval(_less(_losses(arms[best]), _losses(arms[name])))
         less = _number(acquired) >= -EQUAL - _SAME and _below(forgot)
-        dominates = (_above(recall) and _number(loss) <= _SAME) or (_below(loss) and _number(recall) >= -_SAME)
+        dominates = (_above(recall) and _number(loss) <= _SAME) or (
+            _below(loss) and _number(recall) >= -_SAME
+        )
         holds = holds and (less or dominates)
         how = "forgets less" if less else "dominates" if dominates else "neither forgets less nor dominates"
         sentences.append(
@@ -121,7 +124,7 @@ def _more_levels(arms: Records) -> Verdict:
     order = [(1, single), *several]
     means = [_mean(_recall(arms[name])) for _, name in order]
     slope = trend([k for k, _ in order], [_recall(arms[name]) for _, name in order])
-    monotone = all(b >= a - _SAME for a, b in zip(means, means[1:], strict=False))
+    monotone = all(b >= a - _SAME for a, b in pairwise(means))
     listed = ", ".join(f"{k}: {100 * mean:.1f} %" for (k, _), mean in zip(order, means, strict=True))
     words = (
         f"Recall by levels {listed} (one level is {single}); slope {_points(slope)} a level, "

@@ -12,7 +12,9 @@ from nestor.evaluation.report import Section, number, percent, with_interval
 _SHOWN = 6
 
 
-def retention_figures(results: Mapping[str, Mapping[str, Any]], models: Sequence[Mapping[str, Any]]) -> list[Figure]:
+def retention_figures(
+    results: Mapping[str, Mapping[str, Any]], models: Sequence[Mapping[str, Any]]
+) -> list[Figure]:
     """For each model recall over the gap, recall against old knowledge lost, the trials, and two matrices."""
     del models
     figures = []
@@ -38,16 +40,16 @@ def retention_figures(results: Mapping[str, Mapping[str, Any]], models: Sequence
                         label="right among the candidates",
                         alt=f"Share of right answers of {arm} by session asked about and session just read.",
                     ),
-                    f"Each row is a session's facts; chance is {100 * result['chance']:.0f} %. The last column is "
-                    f"after the last gap.",
+                    f"Each row is a session's facts; chance is {100 * result['chance']:.0f} %. The last column "
+                    f"is after the last gap.",
                 )
             )
     return figures
 
 
 _GAP_CAPTION = (
-    "The same facts asked with the context closed and learning off, right after their session and after other "
-    "text. Bands are 95 % intervals over seeds and facts."
+    "The same facts asked with the context closed and learning off, right after their session and after "
+    "other text. Bands are 95 % intervals over seeds and facts."
 )
 _PARETO_CAPTION = (
     "Up is better, left is better: what is still known of the stream, against what it cost of old knowledge. "
@@ -69,9 +71,7 @@ def _main_arms(arms: Mapping[str, Any]) -> list[str]:
 
 def _over_gap(name: str, result: Mapping[str, Any], chosen: Sequence[str]) -> Any:
     gaps = [gap * result["c_max"] for gap in result["gaps"]]
-    series = [
-        Series(arm, gaps, *_columns(result["arms"][arm]["recall_by_gap"])) for arm in chosen
-    ]
+    series = [Series(arm, gaps, *_columns(result["arms"][arm]["recall_by_gap"])) for arm in chosen]
     marks = [Mark(result["chance"], "chance", None, horizontal=True)]
     axes = Axes(
         f"{name}: recall of facts over the gap", "other text since the session (tokens)",
@@ -148,10 +148,16 @@ def retention_tables(section: Section, part: Mapping[str, Any]) -> None:
         for optimizer, decision in model["decisions"].items():
             section.text(f"Decision with {optimizer}: {decision['words']}")
             rows = [
-                [f"({c['condition']}) {c['claim']}", {True: "yes", False: "no", None: "-"}[c["holds"]], c["words"]]
+                [
+                    f"({c['condition']}) {c['claim']}",
+                    {True: "yes", False: "no", None: "-"}[c["holds"]],
+                    c["words"],
+                ]
                 for c in decision["conditions"]
             ]
-            section.table(["condition", "holds", "found"], rows, "The rule was fixed beforehand.", left=(0, 1, 2))
+            section.table(
+                ["condition", "holds", "found"], rows, "The rule was fixed beforehand.", left=(0, 1, 2)
+            )
         _sheet(section, model)
         _costs(section, model)
         _places(section, model)
@@ -160,10 +166,10 @@ def retention_tables(section: Section, part: Mapping[str, Any]) -> None:
 def _explain(section: Section, model: Mapping[str, Any]) -> None:
     gap = model["endpoint"] * model["c_max"]
     section.text(
-        f"Facts that nobody knew are read in sessions of text; then the context is closed and the model is asked "
-        f"with learning off. The endpoint is the share of right answers among the candidates (chance "
-        f"{100 * model['chance']:.0f} %) after {gap:,} tokens of other text, at a rise of old text's bits of at "
-        f"most {100 * model['old_limit']:g} %. Each arm's step was chosen on another stream after the same "
+        f"Facts that nobody knew are read in sessions of text; then the context is closed and the model is "
+        f"asked with learning off. The endpoint is the share of right answers among the candidates (chance "
+        f"{100 * model['chance']:.0f} %) after {gap:,} tokens of other text, at a rise of old text's bits of "
+        f"at most {100 * model['old_limit']:g} %. Each arm's step was chosen on another stream after the same "
         f"number of trials. Intervals resample seeds, and facts within each."
     )
 
@@ -179,7 +185,9 @@ def _sheet(section: Section, model: Mapping[str, Any]) -> None:
             percent(row["accuracy"]),
             percent(row["forgetting"]),
             percent(row["backward"]),
-            f"{row['half_life']['tokens']:,.0f}" if row["half_life"]["tokens"] else row["half_life"]["reason"],
+            f"{row['half_life']['tokens']:,.0f}"
+            if row["half_life"]["tokens"]
+            else row["half_life"]["reason"],
         ]
         for name, row in arms.items()
     ]
@@ -197,11 +205,14 @@ def _sheet(section: Section, model: Mapping[str, Any]) -> None:
     ]
     section.table(
         columns, rows,
-        "After the gap. Untaught entities must stay at chance; false recall is a taught value given to them by "
-        "greedy decoding; exact counts stated wordings that greedy decoding completes.",
+        "After the gap. Untaught entities must stay at chance; false recall is a taught value given to them "
+        "by greedy decoding; exact counts stated wordings that greedy decoding completes.",
     )  # fmt: skip
     stated = [str(r["repeats"]) for r in next(iter(arms.values()))["by_repeats"]]
-    columns = ["arm", *(f"stated {r}: {what}" for r in stated for what in ("at once", "exact", "after the gap"))]
+    columns = [
+        "arm",
+        *(f"stated {r}: {what}" for r in stated for what in ("at once", "exact", "after the gap")),
+    ]
     rows = [
         [name]
         + [percent(r[key]) for r in row["by_repeats"] for key in ("at_once", "exact_at_once", "recall")]
@@ -211,8 +222,8 @@ def _sheet(section: Section, model: Mapping[str, Any]) -> None:
 
 
 def _costs(section: Section, model: Mapping[str, Any]) -> None:
-    columns = ["arm", "step", "old text, rise of bits", "old items lost", "tokens", "again", "updates (change)",
-               "time over frozen", "state (MB)"]  # fmt: skip
+    columns = ["arm", "step", "old text, rise of bits", "old items lost", "tokens", "again"]
+    columns += ["updates (change)", "time over frozen", "state (MB)"]
     rows = []
     for name, row in model["arms"].items():
         levels = ", ".join(f"{one['updates']} ({one['change']:.1e})" for one in row["levels"]) or "-"
@@ -232,7 +243,9 @@ def _costs(section: Section, model: Mapping[str, Any]) -> None:
                 number(row["state_bytes"] / 1e6, 1),
             ]
         )
-    section.table(columns, rows, "What it cost. Steps are shares of the norm of a level's weights.", left=(0, 6))
+    section.table(
+        columns, rows, "What it cost. Steps are shares of the norm of a level's weights.", left=(0, 6)
+    )
     rows = [
         [
             f"{row['arm']} minus {row['baseline']}",
@@ -259,7 +272,7 @@ def _places(section: Section, model: Mapping[str, Any]) -> None:
         section.table(
             ["arm", "level restored", "recall lost", "first half of the sessions", "last half"],
             rows,
-            "Where it is kept: recall at the end that is lost when one level is as it was before. If restoring "
-            "slow levels costs nothing, they keep nothing.",
+            "Where it is kept: recall at the end that is lost when one level is as it was before. If "
+            "restoring slow levels costs nothing, they keep nothing.",
             left=(0, 1),
         )

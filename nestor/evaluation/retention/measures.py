@@ -17,8 +17,8 @@ Record = Mapping[str, Any]
 class Transfer(NamedTuple):
     """Of a retention matrix: means over sessions.
 
-    acquisition: right after the session; accuracy (ACC): at the end; backward (BWT): at the end less right after
-    the session; forgetting (F): the best that was found while reading less the end.
+    acquisition: right after the session; accuracy (ACC): at the end; backward (BWT): at the end less right
+    after the session; forgetting (F): the best that was found while reading less the end.
     """
 
     acquisition: float
@@ -36,8 +36,8 @@ class HalfLife(NamedTuple):
 
 
 def answers(record: Record, what: str, *, gap: int | str, kind: str = "seen") -> list[NDArray]:
-    """By session, a column ("correct", "exact", "margin", "recalled") of the answers at a gap: right after the
-    session (0) or so long after it, of the session's own questions; or at the "end"."""
+    """By session, a column ("correct", "exact", "margin", "recalled") of the answers at a gap: right after
+    the session (0) or so long after it, of the session's own questions; or at the "end"."""
     found: dict[int, NDArray] = {}
     for test in record["tests"]:
         if test["gap"] == gap and (gap == "end" or test["after"] == test["session"]):
@@ -103,7 +103,9 @@ def half_life(
     best = int(errors.argmin())
     explained = float(1 - errors[best] / ((y - y.mean()) ** 2).sum())
     if explained < 0.5:
-        return HalfLife(None, f"an exponential explains only {100 * explained:.0f} % of the variance", explained)
+        return HalfLife(
+            None, f"an exponential explains only {100 * explained:.0f} % of the variance", explained
+        )
     if best in (0, len(tried) - 1):
         side = "shorter than the gaps can show" if best == 0 else "longer than the gaps can show"
         return HalfLife(None, f"the half-life is {side}", explained)
@@ -114,7 +116,8 @@ def seeds_interval(
     values: Sequence[NDArray], *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Interval of the mean over seeds of the mean over items, by the bootstrap: seeds are drawn with
-    replacement, and within each drawn seed its items. Of one seed, its items alone: it says nothing of others.
+    replacement, and within each drawn seed its items. Of one seed, its items alone, which says nothing of
+    other seeds.
 
     Args:
         values: for each seed `[n]`; differences of two arms on the same items for a paired comparison.
@@ -129,7 +132,7 @@ def seeds_interval(
     estimate = float(np.mean([v.mean() for v in items]))
     count = sum(len(v) for v in items)
     if all(bool((v == 1).all()) for v in items) or all(bool((v == -1).all()) for v in items):
-        # One always and the other never: no resample differs. Newcombe's margin for 1 less 0 (1998, method 10).
+        # One always and the other never: no resample differs. Newcombe's margin (1998, method 10) for it.
         margin = 2**0.5 * (1 - (wilson_interval(count, count, level).low or 0.0))
         low, high = sorted((estimate, estimate * (1 - margin)))
         return Interval(estimate, low, high, level, "newcombe-paired", count)
@@ -180,7 +183,10 @@ def trend(levels: Sequence[int], recall: Sequence[Sequence[NDArray]], *, seed: i
     x = np.asarray(levels, dtype=np.float64)
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     slopes = [
-        sum((w * arm[number] for w, arm in zip(weights, recall, strict=True)), np.zeros(len(recall[0][number])))
+        sum(
+            (w * arm[number] for w, arm in zip(weights, recall, strict=True)),
+            np.zeros(len(recall[0][number])),
+        )
         for number in range(len(recall[0]))
     ]
     return seeds_interval(slopes, seed=seed)

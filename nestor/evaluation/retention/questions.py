@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
-
-import math
 
 from nestor.data.tasks.sessions import Question
 from nestor.data.tokenizers import encode_text
@@ -50,12 +49,13 @@ def ask(
     rows: list[Row] = []
     for number, question in enumerate(questions):
         before = (materials[number] if materials is not None else "") + question.text
-        asked = encode_text(tokenizer, before)
+        asked, alone = encode_text(tokenizer, before), len(encode_text(tokenizer, question.text))
         for answer in question.answers:
             ids = encode_text(tokenizer, before + answer)
             # Where a tokenizer joins the question's last letters with the answer's first, those count too.
             start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, ids, strict=False)))
-            rows.append(_cut(Row(ids, start, len(ids)), limit, len(prefix), question))
+            row = Row(ids, start, len(ids))
+            rows.append(_cut(row, limit, len(prefix), max(0, len(asked) - alone), question))
     scored = score_rows(model, rows, batch_size=batch_size, prefix=prefix)
     answers, place = [], 0
     for question in questions:
@@ -68,15 +68,14 @@ def ask(
     return answers
 
 
-def _cut(row: Row, limit: int | None, prefix: int, question: Question) -> Row:
+def _cut(row: Row, limit: int | None, prefix: int, material: int, question: Question) -> Row:
+    """The row without the first tokens of its material, so that it fits."""
     over = 0 if limit is None else max(0, prefix + len(row.ids) - limit)
-    if over >= row.start:
-        if over:
-            raise ConfigError(
-                f"the question {question.text!r} with its answer has more tokens than the {limit} that the "
-                f"model takes"
-            )
-        return row
+    if over > material:
+        raise ConfigError(
+            f"the question {question.text!r} with an answer has {len(row.ids) - material} tokens, more "
+            f"tokens than the {limit} that the model takes"
+        )
     return Row(row.ids[over:], row.start - over, row.end - over)
 
 
@@ -88,7 +87,8 @@ def statements_for(question: str, statements: Sequence[str], count: int = 2) -> 
     unique = list(dict.fromkeys(statements))
     words = [set(_words(statement)) for statement in unique]
     asked = set(_words(question))
-    weight = {w: math.log((1 + len(unique)) / sum(w in have for have in words)) for w in asked if any(w in h for h in words)}
+    shared = {w: sum(w in have for have in words) for w in asked}
+    weight = {w: math.log((1 + len(unique)) / count) for w, count in shared.items() if count}
     scores = [sum(weight.get(w, 0.0) for w in have) for have in words]
     order = sorted(range(len(unique)), key=lambda i: -scores[i])
     return [unique[i] for i in order[:count] if scores[i] > 0]

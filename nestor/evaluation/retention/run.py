@@ -30,7 +30,10 @@ class TokenStream:
     def ids(self) -> list[int]:
         """All tokens in order."""
         return [
-            i for text, gaps in zip(self.texts, self.gaps, strict=True) for part in (text, *gaps) for i in part
+            i
+            for text, gaps in zip(self.texts, self.gaps, strict=True)
+            for part in (text, *gaps)
+            for i in part
         ]
 
 
@@ -124,7 +127,8 @@ def run_arm(
             for report in reports:
                 model = student.model(without=report.name)
                 found["localisation"][report.name] = [
-                    [a.correct for a in asker.answers(model, i, len(stream.sessions), "seen")] for i in everything
+                    [a.correct for a in asker.answers(model, i, len(stream.sessions), "seen")]
+                    for i in everything
                 ]
     return found
 

@@ -38,7 +38,7 @@ class RetentionSettings:
     filler: int = 1000
     """Characters of ordinary text between the statements of a session."""
     gaps: tuple[int, ...] = (0, 1, 4)
-    """Text after each session until it is asked again, in periods of the slowest level; 0 and 4 among them."""
+    """Text after a session until it is asked again, in periods of the slowest level; 0 and 4 among them."""
     periods: tuple[int, ...] = (64, 512, 4096)
     """Tokens between updates of the levels; the arms with fewer levels keep the shortest and the longest."""
     arms: tuple[str, ...] = ARMS
@@ -88,13 +88,19 @@ class RetentionSettings:
             if not given or len(set(given)) < len(given):
                 raise ConfigError(f"name at least one {kind}, and none twice; got {list(given)}")
         if "equal-periods" in self.arms and "continuum" not in self.arms:
-            raise ConfigError("the arm equal-periods takes the learning rates of continuum; name that as well")
+            raise ConfigError(
+                "the arm equal-periods takes the learning rates of continuum; name that as well"
+            )
         if list(self.periods) != sorted(set(self.periods)) or not self.periods or self.periods[0] < 1:
             raise ConfigError(f"periods are {list(self.periods)}; give rising numbers of tokens")
         wanted = {"continuum", "equal-periods", "shuffled"} & set(self.arms)
         if wanted and len(self.periods) < 2:
             raise ConfigError(f"the arm {min(wanted)} needs two periods or more; got {list(self.periods)}")
-        if list(self.gaps) != sorted(set(self.gaps)) or not {0, ENDPOINT} <= set(self.gaps) or self.gaps[0] < 0:
+        if (
+            list(self.gaps) != sorted(set(self.gaps))
+            or not {0, ENDPOINT} <= set(self.gaps)
+            or self.gaps[0] < 0
+        ):
             raise ConfigError(
                 f"gaps are {list(self.gaps)}; give rising numbers with 0, right after a session, and "
                 f"{ENDPOINT}, where arms are compared"

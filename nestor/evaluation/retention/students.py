@@ -47,8 +47,8 @@ class Frozen:
     """A model that reads and learns nothing; with `shows`, the material is shown to it when it is asked.
 
     Args:
-        shows: "nothing", "session" (its text, the in-context upper bound) or "statements" (those that share the
-            question's rarest words, the retrieval upper bound).
+        shows: "nothing", "session" (its text, the in-context upper bound) or "statements" (those that share
+            the question's rarest words, the retrieval upper bound).
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class Frozen:
             # Read for the time that it takes; what is shown later needs no reading now.
             with torch.inference_mode():
                 for start in range(0, len(ids) - 1, self._context - 1):
-                    window = torch.tensor([list(ids[start : start + self._context])], device=self._model.device)
+                    window = torch.tensor(
+                        [list(ids[start : start + self._context])], device=self._model.device
+                    )
                     self._model(input_ids=window)
                     if self._progress is not None:
                         self._progress(window.numel() - 1)
@@ -85,8 +87,8 @@ class Frozen:
 class Reader:
     """A Learner that reads documents in windows of what fits into its model's context.
 
-    Windows begin with the last token of the one before, so that each token but a document's first is predicted
-    once, and end where an update of the fastest level falls where that fits.
+    Windows begin with the last token of the one before, so that each token but a document's first is
+    predicted once, and end where an update of the fastest level falls where that fits.
 
     Args:
         context: the most tokens of a window.
@@ -132,7 +134,7 @@ class Reader:
     def model(self, without: str | None = None) -> Any:
         if self._scratch is None:
             self._scratch = copy.deepcopy(self.learner.model).requires_grad_(False)
-        own = {name: p for name, p in self.learner.model.named_parameters()}
+        own = dict(self.learner.model.named_parameters())
         restored = {n for level in self.learner.levels if level.name == without for n in level.parameters}
         with torch.no_grad():
             for name, weight in self.learner.weights(self.state).items():
@@ -161,8 +163,8 @@ class Reader:
         self.state = after if self._elastic is None else self._elastic(self.state, after)
 
     def _rehearse(self, tokens: int) -> None:
-        """Read again what is owed for so many new tokens, in whole periods of the fastest level where a window
-        has one."""
+        """Read again what is owed for so many new tokens, in whole periods of the fastest level where a
+        window has one."""
         self._owed += self._replay * tokens
         base = self.learner.base
         while self._earlier and self._owed >= min(base, self._context - 1):

@@ -13,8 +13,15 @@ import numpy as np
 from nestor.data.tasks import FillerText
 from nestor.evaluation.figures import file_name
 from nestor.evaluation.retention import measures
-from nestor.evaluation.retention.arms import Arm, arms_of, levels_of, make_student, rates_for, unit_steps
-from nestor.evaluation.retention.arms import Rate
+from nestor.evaluation.retention.arms import (
+    Arm,
+    Rate,
+    arms_of,
+    levels_of,
+    make_student,
+    rates_for,
+    unit_steps,
+)
 from nestor.evaluation.retention.decision import decide
 from nestor.evaluation.retention.keeping import Kept
 from nestor.evaluation.retention.old import OldKnowledge, old_passages
@@ -99,14 +106,18 @@ class _Suite:
         bar: Bar | None,
     ) -> None:
         self.subject, self.settings = subject, settings
-        self._filler, self._batch_size, self._bar = filler, batch_size, bar or (lambda title: nullcontext(None))
+        self._filler, self._batch_size, self._bar = (
+            filler,
+            batch_size,
+            bar or (lambda title: nullcontext(None)),
+        )
         limit = subject.limit or 2048
         self.context = min(settings.context or 2048, limit)
         passages = (settings.old_passages, settings.old_length)
         self.old = OldKnowledge(subject, old_passages(subject, settings.old, *passages), batch_size)
         self._fisher = lambda: old_passages(subject, settings.old, *passages, use="fisher")
-        # Arms and optimisers that are added later leave what is finished as it is.
-        shared = {k: v for k, v in asdict(settings).items() if k not in ("arms", "optimizers")}
+        # Arms, optimisers or seeds that are added later, and another limit, leave what is finished as it is.
+        shared = {k: v for k, v in asdict(settings).items() if k not in ("arms", "optimizers", "old_limit")}
         depends = {
             "format": FORMAT,
             "settings": shared,
@@ -123,12 +134,16 @@ class _Suite:
             return {"trials": [], "step": None, "rates": [], "rates_of": ""}
         if arm.rates_of:
             return {**others[arm.rates_of], "trials": [], "rates_of": arm.rates_of}
-        return self._kept.get(f"{_piece(arm)}-tuning", lambda: self._tune(arm))  # type: ignore[no-any-return]
+        tried = self._kept.get(f"{_piece(arm)}-tuning", lambda: self._tune(arm))
+        best = choose([Trial(**trial) for trial in tried["trials"]], self.settings.old_limit)
+        rates = [asdict(rate) for rate in rates_for(best.step, tried["units"])]
+        return {"trials": tried["trials"], "step": best.step, "rates": rates, "rates_of": ""}
 
     def record(self, arm: Arm, tuned: Mapping[str, Any], seed: int) -> Any:
         """What came of an arm on a seed's stream."""
         rates = [Rate(**rate) for rate in tuned["rates"]]
-        name = f"{_piece(arm)}-seed-{seed}"
+        step = "" if tuned["step"] is None else f"-step-{tuned['step']:g}"
+        name = f"{_piece(arm)}{step}-seed-{seed}"
         return self._kept.get(name, lambda: self._run(arm, rates, seed, f"{arm.name}, seed {seed}"))
 
     def _tune(self, arm: Arm) -> dict[str, Any]:
@@ -138,10 +153,7 @@ class _Suite:
         def run(step: float) -> Any:
             return self._run(arm, rates_for(step, units), 0, f"{arm.name}, trying {step:g}", "tuning")
 
-        trials: list[Trial] = tune(run, self.settings)
-        best = choose(trials, self.settings.old_limit)
-        rates = [asdict(rate) for rate in rates_for(best.step, units)]
-        return {"trials": as_json(trials), "step": best.step, "rates": rates, "rates_of": ""}
+        return {"trials": as_json(tune(run, self.settings)), "units": units}
 
     def _run(
         self, arm: Arm, rates: Sequence[Rate], seed: int, title: str, stream: str = "test"
@@ -150,7 +162,14 @@ class _Suite:
         with self._bar(f"retention: {self.subject.name}, {title}") as progress:
             old = self._fisher() if arm.pull else ()
             student = make_student(
-                arm, self.subject.model, rates, self.settings, self.context, old=old, seed=seed, progress=progress
+                arm,
+                self.subject.model,
+                rates,
+                self.settings,
+                self.context,
+                old=old,
+                seed=seed,
+                progress=progress,
             )
             return run_arm(
                 self.subject, student, texts, self.settings, self.old, endpoint_only=stream == "tuning",
@@ -185,7 +204,7 @@ def summarise(
     transfers = [measures.transfer(*table) for table in tables]
     by_gap = [share("correct", gap) for gap in settings.gaps]
     first = by_gap[0]
-    learned = first["low"] is not None and first["low"] > settings.chance or first["estimate"] == 1.0
+    learned = first["estimate"] == 1.0 or (first["low"] is not None and first["low"] > settings.chance)
     life = measures.half_life(
         [gap * settings.slowest for gap in settings.gaps],
         [row["estimate"] for row in by_gap],
@@ -217,7 +236,8 @@ def summarise(
         "by_repeats": _by_repeats(records),
         **{name: float(np.mean([getattr(t, name) for t in transfers])) for name in measures.Transfer._fields},
         "forgetting_by_session": np.mean(
-            [[max(v for v in row if v is not None) - e for row, e in zip(*t, strict=True)] for t in tables], axis=0
+            [[max(v for v in row if v is not None) - e for row, e in zip(*t, strict=True)] for t in tables],
+            axis=0,
         ).tolist(),
         "matrix": _mean_matrix(tables),
         "half_life": life._asdict(),
@@ -249,9 +269,7 @@ def _levels(records: Sequence[Any]) -> list[dict[str, Any]]:
 def _by_repeats(records: Sequence[Any]) -> list[dict[str, Any]]:
     """Right just after the session and after the gap, by how often a fact was stated."""
     stated = np.concatenate([np.concatenate(record["repeats"]) for record in records])
-    once, later = (
-        np.concatenate(measures.pooled(records, "correct", gap=gap)) for gap in (0, ENDPOINT)
-    )
+    once, later = (np.concatenate(measures.pooled(records, "correct", gap=gap)) for gap in (0, ENDPOINT))
     exact = np.concatenate(measures.pooled(records, "exact", gap=0))
     return [
         {
@@ -303,7 +321,8 @@ def _decisions(
     found = {}
     for optimizer in settings.optimizers:
         found[optimizer] = decide(
-            {arm.base: records[arm.name] for arm in arms if arm.optimizer in ("", optimizer)}, settings.old_limit
+            {arm.base: records[arm.name] for arm in arms if arm.optimizer in ("", optimizer)},
+            settings.old_limit,
         )
     return found
 
@@ -357,8 +376,8 @@ def _notes(
     ]
     if updates and min(updates) < FEWEST_UPDATES:
         notes.append(
-            f"levels of period {settings.slowest} made {min(updates)} updates; below {FEWEST_UPDATES} they are "
-            f"more a constant than a memory: read more sessions, or give shorter periods"
+            f"levels of period {settings.slowest} made {min(updates)} updates; below {FEWEST_UPDATES} they "
+            f"are more a constant than a memory: read more sessions, or give shorter periods"
         )
     items = int(suite.old.items.sum())
     if items < _FEWEST_ITEMS:
@@ -367,10 +386,9 @@ def _notes(
         tokens = max(len(text) for seed in seeds for text in suite._stream(seed, "test").texts)
         if tokens + len(subject.prefix) > subject.limit:
             notes.append(
-                f"{subject.name} takes {subject.limit} tokens and a session has up to {tokens}: the in-context "
-                f"arm sees its last part alone"
+                f"{subject.name} takes {subject.limit} tokens and a session has up to {tokens}: the "
+                f"in-context arm sees its last part alone"
             )
     if settings.old == ("self",):
         notes.append("old text is what the unchanged model writes itself")
     return notes
-

@@ -49,8 +49,8 @@ def tune(run: Callable[[float], Record], settings: RetentionSettings) -> list[Tr
 
 
 def choose(trials: Sequence[Trial], old_limit: float) -> Trial:
-    """The trial of the highest recall, then margin, among those within the limit of old knowledge lost; if none
-    is, the one that lost least.
+    """The trial of the highest recall, then margin, among those within the limit of old knowledge lost; if
+    none is, the one that lost least.
 
     Raises:
         NonFiniteError: every trial ended in numbers that are not finite.
