@@ -133,7 +133,7 @@ def evaluate(
         "perplexity": _perplexity,
         "recall": _recall,
         "needle": _needle,
-        "retention": lambda *given: _retention(*given, folder),
+        "retention": lambda models, chosen, bars: _retention(models, chosen, bars, folder),
     }
     results: dict[str, Any] = {}
     for suite in dict.fromkeys(settings.suites):

@@ -1,8 +1,8 @@
 """The decision rule of the protocol (spec i.5), fixed before anything is measured.
 
 The claim: weights on several time scales learn from a stream, keep it after the context is gone, and lose
-less old knowledge than weights on one. Recall is the share of facts right among the candidates after the gap of
-the endpoint. It is supported if all four hold:
+less old knowledge than weights on one. Recall is the share of facts right among the candidates after the gap
+of the endpoint. It is supported if all four hold:
 
 (a) the continuum with the most levels beats the frozen model by at least 20 points, interval above 0, at no
     more loss of old knowledge than the limit;

@@ -40,8 +40,8 @@ def retention_figures(
                         label="right among the candidates",
                         alt=f"Share of right answers of {arm} by session asked about and session just read.",
                     ),
-                    f"Each row is a session's facts; chance is {100 * result['chance']:.0f} %. The last column "
-                    f"is after the last gap.",
+                    f"Each row is a session's facts; chance is {100 * result['chance']:.0f} %. The last "
+                    f"column is after the last gap.",
                 )
             )
     return figures
@@ -168,8 +168,8 @@ def _explain(section: Section, model: Mapping[str, Any]) -> None:
     section.text(
         f"Facts that nobody knew are read in sessions of text; then the context is closed and the model is "
         f"asked with learning off. The endpoint is the share of right answers among the candidates (chance "
-        f"{100 * model['chance']:.0f} %) after {gap:,} tokens of other text, at a rise of old text's bits of "
-        f"at most {100 * model['old_limit']:g} %. Each arm's step was chosen on another stream after the same "
+        f"{100 * model['chance']:.0f} %) after {gap:,} tokens of other text, at a rise of old text's bits "
+        f"of at most {100 * model['old_limit']:g} %. Each arm's step was chosen on another stream after the same "
         f"number of trials. Intervals resample seeds, and facts within each."
     )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -37,10 +37,8 @@ FORMAT = 1
 _FEWEST_ITEMS = 500
 
 
-class Bar(Protocol):
-    """Opens a progress bar of that title, which counts tokens."""
-
-    def __call__(self, title: str) -> AbstractContextManager[Progress | None]: ...
+# Opens a progress bar of that title, which counts tokens.
+Bar = Callable[[str], AbstractContextManager[Progress | None]]
 
 
 def measure_retention(
