@@ -169,8 +169,8 @@ def _explain(section: Section, model: Mapping[str, Any]) -> None:
         f"Facts that nobody knew are read in sessions of text; then the context is closed and the model is "
         f"asked with learning off. The endpoint is the share of right answers among the candidates (chance "
         f"{100 * model['chance']:.0f} %) after {gap:,} tokens of other text, at a rise of old text's bits "
-        f"of at most {100 * model['old_limit']:g} %. Each arm's step was chosen on another stream after the same "
-        f"number of trials. Intervals resample seeds, and facts within each."
+        f"of at most {100 * model['old_limit']:g} %. Each arm's step was chosen on another stream after the "
+        f"same number of trials. Intervals resample seeds, and facts within each."
     )
 
 
