@@ -87,12 +87,12 @@ def test_an_interval_covers_seeds_and_items():
     rng = np.random.default_rng(1)
     shares = rng.beta(30, 30, size=400)
     covered = 0
-    for trial in range(60):
+    for trial in range(40):
         chosen = rng.choice(shares, 6)
         values = [(rng.random(30) < p).astype(float) for p in chosen]
         interval = measures.seeds_interval(values, resamples=200, seed=trial)
         covered += interval.low <= shares.mean() <= interval.high
-    assert 51 <= covered <= 60
+    assert 34 <= covered <= 40
     # Seeds that differ and have no spread inside still give a width; items alone would give none.
     spread = measures.seeds_interval([np.full(9, 0.2), np.full(9, 0.6)])
     assert spread.estimate == pytest.approx(0.4) and spread.low == 0.2 and spread.high == pytest.approx(0.6)
