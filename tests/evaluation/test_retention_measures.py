@@ -169,6 +169,9 @@ def test_less_forgetting_counts_only_at_equal_acquisition():
     assert held(cheaper)[1]["b"] is True
     dearer = table(**{"continuum-3": runs(0.5, 0.5, 0.008), "single-fast": runs(0.9, 0.5, 0.005)})
     assert held(dearer)[1]["b"] is False
+    # Who learns nothing pays little: that is no victory.
+    idle = {name: runs(0.25, 0.25, 0.005) for name in table()} | {"continuum-3": runs(0.25, 0.25, 0.001)}
+    assert held(idle)[1]["b"] is False and "no more after the gap" in held(idle)[0]["conditions"][1]["words"]
 
 
 def test_a_missing_arm_leaves_it_undecided_unless_another_condition_fails():

@@ -8,7 +8,8 @@ of the endpoint. It is supported if all four hold:
     more loss of old knowledge than the limit;
 (b) against each of the single-rate arms it forgets less at equal acquisition (not lower by more than 5
     points), or dominates it: better in recall or old knowledge with an interval that excludes 0, and no worse
-    in the other;
+    in the other. Who knows no more after the gap than the frozen model has nothing to forget and nothing to
+    pay for, so that counts for neither;
 (c) recall does not fall from one number of levels to the next, and rises with it, interval above 0; one level
     is the better of the single-rate arms;
 (d) it beats the arm with equal periods and the same learning rates, interval above 0.
@@ -93,9 +94,10 @@ def _against_frozen(arms: Records, best: str, old_limit: float) -> Verdict:
 def _against_single(arms: Records, best: str) -> Verdict:
     claim = "it forgets less than both single-rate arms at equal acquisition, or dominates them"
     singles = ("single-fast", "single-slow")
-    if best not in arms or any(name not in arms for name in singles):
-        return _missing("b", claim, "continuum, single-fast and single-slow")
-    sentences, holds = [], True
+    if any(name not in arms for name in (best, "frozen", *singles)):
+        return _missing("b", claim, "frozen, continuum, single-fast and single-slow")
+    holds = _above(seeds_interval(_less(_recall(arms[best]), _recall(arms["frozen"]))))
+    sentences = [] if holds else ["It knows no more after the gap than the frozen model."]
     for name in singles:
         acquired = seeds_interval(_less(_first(arms[best]), _first(arms[name])))
         forgot = seeds_interval(_less(_forgotten(arms[best]), _forgotten(arms[name])))
