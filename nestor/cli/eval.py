@@ -15,12 +15,13 @@ import tyro
 from nestor.cli.loading import Dtype, load_model
 from nestor.errors import ConfigError, suggest
 from nestor.evaluation.class_incremental.settings import ClassIncremental
+from nestor.evaluation.retention.settings import RetentionSettings
 
 if TYPE_CHECKING:
     from nestor.evaluation.scoring import Progress
     from nestor.evaluation.suites import Settings
 
-SUITES = ("perplexity", "recall", "needle", "all", "class-incremental", "lm-eval")
+SUITES = ("perplexity", "recall", "needle", "all", "retention", "class-incremental", "lm-eval")
 
 
 @dataclass
@@ -35,13 +36,18 @@ class Args:
       nestor eval runs/a/final --suite needle --lengths 1024 4096 16384 --seeds 0 1 2 --variants passkey
       nestor eval runs/a/final --suite class-incremental --data folder/of/clinc150 --seeds 0 1 2 3 4
       nestor eval runs/a/final --suite lm-eval --tasks arc_easy piqa
+      nestor eval some/llama --suite retention --seeds 0 1 2 3 4 --retention.periods 64 512 4096
+
+    The suite retention asks whether a model that learns while it reads keeps what it read after the context
+    is gone. It tunes and runs every arm on every seed, which takes long; finished arms are kept in --out, and
+    the same command goes on after an interruption.
     """
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
     """Folders with models, or ids on the Hugging Face hub."""
     suite: tuple[str, ...] = ("all",)
-    """perplexity, recall, needle, all of these; or one that runs alone: class-incremental (needs --data),
-    lm-eval (needs the extra nestor[eval])."""
+    """perplexity, recall, needle, all of these; or one that runs alone: retention, class-incremental (needs
+    --data), lm-eval (needs the extra nestor[eval])."""
     lengths: tuple[int, ...] = ()
     """In tokens. Several: contexts, distances and lengths to measure. One: the greatest, the others are
     doubled up to it. None: up to 16 times the training length where the run is known, else up to 4,096."""
@@ -91,6 +97,8 @@ class Args:
     """Folder with lm-eval task files of your own."""
     intents: ClassIncremental = field(default_factory=ClassIncremental)
     """Of the suite class-incremental."""
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
+    """The suite retention."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """No progress bars."""
 
@@ -119,9 +127,9 @@ def run(args: Args) -> int:
     settings = _settings(args)
     settings.check()
     subjects = [_subject(args, path, name) for path, name in zip(args.models, names, strict=True)]
-    with _bars(args.quiet) as bar:
-        result = evaluate(subjects, settings, name=names[0], bar=bar)
     out = _out(args, names)
+    with _bars(args.quiet) as bar:
+        result = evaluate(subjects, settings, name=names[0], bar=bar, folder=out)
     report = write_results(result, out, _go_on(args))
     _print_summary(result)
     print(f"\n{report}\n{out / 'results.json'}")
@@ -129,12 +137,13 @@ def run(args: Args) -> int:
 
 
 def _settings(args: Args) -> Settings:
-    from nestor.evaluation.suites import SUITES as ALL
-    from nestor.evaluation.suites import Settings
+    from nestor.evaluation.suites import READING, Settings
 
     shared = {field.name for field in fields(Settings)} & {field.name for field in fields(Args)}
     return Settings(
-        suites=ALL if "all" in args.suite else args.suite,
+        suites=(*READING, *(("retention",) if "retention" in args.suite else ()))
+        if "all" in args.suite
+        else args.suite,
         train_length=_train_length(args.models),
         **{key: getattr(args, key) for key in shared},
     )

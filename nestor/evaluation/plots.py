@@ -96,6 +96,17 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A point with its name, and the ends of its intervals (None where there is none)."""
+
+    name: str
+    x: float
+    y: float
+    x_ends: tuple[float | None, float | None] = (None, None)
+    y_ends: tuple[float | None, float | None] = (None, None)
+
+
+@dataclass(frozen=True)
 class Axes:
     """Labels (with units) and scales of a curve plot."""
 
@@ -120,6 +131,17 @@ def curves(series: Sequence[Series], axes: Axes, alt: str = "") -> Plot:
         if len(item.x) != len(item.y):
             raise DataError(f"series {item.name!r} has {len(item.x)} x and {len(item.y)} y values")
     return _both(lambda theme: _draw_curves(series, axes, theme), alt or axes.title)
+
+
+def scatter(points: Sequence[Point], axes: Axes, alt: str = "") -> Plot:
+    """Points with their intervals, and marks.
+
+    Raises:
+        DataError: no points.
+    """
+    if not points:
+        raise DataError("a plot needs at least one point")
+    return _both(lambda theme: _draw_curves(points, axes, theme), alt or axes.title)
 
 
 def heatmap(
@@ -169,13 +191,16 @@ def _figure(title: str, theme: Theme, size: tuple[float, float]) -> tuple[Figure
     return figure, ax
 
 
-def _draw_curves(series: Sequence[Series], axes: Axes, theme: Theme) -> Figure:
+def _draw_curves(series: Sequence[Series | Point], axes: Axes, theme: Theme) -> Figure:
     figure, ax = _figure(axes.title, theme, (7.6, 4.4))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color=theme.faint, linewidth=0.6, alpha=0.8)
     ax.set_axisbelow(True)
     for number, item in enumerate(series):
-        _draw_series(ax, item, number, theme)
+        if isinstance(item, Point):
+            _draw_point(ax, item, number, theme)
+        else:
+            _draw_series(ax, item, number, theme)
     ax.set_xlabel(axes.x, color=theme.ink, fontsize=10.5)
     ax.set_ylabel(axes.y, color=theme.ink, fontsize=10.5)
     if axes.log_x:
@@ -230,6 +255,20 @@ def _draw_series(ax: Any, item: Series, number: int, theme: Theme) -> None:
     line.set(markersize=5.5, markeredgecolor=theme.ground, markeredgewidth=0.8)
     if low is not None and high is not None:
         ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _draw_point(ax: Any, item: Point, number: int, theme: Theme) -> None:
+    # From the seventh on, other shapes go with the same colours.
+    turn = number // len(MARKERS)
+    colour, marker = theme.colours[number % len(theme.colours)], MARKERS[(number + turn) % len(MARKERS)]
+    for ends, horizontal in ((item.x_ends, True), (item.y_ends, False)):
+        if ends[0] is not None and ends[1] is not None:
+            x, y = (ends, (item.y, item.y)) if horizontal else ((item.x, item.x), ends)
+            ax.plot(x, y, color=colour, linewidth=1.2, alpha=0.6)
+    ax.plot(
+        [item.x], [item.y], linestyle="", color=colour, marker=marker, markersize=8,
+        markeredgecolor=theme.ground, label=item.name,
+    )  # fmt: skip
 
 
 def _draw_marks(ax: Any, marks: Sequence[Mark], theme: Theme) -> None:

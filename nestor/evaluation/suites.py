@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +16,19 @@ from typing import Any
 import torch
 
 from nestor.data import open_corpus, shipped_corpora, tokenize
-from nestor.data.tasks import CorpusHaystack, FactSpec
+from nestor.data.tasks import CorpusHaystack, FactSpec, FillerText
 from nestor.errors import ConfigError, suggest
 from nestor.evaluation import mqar, needle, perplexity, recall
 from nestor.evaluation.passages import cut_passages
+from nestor.evaluation.retention.settings import RetentionSettings
 from nestor.evaluation.scoring import PIECE, Progress
 from nestor.evaluation.subjects import Subject, check_names, same_tokenizer
 from nestor.files import write_json
 
 FORMAT = 1
-SUITES = ("perplexity", "recall", "needle")
+#: Those that "all" stands for: they read, and change nothing.
+READING = ("perplexity", "recall", "needle")
+SUITES = (*READING, "retention")
 RECALL_TASKS = ("facts", "mqar")
 _DEFAULT_LENGTH = 4096
 
@@ -37,7 +40,7 @@ Bar = Callable[[str], AbstractContextManager[Progress | None]]
 class Settings:
     """Everything that a result depends on besides the models. Lengths are in tokens."""
 
-    suites: tuple[str, ...] = SUITES
+    suites: tuple[str, ...] = READING
     lengths: tuple[int, ...] = ()
     """Context lengths (perplexity), distances (recall), text lengths (needle); one number is the greatest."""
     seeds: tuple[int, ...] = (0,)
@@ -60,6 +63,7 @@ class Settings:
     depths: tuple[float, ...] = needle.DEPTHS
     train_length: int | None = None
     """Tokens of a training segment; the default greatest length is 16 times this."""
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
 
     def check(self) -> None:
         """Raises ConfigError for a setting that is unknown or out of range."""
@@ -91,6 +95,8 @@ class Settings:
             raise ConfigError(
                 f"--seeds are {list(self.seeds)}; a seed given twice would count its samples twice"
             )
+        if "retention" in self.suites:
+            self.retention.check()
 
     @property
     def longest(self) -> int:
@@ -105,12 +111,17 @@ class Settings:
 
 
 def evaluate(
-    subjects: Sequence[Subject], settings: Settings, *, name: str = "evaluation", bar: Bar | None = None
+    subjects: Sequence[Subject],
+    settings: Settings,
+    *,
+    name: str = "evaluation",
+    bar: Bar | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Run the suites over the models; the result is JSON, with every setting and version in it.
 
     All models read the same documents: the same tokens if they share a tokenizer, else the same text cut
-    by bytes.
+    by bytes. Into `folder` go the finished arms of the retention suite, and are not run again.
 
     Raises:
         ConfigError, DataError: a setting, or a corpus that is too short for it.
@@ -118,7 +129,12 @@ def evaluate(
     settings.check()
     check_names(subjects)
     bar = bar or (lambda title: nullcontext(None))
-    runs = {"perplexity": _perplexity, "recall": _recall, "needle": _needle}
+    runs: dict[str, Callable[[Sequence[Subject], Settings, Bar], dict[str, Any]]] = {
+        "perplexity": _perplexity,
+        "recall": _recall,
+        "needle": _needle,
+        "retention": lambda models, chosen, bars: _retention(models, chosen, bars, folder),
+    }
     results: dict[str, Any] = {}
     for suite in dict.fromkeys(settings.suites):
         results |= runs[suite](subjects, settings, bar)
@@ -281,6 +297,31 @@ def _needle(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[s
     paired = same_tokenizer(subjects)
     differences = needle.compare_needle(list(found), list(found.values())) if paired else []
     return {"needle": {"models": found, "differences": differences, "paired": paired}}
+
+
+def _retention(
+    subjects: Sequence[Subject], settings: Settings, bar: Bar, folder: Path | None
+) -> dict[str, Any]:
+    from nestor.evaluation.retention.suite import measure_retention
+
+    # Old text is the held-out part of a corpus, so the stream is filled from the other.
+    shipped = all(name in shipped_corpora() for name in settings.corpus)
+    corpus = open_corpus(list(settings.corpus), split=settings.split or ("train" if shipped else "all"))
+    filler = FillerText(corpus)
+    found = {
+        subject.name: measure_retention(
+            subject,
+            filler,
+            settings.retention,
+            seeds=settings.seeds,
+            batch_size=settings.batch_size,
+            folder=None if folder is None else folder / "retention",
+            corpus=corpus.identity(),
+            bar=bar,
+        )
+        for subject in subjects
+    }
+    return {"retention": {"models": found, "differences": []}}
 
 
 def _corpus(settings: Settings) -> Any:

@@ -9,18 +9,21 @@ from typing import Any
 from nestor.evaluation import figures as drawing
 from nestor.evaluation.figures import Figure
 from nestor.evaluation.report import Report, Section, with_interval
+from nestor.evaluation.retention.drawing import headline, retention_figures, retention_tables
 
 TITLES = {
     "perplexity": "Perplexity",
     "recall": "Recall of facts",
     "mqar": "Associative recall",
     "needle": "Needle in a haystack",
+    "retention": "Retention",
 }
 _FIGURES = {
     "perplexity": drawing.perplexity_figures,
     "recall": drawing.recall_figures,
     "mqar": drawing.mqar_figures,
     "needle": drawing.needle_figures,
+    "retention": retention_figures,
 }
 
 
@@ -101,6 +104,8 @@ def _headlines(suite: str, part: Mapping[str, Any], name: str | None) -> dict[st
         }
     if suite == "mqar":
         return {"associative recall": with_interval(model["overall"], as_percent=True)}
+    if suite == "retention":
+        return headline(model)
     return {
         f"needle: {variant}": with_interval(cell["exact_match"], as_percent=True)
         for variant, cell in model["overall"].items()
@@ -203,6 +208,7 @@ _TABLES = {
     "recall": _recall_table,
     "mqar": _mqar_table,
     "needle": _needle_table,
+    "retention": retention_tables,
 }
 
 

@@ -97,6 +97,9 @@ def test_the_same_command_gives_the_same_numbers(model_folder, nestor_command, t
         (("--suite", "recall", "--templates", "kee"), "Did you mean 'key'"),
         (("--suite", "lm-eval", "recall"), "runs alone"),
         (("--scale", "cubic", "--suite", "perplexity"), "log, linear"),
+        (("--suite", "retention", "--retention.arms", "frozn"), "Did you mean 'frozen'"),
+        (("--suite", "retention", "--retention.gaps", "0", "1"), "and 4, where arms are compared"),
+        (("--suite", "retention"), "only 1 of the 2 layers learn"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_status_2(model_folder, nestor_command, tmp_path, arguments, message):
@@ -132,6 +135,34 @@ def test_an_interruption_leaves_no_half_written_file(
     status, _, err = nestor_command(*call, "--facts", "1")
     assert status == 130 and "interrupted" in err
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_retention_is_measured_drawn_and_decided(model_folder, nestor_command, tmp_path):
+    out = tmp_path / "out"
+    settings = {
+        "sessions": (1,), "facts": (2,), "relations": (1,), "distractors": (1,), "repeats": (1, 2),
+        "filler": (0,), "periods": (32, 64), "fixed": (0,), "trials": (1,), "old-passages": (2,),
+        "old-length": (16,), "context": (65,), "arms": ("frozen", "single-fast", "single-slow", "continuum"),
+    }  # fmt: skip
+    flags = [str(part) for name, values in settings.items() for part in (f"--retention.{name}", *values)]
+    status, printed, err = nestor_command(
+        "eval", model_folder, "--suite", "retention", "--out", out, "--quiet", *flags
+    )
+    assert status == 0, err
+    model = json.loads((out / "results.json").read_text())["results"]["retention"]["models"]["tiny"]
+    assert list(model["arms"]) == ["frozen", "single-fast", "single-slow", "continuum-2"]
+    assert [c["holds"] for c in model["decisions"]["sgd"]["conditions"]][3] is None
+    pictures = sorted(p.name for p in (out / "plots").iterdir())
+    stem = "retention-tiny"
+    matrices = [f"{stem}-matrix-{arm}.png" for arm in ("continuum-2", "single-fast", "single-slow")]
+    assert pictures == [f"{stem}-gap.png", *matrices, f"{stem}-pareto.png", f"{stem}-trials.png"]
+    page = (out / "report.html").read_text()
+    assert page.count("<img ") == len(pictures) and model["decisions"]["sgd"]["words"] in page
+    assert "level restored" in page and "held-out wording" in page and "retention claim (sgd)" in page
+    assert re.search(r"retention: continuum-2\s+\d+ %", printed)
+    # Finished arms are in the folder, from where the same command takes them.
+    kept = sorted(p.name for p in (out / "retention" / "tiny").iterdir())
+    assert kept[0] == "continuum-2-32x64-sgd-step-0.0001-seed-0.json" and len(kept) == 7
 
 
 def test_names_come_from_the_paths():

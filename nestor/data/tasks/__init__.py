@@ -7,6 +7,7 @@ from nestor.data.tasks.haystack import CorpusHaystack, Haystack, RepeatedHaystac
 from nestor.data.tasks.mqar import MqarTask
 from nestor.data.tasks.needle import NEEDLE_KINDS, Needle, needle
 from nestor.data.tasks.recall import RecallProbe, RecallTask
+from nestor.data.tasks.sessions import FillerText, Session, SessionFact, SessionSpec, gap_text
 from nestor.data.tasks.stream import Answer, Task, TaskDocument, TaskStream
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Fact",
     "FactSpec",
     "FactsPage",
+    "FillerText",
     "FormalBatch",
     "FormalLanguage",
     "Haystack",
@@ -26,10 +28,14 @@ __all__ = [
     "RecallProbe",
     "RecallTask",
     "RepeatedHaystack",
+    "Session",
+    "SessionFact",
+    "SessionSpec",
     "Task",
     "TaskDocument",
     "TaskStream",
     "facts_page",
     "formal_language",
+    "gap_text",
     "needle",
 ]

@@ -1,0 +1,179 @@
+"""One arm reads one stream, and is asked along the way (spec i.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nestor.data.tasks import FillerText, Session, gap_text
+from nestor.data.tasks.sessions import KINDS, Question
+from nestor.data.tokenizers import encode_text
+from nestor.errors import DataError
+from nestor.evaluation.retention.old import OldKnowledge
+from nestor.evaluation.retention.questions import Answer, ask
+from nestor.evaluation.retention.settings import ENDPOINT, RetentionSettings
+from nestor.evaluation.retention.students import Frozen, Reader, Student
+from nestor.evaluation.subjects import Subject
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """A stream in a model's tokens: for each session its text, and one document for each gap after it that is
+    not 0, up to which the next is counted from the one before."""
+
+    sessions: list[Session]
+    texts: list[list[int]]
+    gaps: list[list[list[int]]]
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens in order."""
+        return [
+            i
+            for text, gaps in zip(self.texts, self.gaps, strict=True)
+            for part in (text, *gaps)
+            for i in part
+        ]
+
+
+def make_stream(
+    settings: RetentionSettings, filler: FillerText, tokenizer: Any, seed: int, stream: str = "test"
+) -> TokenStream:
+    """The stream of a seed. A gap of g has exactly g periods of the slowest level in predicted tokens.
+
+    Raises:
+        DataError: a gap's text is shorter than its tokens, with a tokenizer of more than 16 letters a token.
+    """
+    sessions = settings.spec().draw(filler, seed, stream)
+    texts = [encode_text(tokenizer, session.text) for session in sessions]
+    lengths = [(b - a) * settings.slowest for a, b in zip(settings.gaps, settings.gaps[1:], strict=False)]
+    gaps = []
+    for number in range(len(sessions)):
+        text = gap_text(filler, seed, number, 16 * sum(lengths), stream)
+        ids = encode_text(tokenizer, text)
+        if len(ids) < sum(lengths) + 1:
+            raise DataError(f"the text of a gap has {len(ids)} tokens, and {sum(lengths) + 1} are wanted")
+        documents, start = [], 0
+        for length in lengths:
+            documents.append(ids[start : start + length + 1])
+            start += length
+        gaps.append(documents)
+    return TokenStream(sessions, texts, gaps)
+
+
+def run_arm(
+    subject: Subject,
+    student: Student,
+    stream: TokenStream,
+    settings: RetentionSettings,
+    old: OldKnowledge,
+    *,
+    endpoint_only: bool = False,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Read the stream and answer; everything that was found, as JSON.
+
+    Args:
+        endpoint_only: ask only what tuning needs: the stated wordings, after the gap of the endpoint.
+
+    The result has `tests`: sessions (from 0) asked `after` a session at a `gap` (in periods of the slowest
+    level), or at the "end", with the answers by kind of question; `old`; `levels`; `localisation`, right
+    answers at the end with one level restored; and what it cost.
+    """
+    asker = _Asker(subject, student, stream.sessions, batch_size)
+    tests: list[dict[str, Any]] = []
+    for number, (text, gaps) in enumerate(zip(stream.texts, stream.gaps, strict=True)):
+        student.study(text)
+        read = number + 1
+        if not endpoint_only:
+            for earlier in range(number):
+                tests.append(asker(earlier, read, 0, ("seen",)))
+            tests.append(asker(number, read, 0, KINDS))
+        for gap, ids in zip(settings.gaps[1:], gaps, strict=True):
+            student.study(ids)
+            if endpoint_only and gap == ENDPOINT:
+                tests.append(asker(number, read, gap, ("seen",)))
+            elif not endpoint_only:
+                tests.append(asker(number, read, gap, KINDS))
+    scores = old.measure(student.model())
+    found: dict[str, Any] = {
+        "tests": tests,
+        "old": {
+            "before": old.before.bits.tolist(),
+            "after": scores.bits.tolist(),
+            "bytes": old.bytes.tolist(),
+            "items": old.items.tolist(),
+            "right": scores.right.tolist(),
+        },
+        "repeats": [[len(fact.seen) for fact in session.facts] for session in stream.sessions],
+        "tokens": student.tokens,
+        "tokens_again": student.again,
+        "seconds": student.seconds,
+        "levels": [],
+        "localisation": {},
+        "state_bytes": 0,
+    }
+    everything = range(len(stream.sessions))
+    if not endpoint_only:
+        tests += [asker(i, len(stream.sessions), "end", ("seen",)) for i in everything]
+    if isinstance(student, Reader):
+        reports = student.learner.report(student.state)[0]
+        found["levels"] = [
+            {"name": r.name, "period": r.period, "updates": r.updates, "change": r.change} for r in reports
+        ]
+        found["state_bytes"] = student.state.nbytes
+        if len(reports) > 1 and not endpoint_only:
+            for report in reports:
+                model = student.model(without=report.name)
+                found["localisation"][report.name] = [
+                    [a.correct for a in asker.answers(model, i, len(stream.sessions), "seen")]
+                    for i in everything
+                ]
+    return found
+
+
+class _Asker:
+    """Asks a student about a session. It sees a scratch copy and changes nothing of the student."""
+
+    def __init__(
+        self, subject: Subject, student: Student, sessions: Sequence[Session], batch_size: int
+    ) -> None:
+        self._subject, self._student, self._sessions = subject, student, sessions
+        self._batch_size = batch_size
+        # What a model that never changes says of the same material is said once.
+        self._said: dict[tuple[Any, ...], list[Answer]] = {}
+
+    def __call__(self, session: int, read: int, gap: int | str, kinds: Sequence[str]) -> dict[str, Any]:
+        model = self._student.model()
+        answers = {kind: _columns(self.answers(model, session, read, kind)) for kind in kinds}
+        return {"session": session, "after": read - 1, "gap": gap, "answers": answers}
+
+    def answers(self, model: Any, session: int, read: int, kind: str) -> list[Answer]:
+        one = self._sessions[session]
+        questions: list[Question] = one.questions(kind)
+        materials = [self._student.material(self._sessions[:read], one, q) for q in questions]
+        key = (session, kind, tuple(materials))
+        if isinstance(self._student, Frozen) and key in self._said:
+            return self._said[key]
+        found = ask(
+            model,
+            self._subject.tokenizer,
+            questions,
+            materials=materials,
+            prefix=self._subject.prefix,
+            limit=self._subject.limit,
+            batch_size=self._batch_size,
+        )
+        if isinstance(self._student, Frozen):
+            self._said[key] = found
+        return found
+
+
+def _columns(answers: Sequence[Answer]) -> dict[str, list[Any]]:
+    return {
+        "correct": [a.correct for a in answers],
+        "exact": [a.exact for a in answers],
+        "recalled": [a.recalled for a in answers],
+        "margin": [round(a.margin, 4) for a in answers],
+    }
