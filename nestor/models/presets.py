@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -215,9 +216,10 @@ def preset(name: str, size: str = "quick", **overrides: Any) -> NestorConfig:
         settings["memory"] = {"heads": settings["num_attention_heads"], **memory}
     if settings.get("intermediate_size") is None:
         blocks = len((settings.get("continuum") or {}).get("periods", [None]))
+        step = math.lcm(8, blocks)
         # Any width that divides into the blocks stands in for the one that is looked for.
-        probe = NestorConfig(**{**settings, "intermediate_size": 8 * blocks})
-        settings["intermediate_size"] = _matched_intermediate_size(probe, dimensions.budget, 8 * blocks)
+        probe = NestorConfig(**{**settings, "intermediate_size": step})
+        settings["intermediate_size"] = _matched_intermediate_size(probe, dimensions.budget, step)
     return NestorConfig(**settings)
 
 

@@ -44,6 +44,7 @@ def check_timing(timing: dict, tokens: int, reference: bool) -> None:
         assert low == high == 1
 
 
+@pytest.mark.slow
 def test_every_section_runs_and_writes_what_it_measured(tmp_path) -> None:
     result = run(tmp_path / "result.json")
     assert result["about"]["settings"]["tokens"] == 64 and result["about"]["versions"]["torch"]

@@ -93,8 +93,5 @@ def test_what_is_not_whole_or_usual_is_not_fused():
 
 
 if __name__ == "__main__":
-    for kind in LAYERS:
-        if (kind in QUICK) == (sys.argv[1] == "quick"):
-            compare(kind)
-            if kind in QUICK:
-                compare(kind, starts=True)
+    for kind in QUICK if sys.argv[1] == "quick" else LAYERS:
+        compare(kind, starts=sys.argv[1] == "quick")

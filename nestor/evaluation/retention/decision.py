@@ -1,4 +1,4 @@
-"""The decision rule of the protocol (spec i.5), fixed before anything is measured.
+"""The decision rule of the protocol (spec i.5), fixed before a run.
 
 The claim: weights on several time scales learn from a stream, keep it after the context is gone, and lose
 less old knowledge than weights on one. Recall is the share of facts right among the candidates after the gap
@@ -9,7 +9,8 @@ of the endpoint. It is supported if all four hold:
 (b) against each of the single-rate arms it forgets less at equal acquisition (not lower by more than 5
     points), or dominates it: better in recall or old knowledge with an interval that excludes 0, and no worse
     in the other. Who knows no more after the gap than the frozen model has nothing to forget and nothing to
-    pay for, so that counts for neither;
+    pay for, so that counts for neither (which i.5 does not say: without it, models too small to learn a fact
+    passed);
 (c) recall does not fall from one number of levels to the next, and rises with it, interval above 0; one level
     is the better of the single-rate arms;
 (d) it beats the arm with equal periods and the same learning rates, interval above 0.
