@@ -43,13 +43,16 @@ class TokenStream(BaseStreamer):
 
 
 class StopAfterLine(StoppingCriteria):
-    """Stop at the first line break that follows some text. `start` is the length of the prompt."""
+    """Stop at the first line break that follows some text. For one answer: it begins with the first token
+    that this sees."""
 
-    def __init__(self, tokenizer: Any, start: int) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.start = start
+        self.start: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if self.start is None:
+            self.start = input_ids.shape[1] - 1
         done = [
             "\n" in self.tokenizer.decode(row[-1:]) and bool(self.tokenizer.decode(row).strip())
             for row in input_ids[:, self.start :].tolist()
@@ -145,7 +148,7 @@ class Conversation:
         if arguments.get("num_beams", 1) == 1:
             arguments["streamer"] = TokenStream(self.tokenizer, on_text)
         if not self._has_template():
-            arguments["stopping_criteria"] = [StopAfterLine(self.tokenizer, len(ids))]
+            arguments["stopping_criteria"] = [StopAfterLine(self.tokenizer)]
         answer, state = self._extend(ids, arguments, lambda a: self._close(a, closing))
         self.last = Turn(self.state, ids + answer + self._close(answer, closing))
         self.state = state

@@ -106,7 +106,7 @@ def _continue_lines(model: Any, tokenizer: Any, prompt: str, state: Any, argumen
     for line in filter(str.strip, prompt.splitlines()):
         ids = encode_prompt(tokenizer, line, opening=state is None)
         tokens = torch.tensor([ids], device=model.device)
-        arguments["stopping_criteria"] = [StopAfterLine(tokenizer, len(ids))]
+        arguments["stopping_criteria"] = [StopAfterLine(tokenizer)]
         output = model.generate(tokens, attention_mask=torch.ones_like(tokens), **arguments)
         answer = tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)
         _show(line + "".join(answer.splitlines()[:1]) + "\n")

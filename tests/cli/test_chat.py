@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 import nestor
-from nestor.cli.conversation import Conversation
+from nestor.cli.conversation import Conversation, StopAfterLine
 from nestor.data.tokenizers import ByteTokenizer
 from nestor.files import FileLock
 
@@ -260,3 +260,13 @@ def test_a_full_disk_is_said_and_the_file_keeps_what_it_held(
     assert status == 0
     assert "was not written (No space left on device); it holds what it held before" in out
     assert memory.read_bytes() == before
+
+
+def test_an_answer_ends_with_the_line_break_that_follows_some_of_its_own_text():
+    """Whatever stands before it: the prompt, and what a cache of keys and values has read."""
+    stop, row = StopAfterLine(ByteTokenizer()), list(b"said before\n")
+    ended = []
+    for token in b"\n a\n":
+        row.append(token)
+        ended.append(bool(stop(torch.tensor([row]), None)))
+    assert ended == [False, False, False, True]
