@@ -25,7 +25,22 @@ settings.register_profile(
 settings.load_profile("nestor")
 
 
+# Files that take longest come first: one that is begun last leaves the other workers idle.
+LONGEST = (
+    "test_distributed.py",
+    "test_neural_memory_kernels.py",
+    "test_fused_inputs.py",
+    "test_linear_memory_kernels.py",
+    "test_loop.py",
+    "test_quickstart.py",
+    "test_memory_streams.py",
+    "test_registration.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
