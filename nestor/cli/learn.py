@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,6 +100,7 @@ def _learn(args: Args, texts: list[str]) -> int:
     from nestor.cli.levels import COLUMNS, NOTE, described, retrofit_of
     from nestor.cli.memory_file import MemoryFile
     from nestor.cli.tables import print_table
+    from nestor.data.windows import windows
     from nestor.learning import Learner
 
     retrofit = retrofit_of(args.levels, args.memory)
@@ -134,7 +134,7 @@ def _learn(args: Args, texts: list[str]) -> int:
         for path, text, ids in zip(args.files, texts, tokens, strict=True):
             task = progress.add_task(path.name, total=len(ids) - 1)
             read = Read(size=len(text.encode()))
-            for window in _windows(ids, context):
+            for window in windows(ids, context):
                 state = _read(learner, model, window, state, read, args.compare)
                 progress.update(task, completed=read.tokens)
             if file is not None:
@@ -188,13 +188,6 @@ def _read(learner: Learner, model: Any, window: list[int], state: State, read: R
     return state
 
 
-def _windows(ids: list[int], context: int) -> Iterator[list[int]]:
-    """Pieces of at most `context` tokens; each begins with the last token of the one before, so that every
-    token but the first is predicted once."""
-    for begin in range(0, len(ids) - 1, context - 1):
-        yield ids[begin : begin + context]
-
-
 def _row(path: Path, read: Read, compare: bool) -> list[str]:
     learning = read.bits(read.learning)
     row = [path.name, f"{read.tokens:,}", f"{learning:.3f}"]
@@ -206,13 +199,9 @@ def _row(path: Path, read: Read, compare: bool) -> list[str]:
 
 
 def _export(folder: Path, model: Any, tokenizer: Any, learner: Learner, state: State) -> None:
-    import torch
-
     from nestor.training.checkpoint import whole_folder
 
-    with torch.no_grad():
-        for name, weight in learner.weights(state).items():
-            model.get_parameter(name).copy_(weight)
+    learner.write(state, model)
     with whole_folder(folder, folder.with_name(f".{folder.name}.tmp")) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ class Learner:
 
     def start(self, batch_size: int = 1) -> State:
         """The State of streams that have read and learned nothing."""
-        one = self._reader.initial_state(1)
+        one = self._unread
         fresh = fresh_levels(self._adaptive, self._parameters())
         row = Stream(one, one, [], [], 0, fresh).row(self.base)
         return row if batch_size == 1 else State.stack([row] * batch_size)
@@ -129,7 +130,7 @@ class Learner:
             stream = take_apart(row, self._adaptive)
             if len(stream.tokens) > 1:
                 self._learn(stream, stream.tokens[:-1], stream.tokens[1:], stream.weights[1:])
-            stream.now = stream.start = self._reader.initial_state(1)
+            stream.now = stream.start = self._unread
             stream.tokens, stream.weights = [], []
             for level in self._adaptive:
                 if level.reset == "context":
@@ -140,6 +141,12 @@ class Learner:
     def weights(self, state: State, row: int = 0) -> Tensors:
         """The model's parameters by name, with what a stream has learned, in their own dtype."""
         return self._adapted(take_apart(state.select([row]), self._adaptive).deltas())
+
+    @torch.no_grad()
+    def write(self, state: State, model: nn.Module, row: int = 0) -> None:
+        """Put the weights of a stream into a model of the same parameters: a copy, or this one for good."""
+        for name, weight in self.weights(state, row).items():
+            model.get_parameter(name).copy_(weight)
 
     @contextmanager
     def applied(self, state: State, row: int = 0) -> Iterator[nn.Module]:
@@ -198,6 +205,12 @@ class Learner:
         change = _norm([kept[f"delta/{name}"] for name in level.parameters])
         whole = self._whole[level.name] or 1.0
         return LevelReport(level.name, level.period, updates, pending, moved, change / whole)
+
+    @cached_property
+    def _unread(self) -> State:
+        """The model's State of a stream that has read nothing, for which a Nestor model runs once."""
+        with torch.inference_mode(False):
+            return self._reader.initial_state(1)
 
     def _read(self, stream: Stream, tokens: list[int], weights: list[float]) -> Tensor:
         """Logits ``[1, T, V]``; the stream is the one after the tokens."""

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from nestor.cli.loading import Dtype, load_model
 from nestor.data.corpora.reading import read_pieces
+from nestor.data.windows import windows
 from nestor.errors import ConfigError, NonFiniteError
 from nestor.evaluation.plots import Axes, Series, curves
 from nestor.evaluation.statistics import mean_interval, wilson_interval
@@ -119,8 +120,8 @@ def nats(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
 def measure(model: Any, learner: Learner, ids: list[int], context: int, progress: Any) -> Measured:
     """Read a document both ways, window by window."""
     state, out = learner.start(), Measured([], [], 0.0, 0.0, {}, {})
-    for begin in range(0, len(ids) - 1, context - 1):
-        window = torch.tensor([ids[begin : begin + context]], device=model.device)
+    for piece in windows(ids, context):
+        window = torch.tensor([piece], device=model.device)
         started = time.perf_counter()
         logits, state = learner.read(window, state)
         state = learner.close(state)

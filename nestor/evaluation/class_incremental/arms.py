@@ -161,9 +161,7 @@ class Learning(Frozen):
                 if self.earlier and self.rng.random() < self.replay:
                     self._line(self.earlier[int(self.rng.integers(len(self.earlier)))])
         self.earlier += session.examples
-        with torch.no_grad():
-            for name, weight in self.learner.weights(self.state).items():
-                self.model.get_parameter(name).copy_(weight)
+        self.learner.write(self.state, self.model)
 
     def _line(self, one: Labelled) -> None:
         prompt, answer = self.prompt(one.text), self.answer(one.label)

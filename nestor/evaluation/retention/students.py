@@ -16,6 +16,7 @@ import torch
 
 from nestor.data.tasks import Session
 from nestor.data.tasks.sessions import Question
+from nestor.data.windows import windows
 from nestor.evaluation.retention.questions import statements_for
 from nestor.evaluation.scoring import Progress
 from nestor.learning import Learner
@@ -62,10 +63,8 @@ class Frozen:
         if self._shows == "nothing":
             # Read for the time that it takes; what is shown later needs no reading now.
             with torch.inference_mode():
-                for start in range(0, len(ids) - 1, self._context - 1):
-                    window = torch.tensor(
-                        [list(ids[start : start + self._context])], device=self._model.device
-                    )
+                for piece in windows(ids, self._context):
+                    window = torch.tensor([piece], device=self._model.device)
                     self._model(input_ids=window)
                     if self._progress is not None:
                         self._progress(window.numel() - 1)
@@ -136,9 +135,10 @@ class Reader:
             self._scratch = copy.deepcopy(self.learner.model).requires_grad_(False)
         own = dict(self.learner.model.named_parameters())
         restored = {n for level in self.learner.levels if level.name == without for n in level.parameters}
+        self.learner.write(self.state, self._scratch)
         with torch.no_grad():
-            for name, weight in self.learner.weights(self.state).items():
-                self._scratch.get_parameter(name).copy_(own[name] if name in restored else weight)
+            for name in restored:
+                self._scratch.get_parameter(name).copy_(own[name])
         return self._scratch
 
     def material(self, read: Sequence[Session], session: Session, question: Question) -> str:

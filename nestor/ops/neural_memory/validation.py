@@ -1,6 +1,6 @@
 """Whether the arguments of `neural_memory` fit together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -63,15 +63,7 @@ def check_call(
         (flags, (batch, length)),
         (norm, (heads, width)),
     )
-    for group, shape in groups:
-        for name, x in group.items():
-            if x is not None and tuple(x.shape) != shape:
-                raise ShapeError(
-                    f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} it must be {shape}."
-                )
-    for name, x in flags.items():
-        if x is not None and x.dtype != torch.bool:
-            raise ShapeError(f"{name} has dtype {x.dtype}; it must be torch.bool.")
+    check_shapes(q, groups, flags)
     extras = extras or {}
     _check_extras(extras, spec, place, values, gates["eta"] is not None)
     _check_initial(initial, heads, width, values, spec.network)
@@ -82,6 +74,27 @@ def check_call(
     if start is not None:
         # A document begins at the start of a chunk.
         _check_state("start", start, 1, initial, momentum, 1)
+
+
+def check_shapes(
+    q: Tensor,
+    groups: Iterable[tuple[Mapping[str, Tensor | None], tuple[int, ...]]],
+    flags: Mapping[str, Tensor | None],
+) -> None:
+    """Tensors that come with q, by name, have the shape of their group, and flags are bool; None is left out.
+
+    Raises:
+        ShapeError: one has not; the message names it.
+    """
+    for group, shape in groups:
+        for name, x in group.items():
+            if x is not None and tuple(x.shape) != shape:
+                raise ShapeError(
+                    f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} it must be {shape}."
+                )
+    for name, x in flags.items():
+        if x is not None and x.dtype != torch.bool:
+            raise ShapeError(f"{name} has dtype {x.dtype}; it must be torch.bool.")
 
 
 def _check_extras(

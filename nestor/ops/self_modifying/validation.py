@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nestor.errors import ShapeError, suggest
+from nestor.ops.neural_memory.validation import check_shapes
 from nestor.ops.self_modifying.spec import (
     GATES,
     MEMORIES,
@@ -38,15 +39,7 @@ def check_call(
     if not q.is_floating_point():
         raise ShapeError(f"q has dtype {q.dtype}; it must be a floating-point dtype.")
     place = tuple(q.shape[:3])
-    for group, shape in ((tokens, tuple(q.shape)), (given, place), (flags, place[:2])):
-        for name, x in group.items():
-            if x is not None and tuple(x.shape) != shape:
-                raise ShapeError(
-                    f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} it must be {shape}."
-                )
-    for name, x in flags.items():
-        if x is not None and x.dtype != torch.bool:
-            raise ShapeError(f"{name} has dtype {x.dtype}; it must be torch.bool.")
+    check_shapes(q, ((tokens, tuple(q.shape)), (given, place), (flags, place[:2])), flags)
     _check_initial(initial, q.shape[2], q.shape[3], spec)
     _check_gates(tokens["g"], given, gates, initial, q.shape[2])
     if state is not None:
