@@ -22,11 +22,12 @@ from timing import in_a_process
 
 from nestor.layers.attention import Attention
 from nestor.layers.fla import DeltaAttention, load_kernels
+from nestor.layers.self_modifying import SelfModifyingMemory
 from nestor.layers.span import Span
 from nestor.layers.tnt import FIXED, TNT
 
 Keep = Callable[[dict[str, Any]], None]
-REFERENCES = ("kda", "nestor-kda", "titans-pytorch-x2", "titans-pytorch-x4")
+REFERENCES = ("neural_memory", "kda", "nestor-kda", "titans-pytorch-x2", "titans-pytorch-x4")
 SUBJECT = "neural_memory"
 DOCUMENT_TOKENS = 1000
 
@@ -72,6 +73,7 @@ LAYERS: dict[str, Callable[[Settings], Layer]] = {
     SUBJECT: lambda s: nestor_layer(build_memory(s)),
     "neural_memory-packed": _packed,
     "tnt": _tnt,
+    "self_modifying": lambda s: nestor_layer(SelfModifyingMemory(s.dim, s.heads, chunk_size=s.chunk)),
     "attention": lambda s: nestor_layer(Attention(s.dim, s.heads)),
     "kda": _kda,
     "nestor-kda": lambda s: nestor_layer(DeltaAttention(s.dim, s.heads, "kda")),

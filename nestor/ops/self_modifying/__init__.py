@@ -69,7 +69,9 @@ def self_modifying_memory(
         state: what an earlier call returned; None starts every sequence afresh.
         mask: bool ``[B, T]``; a False token is skipped as if it were not there, and its output is 0.
         resets: bool ``[B, T]``, True at the first token of a document: every memory is as learned again.
-    Dtypes: everything is cast to float32 (float64 stays); fast weights are float32 or float64.
+    Dtypes: everything is cast to float32 (float64 stays); fast weights are float32 or float64. On a GPU with
+        Triton, linear memories without momentum are walked by kernels, whose products take float32 in three
+        parts, or, where q is of half precision or autocast is on, as TF32.
     Returns: y ``[B, T, H, p]`` in the dtype of q, and the state after the last token; with `return_strength`
         also eta times the norm of the gradient of "mem", ``[B, T, H]``, without a gradient.
     Raises: ShapeError for shapes that do not fit, ConfigError for an unknown backend.
@@ -93,6 +95,7 @@ def self_modifying_memory(
     def wide(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(dtype)
 
+    half = q.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(q.device.type)
     with torch.autocast(q.device.type, enabled=False):
         own = {name: tuple(w.to(dtype) for w in initial[name]) for name in MEMORIES if name in initial}
         start = SelfModifyingState.fresh(own, 1, mu is not None)
@@ -101,15 +104,26 @@ def self_modifying_memory(
         else:
             before = state.ordered()
         heads = {name: Gate(gate.bias.to(dtype), wide(gate.read)) for name, gate in gates.items()}
-        tokens = (q.to(dtype), k.to(dtype), v.to(dtype), wide(g))
         if backend == "reference":
             y, after, strength = self_modifying_reference(
-                *tokens, before, start, spec, wide(eta), wide(alpha), wide(mu), heads, mask, resets
+                q.to(dtype),
+                k.to(dtype),
+                v.to(dtype),
+                wide(g),
+                before,
+                start,
+                spec,
+                wide(eta),
+                wide(alpha),
+                wide(mu),
+                heads,
+                mask,
+                resets,
             )
         else:
             y, after, strength = self_modifying_chunks(
-                *tokens, before, start, spec, wide(eta), wide(alpha), wide(mu), heads, mask, resets,
-                fresh=state is None,
+                q, k, v, g, before, start, spec, wide(eta), wide(alpha), wide(mu), heads, mask, resets,
+                fresh=state is None, half=half,
             )  # fmt: skip
     if return_strength:
         return y.to(out_dtype), after, strength.detach()

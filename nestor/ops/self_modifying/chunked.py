@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nestor.ops.neural_memory.layout import chunk_grid
+from nestor.ops.neural_memory.layout import ChunkGrid, chunk_grid
 from nestor.ops.neural_memory.networks import Mlp
+from nestor.ops.self_modifying.fused import Part, fused_walks, is_fused
 from nestor.ops.self_modifying.gates import capped, kept_fraction, logit, unit, write_step
 from nestor.ops.self_modifying.groups import Group, Inner, Stack
 from nestor.ops.self_modifying.layout import (
@@ -53,9 +54,11 @@ def self_modifying_chunks(
     mask: Tensor | None = None,
     resets: Tensor | None = None,
     fresh: bool = False,
+    half: bool = False,
 ) -> tuple[Tensor, SelfModifyingState, Tensor]:
-    """Shapes as in `nestor.ops.self_modifying.self_modifying_memory`, with state and start filled in; fresh:
-    the state is that of sequences that have read nothing. Returns outputs, the state, and how hard "mem" was
+    """Shapes as in `nestor.ops.self_modifying.self_modifying_memory`, with state and start filled in; q, k, v
+    and g may be of half precision. fresh: the state is that of sequences that have read nothing. half: a GPU
+    may round what it multiplies nearly to half precision. Returns outputs, the state, and how hard "mem" was
     written ``[B, T, H]``, without a gradient."""
     batch, length, heads, _ = q.shape
     # A fresh sequence needs no look at its phase, which would wait for a GPU.
@@ -74,38 +77,56 @@ def self_modifying_chunks(
         first = begin if fresh else gather(group, state, batch)
         carried.append((first, edges_of(grid, heads, begin)))
 
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else grids[0].to_rows(x)
-
-    inputs = Inputs(*(grids[0].to_rows(x) for x in (q, k, v)), *map(rows, (g, eta, alpha)))
-    own_gates = {name: gate_rows(gate, batch) for name, gate in gates.items()}
-    if others.names:
-        momenta = None if mu is None else grids[0].to_rows(mu)
-        valid = valid_rows(grids[0], heads)
-        projected, after_others = _walk_projections(others, own_gates, *carried[0], inputs, momenta, valid)
+    inputs = Inputs(q, k, v, g, eta, alpha)
+    if is_fused((others, own), mu is not None, q):
+        biases = {name: gate.bias.repeat(batch) for name, gate in gates.items()}
+        some, mem = (
+            Part(group, *one, grid, biases)
+            for group, grid, one in zip((others, own), grids, carried, strict=True)
+        )
+        y, strength, after_others, after_own = fused_walks(some, mem, inputs, fresh, half)
     else:
-        flat = Inputs(*(None if x is None else x.flatten(1, 2) for x in inputs))  # type: ignore[arg-type]
-        made = project(others, own_gates, [], flat)
-        projected = Projected(*(x.unflatten(1, inputs.q.shape[1:3]) for x in made))
-        after_others = carried[0][0]
-    tokens = regrid(projected, *grids, batch, length)
-    momenta = None if mu is None else grids[1].to_rows(mu)
-    walk = linear_walk if is_linear(own) else _walk_memory
-    y, strength, after_own = walk(own, *carried[1], tokens, momenta, valid_rows(grids[1], heads))
-
+        y, strength, after_others, after_own = _plain_walks(others, own, grids, carried, inputs, mu, gates)
     parts = []
     for name in Carried._fields:
         part = {**others.split(getattr(after_others, name)), **own.split(getattr(after_own, name))}
         parts.append({n: tuple(w.unflatten(0, (batch, heads)) for w in ws) for n, ws in part.items()})
     after = SelfModifyingState(parts[0], parts[1], parts[2], by_period[spec.longest].phase.clone())
-    return (
-        grids[1].from_rows(y, batch, length),
-        after,
-        grids[1].from_rows(strength, batch, length),
-    )
+    return y, after, strength
 
 
 # --- the walks ----------------------------------------------------------------------------------------------
+
+
+def _plain_walks(
+    others: Group,
+    own: Group,
+    grids: tuple[ChunkGrid, ChunkGrid],
+    carried: list[tuple[Carried, Edges]],
+    inputs: Inputs,
+    mu: Tensor | None,
+    gates: Mapping[str, Gate],
+) -> tuple[Tensor, Tensor, Carried, Carried]:
+    """y ``[B, T, H, p]``, strengths ``[B, T, H]`` and the states of both groups, in PyTorch."""
+    batch, length, heads, _ = inputs.q.shape
+    wide = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
+    rows = Inputs(*(None if x is None else grids[0].to_rows(x.to(wide)) for x in inputs))  # type: ignore[arg-type]
+    own_gates = {name: gate_rows(gate, batch) for name, gate in gates.items()}
+    if others.names:
+        momenta = None if mu is None else grids[0].to_rows(mu)
+        valid = valid_rows(grids[0], heads)
+        projected, after_others = _walk_projections(others, own_gates, *carried[0], rows, momenta, valid)
+    else:
+        flat = Inputs(*(None if x is None else x.flatten(1, 2) for x in rows))  # type: ignore[arg-type]
+        made = project(others, own_gates, [], flat)
+        projected = Projected(*(x.unflatten(1, rows.q.shape[1:3]) for x in made))
+        after_others = carried[0][0]
+    tokens = regrid(projected, *grids, batch, length)
+    momenta = None if mu is None else grids[1].to_rows(mu)
+    walk = linear_walk if is_linear(own) else _walk_memory
+    y, strength, after_own = walk(own, *carried[1], tokens, momenta, valid_rows(grids[1], heads))
+    y, strength = (grids[1].from_rows(x, batch, length) for x in (y, strength))
+    return y, strength, after_others, after_own
 
 
 def project(group: Group, gates: Mapping[str, Gate], anchor: Stack, x: Inputs) -> Projected:

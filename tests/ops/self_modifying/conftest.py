@@ -79,6 +79,7 @@ def draw(
     masked: bool = False,
     documents: bool = False,
     gate_rows: bool = False,
+    scale: float = 1.0,
     **choices: Any,
 ) -> Problem:
     """Gates open, so that a wrong token or sign shows; memories not so large that what they make explodes."""
@@ -97,7 +98,7 @@ def draw(
             initial[name] = (normal(heads, width, hidden, scale=0.6), normal(heads, hidden, width, scale=0.3))
         else:
             outputs = width if name not in ("eta", "alpha") or gate_rows else 1
-            initial[name] = (normal(heads, width, outputs, scale=0.6),)
+            initial[name] = (normal(heads, width, outputs, scale=0.6 * scale),)
         if name in ("eta", "alpha"):
             read = normal(heads, width) if depth == 2 or gate_rows else None
             gates[name] = Gate(normal(heads), read)

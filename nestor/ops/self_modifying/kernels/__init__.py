@@ -1,0 +1,1 @@
+"""Triton kernels of linear self-modifying memories; imported where Triton is installed."""

@@ -1,0 +1,178 @@
+"""The kernels of linear memories against the chunked form: on a GPU, and in Triton's interpreter on a CPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestor.ops.self_modifying import fused
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and HAS_TRITON and not INTERPRETED
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+# Error of outputs, states and gradients, as a share of their norm, or of that of the chunked form in float32.
+TOLERANCE, WORSE = 1e-4, 5.0
+
+ALL = ("k", "v", "q", "eta", "alpha", "mem")
+CASES = {
+    "plain": {},
+    "paper's targets, dot product": {"targets": "self", "inner_loss": "dot_product"},
+    "values as targets": {"targets": "value", "memories": ("k", "v", "mem")},
+    "no delta rule": {"dgd": False},
+    "anchor reads, no cap": {"read_mode": "anchor", "step_cap": "none"},
+    "every memory": {"memories": ALL},
+    "one memory": {"memories": ("mem",)},
+    "no keys of their own": {"memories": ("v", "alpha", "mem")},
+    "masked": {"masked": True},
+    "documents": {"documents": True},
+    "masked documents, in parts": {"masked": True, "documents": True, "parts": (3, 5)},
+    "in parts at the ends of chunks": {"parts": (4, 8)},
+    "in parts, not at the ends": {"parts": (5,), "memories": ALL},
+    "tiles": {"length": 64, "chunk_size": 32, "projection_chunk_size": 16},
+    "tiles that are not full": {"length": 45, "chunk_size": 40, "projection_chunk_size": 20},
+    "chunks of one token": {"chunk_size": 1, "projection_chunk_size": 1},
+    "segments": {"length": 11, "chunk_size": 1, "projection_chunk_size": 1, "documents": True},
+    "rows of a whole tile": {"width": 16},
+}
+# The interpreter, which is slow, computes these in every run of the tests.
+QUICK = (
+    "plain", "every memory", "masked documents, in parts", "in parts, not at the ends",
+    "tiles that are not full", "segments", "anchor reads, no cap",
+)  # fmt: skip
+
+
+@pytest.fixture
+def covered(monkeypatch):
+    """Of calls of the kernels, which also take tensors of the CPU, as they do in the interpreter, when "on"."""
+    calls = {"on": False, "count": 0}
+    walk = fused._walk
+    monkeypatch.setattr(fused, "covered", lambda *tensors: calls["on"])
+
+    def counted(*arguments):
+        calls["count"] += 1
+        return walk(*arguments)
+
+    monkeypatch.setattr(fused, "_walk", counted)
+    return calls
+
+
+def _to(problem, dtype, device):
+    def move(x):
+        x = x.detach().to(device)
+        return x.to(dtype).requires_grad_() if x.is_floating_point() else x
+
+    names = ("q", "k", "v", "g", "eta", "alpha", "mu", "mask", "resets")
+    changes = {name: move(x) for name in names if (x := getattr(problem, name)) is not None}
+    changes["initial"] = {name: tuple(map(move, ws)) for name, ws in problem.initial.items()}
+    if problem.gates:
+        changes["gates"] = {
+            name: type(gate)(*(None if x is None else move(x) for x in gate))
+            for name, gate in problem.gates.items()
+        }
+    return problem.replace(**changes)
+
+
+def _results(problem, flatten, parts):
+    """Outputs, state, strengths, and gradients of a fixed function of all but the strengths."""
+    outputs, strengths, state, first = [], [], None, 0
+    for last in (*parts, problem.q.shape[1]):
+        y, state, strength = problem.part(slice(first, last), state).run()
+        outputs.append(y)
+        strengths.append(strength)
+        first = last
+    found = flatten((torch.cat(outputs, 1), state, torch.cat(strengths, 1)))
+    total = 0.0
+    for name, x in found.items():
+        if name not in ("phase", "strength"):
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            total = total + (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
+    leaves = problem.leaves()
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    found |= {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return found
+
+
+def _compare(draw_problem, flatten, covered, seed=0, parts=(), **choices):
+    problem = draw_problem(seed, **{"targets": "bounded", **choices})
+    expected = _results(_to(problem, torch.float64, "cpu"), flatten, parts)
+    plain = _results(_to(problem, torch.float32, "cpu"), flatten, parts)
+    assert covered["count"] == 0
+    covered["on"] = True
+    found = _results(_to(problem, torch.float32, DEVICE), flatten, parts)
+    assert covered["count"] >= 1
+    for name, wanted in expected.items():
+        if wanted is None:
+            assert found[name] is None or not bool(found[name].any()), name
+            continue
+
+        def error(x, wanted=wanted):
+            return float(
+                (x.detach().double().cpu() - wanted).norm() / wanted.detach().double().norm().clamp_min(1e-3)
+            )
+
+        assert error(found[name]) < max(TOLERANCE, WORSE * error(plain[name])), (
+            f"{name}: relative error {error(found[name]):.1e}, in the chunked form {error(plain[name]):.1e}"
+        )
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="for Triton's interpreter, in a process of its own")
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_walks_equal_the_chunked_form(draw_problem, flatten, covered, case) -> None:
+    _compare(draw_problem, flatten, covered, **CASES[case])
+
+
+@interpreted
+def test_interpreted_walks_have_no_second_derivative(draw_problem, covered) -> None:
+    covered["on"] = True
+    problem = _to(draw_problem(targets="bounded"), torch.float32, DEVICE)
+    y, _, _ = problem.run()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), problem.v, create_graph=True)
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and starts its interpreter itself")
+@pytest.mark.parametrize(
+    "some", [pytest.param(True, id="quick"), pytest.param(False, marks=pytest.mark.slow)]
+)
+def test_the_walks_in_tritons_interpreter(some) -> None:
+    """The variable must be set before Triton is imported, so those tests run in a process of their own."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    name = f"{Path(__file__)}::test_interpreted_walks"
+    chosen = [f"{name}_equal_the_chunked_form[{case}]" for case in CASES if not some or case in QUICK]
+    done = subprocess.run(
+        [*command, *chosen, f"{name}_have_no_second_derivative"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert f"{len(chosen) + 1} passed" in done.stdout, done.stdout[-500:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("width", [3, 32, 48, 64, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, case, width) -> None:
+    _compare(draw_problem, flatten, covered, **{**CASES[case], "width": width, **_tame(width)})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("width", [32, 64])
+def test_long_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, width) -> None:
+    choices = {"length": 777, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0}
+    _compare(draw_problem, flatten, covered, width=width, heads=3, **choices, **_tame(width))
+
+
+def _tame(width):
+    """Memories of wide rows that are no longer than those of narrow ones."""
+    return {"scale": (3 / width) ** 0.5}
