@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from nestor.errors import ConfigError, ShapeError
-from nestor.learning.chunks import Chunk, EagerStep, adapted
+from nestor.learning.chunks import Chunk, adapted
+from nestor.learning.graphed import step_of
 from nestor.learning.levels import Level, check_levels
 from nestor.learning.readers import reader_of
 from nestor.learning.stream import Piece, Stream, Tensors, fresh_stream, take_apart
@@ -64,16 +65,20 @@ class Learner:
         model: in evaluation mode. A Nestor model, or a Hugging Face decoder whose layers cache keys and
             values.
         levels: periods must be multiples of the shortest. Parameters of no level are fixed.
+        capture: whether chunks are learned from in fixed shapes, on a GPU as a CUDA graph
+            (`nestor.learning.graphed`): the same but for the rounding of attention, and for small models
+            several times as fast. None: on a GPU, where the model can. Then one thread may use the Learner.
 
     Raises:
-        ConfigError: levels that do not fit each other or the model, or a model of another kind.
+        ConfigError: levels that do not fit each other or the model, a model of another kind, or one that
+            cannot be captured, and `capture` is True; the message says why.
     """
 
-    def __init__(self, model: nn.Module, levels: Sequence[Level]) -> None:
+    def __init__(self, model: nn.Module, levels: Sequence[Level], capture: bool | None = None) -> None:
         parameters = self._parameters_of(model)
         self.base = check_levels(levels, parameters)
         self.model, self.levels, self._reader = model, tuple(levels), reader_of(model)
-        self._step = EagerStep(self._reader)
+        self._step = step_of(self._reader, self.base, capture)
         self._adaptive = [level for level in self.levels if level.period is not None]
         self._replaced: Tensors = {}  # the model's own, while others are in their place
         self._whole = {
