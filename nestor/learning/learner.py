@@ -9,21 +9,22 @@ them up, and levels whose period ends make their steps, all at once (spec nested
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
-from nestor.errors import ConfigError, NonFiniteError, ShapeError
-from nestor.learning.inner import OPTIMIZERS
+from nestor.errors import ConfigError, ShapeError
+from nestor.learning.chunks import Chunk, adapted
+from nestor.learning.graphed import step_of
 from nestor.learning.levels import Level, check_levels
 from nestor.learning.readers import reader_of
-from nestor.learning.stream import Stream, Tensors, fresh_levels, take_apart
+from nestor.learning.stream import Piece, Stream, Tensors, fresh_stream, take_apart
+from nestor.learning.updates import reset, tensors_of, update
 from nestor.models.state import State
 
 
@@ -64,15 +65,20 @@ class Learner:
         model: in evaluation mode. A Nestor model, or a Hugging Face decoder whose layers cache keys and
             values.
         levels: periods must be multiples of the shortest. Parameters of no level are fixed.
+        capture: whether chunks are learned from in fixed shapes, on a GPU as a CUDA graph
+            (`nestor.learning.graphed`): the same but for the rounding of attention, and for small models
+            several times as fast. None: on a GPU, where the model can. Then one thread may use the Learner.
 
     Raises:
-        ConfigError: levels that do not fit each other or the model, or a model of another kind.
+        ConfigError: levels that do not fit each other or the model, a model of another kind, or one that
+            cannot be captured, and `capture` is True; the message says why.
     """
 
-    def __init__(self, model: nn.Module, levels: Sequence[Level]) -> None:
+    def __init__(self, model: nn.Module, levels: Sequence[Level], capture: bool | None = None) -> None:
         parameters = self._parameters_of(model)
         self.base = check_levels(levels, parameters)
         self.model, self.levels, self._reader = model, tuple(levels), reader_of(model)
+        self._step = step_of(self._reader, self.base, capture)
         self._adaptive = [level for level in self.levels if level.period is not None]
         self._replaced: Tensors = {}  # the model's own, while others are in their place
         self._whole = {
@@ -81,9 +87,7 @@ class Learner:
 
     def start(self, batch_size: int = 1) -> State:
         """The State of streams that have read and learned nothing."""
-        one = self._unread
-        fresh = fresh_levels(self._adaptive, self._parameters())
-        row = Stream(one, one, [], [], 0, fresh).row(self.base)
+        row = fresh_stream(self._unread, self._adaptive, self._parameters()).row(self.base)
         return row if batch_size == 1 else State.stack([row] * batch_size)
 
     def read(self, input_ids: Tensor, state: State, weights: Tensor | None = None) -> Reading:
@@ -109,13 +113,16 @@ class Learner:
             )
         if weights is not None and weights.shape != input_ids.shape:
             raise ShapeError(f"weights have shape {list(weights.shape)}, the tokens {list(input_ids.shape)}")
-        if weights is not None and not bool((weights.isfinite() & (weights >= 0)).all()):
+        known = torch.ones(input_ids.shape) if weights is None else weights
+        known = known.to("cpu", torch.float64)
+        if not bool((known.isfinite() & (known >= 0)).all()):
             raise ShapeError("weights of tokens must be finite and not below 0")
-        counted = torch.ones(input_ids.shape) if weights is None else weights
+        # Once for all chunks, for each move to a GPU waits for what is queued there.
+        ids, counted = input_ids.to(state.device, torch.int64), known.to(state.device)
         logits, states = [], []
         for number, row in enumerate(_rows(state)):
             stream = take_apart(row, self._adaptive)
-            logits.append(self._read(stream, input_ids[number].tolist(), counted[number].tolist()))
+            logits.append(self._read(stream, Piece(ids[number], counted[number], known[number])))
             states.append(stream.row(self.base))
         return Reading(torch.cat(logits), _stack(states))
 
@@ -128,19 +135,19 @@ class Learner:
         closed = []
         for row in _rows(state):
             stream = take_apart(row, self._adaptive)
-            if len(stream.tokens) > 1:
-                self._learn(stream, stream.tokens[:-1], stream.tokens[1:], stream.weights[1:])
+            if len(stream.open) > 1:
+                self._learn(stream, stream.open)
             stream.now = stream.start = self._unread
-            stream.tokens, stream.weights = [], []
+            stream.open = stream.open.cut(0, 0)
             for level in self._adaptive:
                 if level.reset == "context":
-                    _reset(level, stream.own(level.name))
+                    reset(level, stream.own(level.name))
             closed.append(stream.row(self.base))
         return _stack(closed)
 
     def weights(self, state: State, row: int = 0) -> Tensors:
         """The model's parameters by name, with what a stream has learned, in their own dtype."""
-        return self._adapted(take_apart(state.select([row]), self._adaptive).deltas())
+        return adapted(self._parameters(), take_apart(state.select([row]), self._adaptive).deltas())
 
     @torch.no_grad()
     def write(self, state: State, model: nn.Module, row: int = 0) -> None:
@@ -194,7 +201,7 @@ class Learner:
         if level.period is None:
             return LevelReport(level.name, None, 0, clock, 0.0, 0.0)
         kept = stream.levels[level.name]
-        updates, moved = int(kept["updates"]), float(kept["moved"])
+        updates, moved = stream.updates[level.name], float(kept["moved"])
         if clock >= (level.phase or level.period) and updates == 0:
             warnings.warn(
                 f"level {level.name!r} was never updated in {clock} tokens; all tokens of its periods had "
@@ -212,118 +219,54 @@ class Learner:
         with torch.inference_mode(False):
             return self._reader.initial_state(1)
 
-    def _read(self, stream: Stream, tokens: list[int], weights: list[float]) -> Tensor:
+    def _read(self, stream: Stream, text: Piece) -> Tensor:
         """Logits ``[1, T, V]``; the stream is the one after the tokens."""
         logits = []
-        while tokens:
+        while len(text):
             room = self.base - stream.clock % self.base
-            if len(stream.tokens) == room:
+            if len(stream.open) == room:
                 # The chunk waited for the token that follows it.
-                self._learn(
-                    stream, stream.tokens, [*stream.tokens[1:], tokens[0]], [*stream.weights[1:], weights[0]]
-                )
-                stream.tokens, stream.weights = [], []
+                self._learn(stream, stream.open.then(text.cut(0, 1)))
+                stream.open = stream.open.cut(0, 0)
                 continue
-            if not stream.tokens and len(tokens) > room:
-                logits.append(self._learn(stream, tokens[:room], tokens[1 : room + 1], weights[1 : room + 1]))
-                tokens, weights = tokens[room:], weights[room:]
+            if not len(stream.open) and len(text) > room:
+                logits.append(self._learn(stream, text.cut(0, room + 1)))
+                text = text.cut(room)
                 continue
-            count = min(room - len(stream.tokens), len(tokens))
+            part = text.cut(0, room - len(stream.open))
             with torch.no_grad():
-                found, stream.now = self._run(stream.deltas(), tokens[:count], stream.now)
+                weights = adapted(self._parameters(), stream.deltas())
+                found, stream.now = self._reader(weights, part.ids[None], stream.now)
             logits.append(found)
-            stream.tokens += tokens[:count]
-            stream.weights += weights[:count]
-            tokens, weights = tokens[count:], weights[count:]
+            stream.open = stream.open.then(part)
+            text = text.cut(len(part))
         return torch.cat(logits, 1)
 
-    def _learn(self, stream: Stream, tokens: list[int], targets: list[int], weights: list[float]) -> Tensor:
+    def _learn(self, stream: Stream, text: Piece) -> Tensor:
         """Read a chunk from its start, add its gradients to those of all levels, and update those that are
-        due. Returns its logits."""
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = {name: _own(x).detach().requires_grad_() for name, x in stream.deltas().items()}
-            start = State(
-                {i: {n: _own(x) for n, x in layer.items()} for i, layer in stream.start.layers.items()},
-                _own(stream.start.clock),
-            )
-            logits, after = self._run(leaves, tokens, start)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            losses = F.cross_entropy(
-                logits[0].to(wide), torch.tensor(targets, device=logits.device), reduction="none"
-            )
-            counted = torch.tensor(weights, dtype=wide, device=logits.device)
-            total = (losses * counted).sum()
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        gradients: Tensors = {}
-        for name, g in zip(leaves, found, strict=True):
-            if g is None:
-                raise ConfigError(
-                    f"what the model predicts does not depend on {name!r}, which is in a level; leave it out"
-                )
-            gradients[name] = g
-        # One look at the device for all of them.
-        if not bool((total.detach().double() + get_total_norm(gradients.values()).double()).isfinite()):
-            raise NonFiniteError(
-                f"the loss on tokens {stream.clock + 1} to {stream.clock + len(tokens)} of the stream, "
-                f"{float(total.detach())}, or a gradient of it is not finite; go on from the State before, "
-                f"in float32 or bfloat16, or with lower learning rates"
-            )
+        due. Returns its logits. text: the chunk and the token after it, which is only predicted."""
+        chunk = Chunk(text.ids[:-1], text.ids[1:], text.weights[1:])
+        logits, loss, gradients, norm, after = self._step(
+            self._parameters(), stream.deltas(), chunk, stream.start
+        )
+        stream.checks.add(
+            loss.double() + norm.double(),
+            f"the loss on tokens {stream.clock + 1} to {stream.clock + len(text) - 1} of the stream and the "
+            f"norm of its gradients together",
+            "in float32 or bfloat16, or with lower learning rates",
+        )
         with torch.no_grad():
-            count = counted.sum()
+            count = float(text.known[1:].sum())
             for level in self._adaptive:
-                kept = stream.own(level.name)
-                for name in level.parameters:
-                    kept[f"gradient/{name}"].add_(gradients[name])
-                kept["count"].add_(count)
-            stream.clock += len(tokens)
+                waiting = tensors_of(level, stream.own(level.name), "gradient")
+                torch._foreach_add_(waiting, [gradients[name] for name in level.parameters])
+                stream.counts[level.name] += count
+            stream.clock += len(text) - 1
             for level in self._adaptive:
                 if level.due(stream.clock):
-                    self._update(level, stream.levels[level.name], stream.clock)
-        stream.now = stream.start = after.detach()
-        return logits.detach()
-
-    def _update(self, level: Level, kept: Tensors, clock: int) -> None:
-        """A level's step, after which its gradients are zero; none where no token counted."""
-        count, updates = float(kept["count"]), int(kept["updates"])
-        if count == 0:
-            return
-        step, slots = OPTIMIZERS[level.optimizer]
-        changes: Tensors = {}
-        for name in level.parameters:
-            g = kept[f"gradient/{name}"]
-            given = {slot: kept[f"{slot}/{name}"] for slot in slots}
-            if level.reduce == "mean":
-                g = g / count
-            changes[name], after = step(level, g, given, updates)
-            kept |= {f"{slot}/{name}": value for slot, value in after.items()}
-        moved = _norm(changes.values())
-        if not moved < float("inf"):
-            raise NonFiniteError(
-                f"the update of level {level.name!r} at token {clock} of the stream is {moved}; go on from "
-                f"the State before, with a lower learning rate than {level.learning_rate}"
-            )
-        scale = 1.0
-        if level.largest_update is not None:
-            most = level.largest_update * self._whole[level.name]
-            scale = min(1.0, most / moved) if moved else 1.0
-        for name, change in changes.items():
-            kept[f"delta/{name}"].add_(change, alpha=scale)
-            kept[f"gradient/{name}"].zero_()
-        kept["count"].zero_()
-        kept["updates"].add_(1)
-        kept["moved"].fill_(moved * scale)
-        if isinstance(level.reset, int) and (updates + 1) % level.reset == 0:
-            _reset(level, kept)
-
-    def _run(self, deltas: Mapping[str, Tensor], tokens: list[int], state: State) -> tuple[Tensor, State]:
-        ids = torch.tensor([tokens], device=state.device)
-        return self._reader(self._adapted(deltas), ids, state)
-
-    def _adapted(self, deltas: Mapping[str, Tensor]) -> Tensors:
-        weights = self._parameters()
-        for name, delta in deltas.items():
-            weights[name] = (weights[name].to(delta.dtype) + delta).to(weights[name].dtype)
-        return weights
+                    update(level, stream, self._whole[level.name])
+        stream.now = stream.start = after
+        return logits
 
     def _parameters(self) -> Tensors:
         return dict(self._replaced) or self._parameters_of(self.model)
@@ -331,13 +274,6 @@ class Learner:
     @staticmethod
     def _parameters_of(model: nn.Module) -> Tensors:
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def _reset(level: Level, kept: Tensors) -> None:
-    """What a level has learned, and its optimiser's state, back to nothing; waiting gradients stay."""
-    for name in level.parameters:
-        for part in ("delta", *OPTIMIZERS[level.optimizer][1]):
-            kept[f"{part}/{name}"].zero_()
 
 
 def _rows(state: State) -> list[State]:
@@ -349,11 +285,6 @@ def _rows(state: State) -> list[State]:
 
 def _stack(states: list[State]) -> State:
     return states[0] if len(states) == 1 else State.stack(states)
-
-
-def _own(x: Tensor) -> Tensor:
-    """A tensor that autograd can keep."""
-    return x.clone() if x.is_inference() else x
 
 
 def _norm(tensors: object) -> float:

@@ -56,6 +56,9 @@ class CacheReader:
     """A Hugging Face decoder that keeps keys and values of each layer in a `DynamicCache`.
 
     State, by layer: `keys.cache`, `values.cache` `[B, T, H, p]`, of which the last `clock` tokens count.
+
+    Attributes:
+        shapes: by layer, of keys and of values as the model keeps them, `[B, H, T, p]`, and their dtype.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -72,7 +75,7 @@ class CacheReader:
                 f"a {type(model).__name__} does not keep keys and values of all its layers while it reads; a "
                 f"Learner takes Nestor's models, and decoders that do"
             )
-        self._shapes = [(keys.shape, values.shape, keys.dtype) for keys, values in pairs]
+        self.shapes = [(keys.shape, values.shape, keys.dtype) for keys, values in pairs]
 
     def initial_state(self, batch_size: int) -> State:
         def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -80,7 +83,7 @@ class CacheReader:
 
         layers = {
             index: {"keys.cache": empty(keys, dtype), "values.cache": empty(values, dtype)}
-            for index, (keys, values, dtype) in enumerate(self._shapes)
+            for index, (keys, values, dtype) in enumerate(self.shapes)
         }
         return State(layers, State.empty(batch_size, self.model.device).clock)
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nestor.errors import StateMismatchError
+from nestor.learning.checks import Checks
 from nestor.learning.inner import OPTIMIZERS
 from nestor.learning.levels import REDUCTIONS, Level
 from nestor.models.state import State
@@ -18,25 +20,55 @@ Tensors = dict[str, Tensor]
 COUNTERS = ("count", "moved", "updates", "settings")
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one stream.
+
+    Attributes:
+        ids: int64 `[n]`. weights: float64 `[n]`, how much it counts to have predicted each.
+        known: the weights again, on the CPU, where looking at them waits for no GPU.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    known: Tensor
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def cut(self, begin: int, end: int | None = None) -> Piece:
+        """Tokens `begin` to `end`."""
+        return Piece(self.ids[begin:end], self.weights[begin:end], self.known[begin:end])
+
+    def then(self, other: Piece) -> Piece:
+        """This one with another after it."""
+        pairs = ((self.ids, other.ids), (self.weights, other.weights), (self.known, other.known))
+        return Piece(*(torch.cat(pair) for pair in pairs))
+
+
 @dataclass
 class Stream:
     """One row of a State, taken apart.
 
     Attributes:
         now: the model's State after all tokens; start: where the open chunk began.
-        tokens, weights: of the open chunk, all of which have been read, and how much predicting each counts.
+        open: tokens of the open chunk, all of which have been read.
         clock: tokens that were learned from.
-        levels: by level, `delta`, `gradient` and slots of each parameter; count, updates, moved.
+        levels: by level, `delta`, `gradient` and slots of each parameter; moved, settings.
+        counts, updates: by level, weight of the tokens since its last update, and how many it made.
         owned: levels whose tensors are in no State, so that they may be changed in place.
+        checks: numbers that must be finite before this becomes a State.
     """
 
     now: State
     start: State
-    tokens: list[int]
-    weights: list[float]
+    open: Piece
     clock: int
     levels: dict[str, Tensors]
+    counts: dict[str, float]
+    updates: dict[str, int]
     owned: set[str] = field(default_factory=set)
+    checks: Checks = field(default_factory=Checks)
 
     def own(self, level: str) -> Tensors:
         """The tensors of a level, to be changed in place."""
@@ -56,27 +88,46 @@ class Stream:
         return total
 
     def row(self, chunk: int) -> State:
-        """The row of a State: what `take_apart` takes. chunk: tokens of a base chunk."""
+        """The row of a State: what `take_apart` takes. chunk: tokens of a base chunk.
+
+        Raises:
+            NonFiniteError: a check is not met.
+        """
+        self.checks.look()
         device = self.now.device
-        learned = {
-            level: {name: x.unsqueeze(0) for name, x in kept.items()} for level, kept in self.levels.items()
-        }
+        learned: dict[str, Tensors] = {}
+        for level, kept in self.levels.items():
+            count = torch.full((1,), self.counts[level], dtype=torch.float64, device=device)
+            updates = torch.full((1,), self.updates[level], dtype=torch.int64, device=device)
+            learned[level] = {name: x.unsqueeze(0) for name, x in kept.items()}
+            learned[level] |= {"count": count, "updates": updates}
         self.owned.clear()
-        tokens = torch.zeros(1, chunk, dtype=torch.int64)
-        weights = torch.zeros(1, chunk, dtype=torch.float64)
-        used = len(self.tokens)
-        tokens[0, :used], weights[0, :used] = torch.tensor(self.tokens), torch.tensor(self.weights)
-        own = {
-            "tokens": tokens,
-            "weights": weights,
-            "used": torch.tensor([used]),
-            "clock": torch.tensor([self.clock]),
+        used = len(self.open)
+        learned["stream"] = {
+            "tokens": F.pad(self.open.ids, (0, chunk - used)).unsqueeze(0),
+            "weights": F.pad(self.open.weights, (0, chunk - used)).unsqueeze(0),
+            "used": torch.full((1,), used, device=device),
+            "clock": torch.full((1,), self.clock, device=device),
             "start.clock": self.start.clock,
         }
         for index, layer in self.start.layers.items():
-            own |= {f"start.{index}.{name}": tensor for name, tensor in layer.items()}
-        learned["stream"] = {name: tensor.to(device) for name, tensor in own.items()}
+            learned["stream"] |= {f"start.{index}.{name}": tensor for name, tensor in layer.items()}
         return State(self.now.layers, self.now.clock, learned)
+
+
+def fresh_stream(unread: State, levels: Sequence[Level], parameters: Tensors) -> Stream:
+    """A stream that has read and learned nothing. unread: the model's State of it."""
+    device = unread.device
+    nothing = torch.zeros(0, dtype=torch.float64)
+    return Stream(
+        now=unread,
+        start=unread,
+        open=Piece(torch.zeros(0, dtype=torch.int64, device=device), nothing.to(device), nothing),
+        clock=0,
+        levels=fresh_levels(levels, parameters),
+        counts={level.name: 0.0 for level in levels},
+        updates={level.name: 0 for level in levels},
+    )
 
 
 def parts_of(level: Level) -> tuple[str, ...]:
@@ -101,9 +152,7 @@ def fresh_levels(levels: Sequence[Level], parameters: Tensors) -> dict[str, Tens
             wide = own.new_zeros(own.shape, dtype=torch.promote_types(own.dtype, torch.float32))
             kept |= {f"{part}/{name}": wide for part in parts_of(level)}
         device = parameters[level.parameters[0]].device
-        kept["count"] = torch.zeros((), dtype=torch.float64, device=device)
         kept["moved"] = torch.zeros((), dtype=torch.float64, device=device)
-        kept["updates"] = torch.zeros((), dtype=torch.int64, device=device)
         kept["settings"] = settings_of(level).to(device)
         made[level.name] = kept
     return made
@@ -125,33 +174,49 @@ def take_apart(state: State, levels: Sequence[Level]) -> Stream:
             f"the State has learned on the levels {sorted(found) or 'none'}, and this Learner has "
             f"{sorted(wanted)}, or they have other parameters or optimisers; begin with Learner.start"
         )
-    for level in levels:
-        before, now = state.learned[level.name]["settings"][0].tolist(), settings_of(level).tolist()
+    own = state.learned["stream"]
+    kept = [state.learned[level.name] for level in levels]
+    (used, clock), weights, counts, updates, *settings = _fetched(
+        [own["used"], own["clock"]],
+        [own["weights"]],
+        [one["count"] for one in kept],
+        [one["updates"] for one in kept],
+        *([one["settings"]] for one in kept),
+    )
+    for level, found_settings in zip(levels, settings, strict=True):
+        before, now = [int(x) for x in found_settings], settings_of(level).tolist()
         if before != now:
             raise StateMismatchError(
                 f"the State's level {level.name!r} has {_described(before)}; this Learner's has "
                 f"{_described(now)}"
             )
-    own = state.learned["stream"]
     layers: dict[int, Tensors] = {}
     for name, tensor in own.items():
         head, _, rest = name.partition(".")
         index, _, key = rest.partition(".")
         if head == "start" and key:
             layers.setdefault(int(index), {})[key] = tensor
-    used = int(own["used"])
+    read = int(used)
+    known = torch.tensor(weights[:read], dtype=torch.float64)
     return Stream(
         now=State(state.layers, state.clock),
         start=State(dict(sorted(layers.items())), own["start.clock"]),
-        tokens=own["tokens"][0, :used].tolist(),
-        weights=own["weights"][0, :used].tolist(),
-        clock=int(own["clock"]),
+        open=Piece(own["tokens"][0, :read], own["weights"][0, :read], known),
+        clock=int(clock),
         levels={
-            level: {name: tensor[0] for name, tensor in kept.items()}
-            for level, kept in state.learned.items()
+            level: {name: x[0] for name, x in tensors.items() if name not in ("count", "updates")}
+            for level, tensors in state.learned.items()
             if level != "stream"
         },
+        counts={level.name: count for level, count in zip(levels, counts, strict=True)},
+        updates={level.name: int(count) for level, count in zip(levels, updates, strict=True)},
     )
+
+
+def _fetched(*groups: list[Tensor]) -> list[list[float]]:
+    """The numbers of each group of tensors. Waits for the device once for all."""
+    flat = [torch.cat([x.reshape(-1).double() for x in group]) for group in groups]
+    return [part.tolist() for part in torch.cat(flat).cpu().split([len(x) for x in flat])]
 
 
 def _described(settings: Sequence[int]) -> str:

@@ -113,7 +113,7 @@ class _Unrolled:
     def reset(self) -> None:
         slots = OPTIMIZERS[self.spec.optimizer][1]
         self.older, self.recent = dict(self.zeros), list[Tensors]()
-        self.slots: dict[str, Slots] = {name: dict.fromkeys(slots, self.zeros[name]) for name in self.names}
+        self.slots: Slots = {slot: list(self.zeros.values()) for slot in slots}
 
     def delta(self, name: str) -> Tensor:
         """What the level has added to a parameter."""
@@ -127,13 +127,13 @@ class _Unrolled:
     def update(self, scale: Tensor | None) -> None:
         """The level's step."""
         step, _ = OPTIMIZERS[self.spec.optimizer]
-        changes: Tensors = {}
-        for name, g in self.gradients.items():
-            if self.spec.reduce == "mean":
-                g = g / self.count
-            changes[name], slots = step(self.spec, g, self.slots[name], self.updates)
-            short = self.reach is not None
-            self.slots[name] = {key: x.detach() if short else x for key, x in slots.items()}
+        gradients = list(self.gradients.values())
+        if self.spec.reduce == "mean":
+            gradients = [g / self.count for g in gradients]
+        found, after = step(self.spec, gradients, self.slots, self.updates)
+        changes: Tensors = dict(zip(self.gradients, found, strict=True))
+        short = self.reach is not None
+        self.slots = {slot: [x.detach() if short else x for x in kept] for slot, kept in after.items()}
         if self.spec.largest_update is not None:
             moved = torch.stack([change.norm() for change in changes.values()]).norm()
             limit = (self.spec.largest_update * self.whole / moved).clamp(max=1)

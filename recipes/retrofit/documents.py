@@ -113,7 +113,8 @@ def encode(tokenizer: Any, text: str, tokens: int) -> tuple[list[int], list[int]
 
 
 def nats(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
-    """Of each token but the first."""
+    """Of each token but the first. All work that was queued on a GPU before is done when they are there, so
+    that the clock may be read after it."""
     return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none").tolist()
 
 

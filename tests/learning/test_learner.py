@@ -1,4 +1,4 @@
-"""Levels that learn from a stream, against plain loops: invariants of spec nested-learning, section h."""
+"""Reading that learns, against plain loops: invariants of spec nested-learning, section h."""
 
 import copy
 
@@ -12,27 +12,6 @@ from nestor.models import NestorConfig, NestorForCausalLM, State
 
 VOCABULARY = 23
 FAST, SLOW = "layers.0.feed_forward.down_proj.weight", "layers.1.feed_forward.up_proj.weight"
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    config = NestorConfig(
-        vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    return NestorForCausalLM(config).double().eval()
-
-
-def levels(fast=3, slow=6, rate=0.5, **choices):
-    return [
-        Level("fast", (FAST,), fast, rate, **choices),
-        Level("slow", (SLOW,), slow, 2 * rate, **choices),
-    ]
-
-
-def stream(length, rows=1, seed=1):
-    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def in_pieces(learner, ids, cuts, state=None, weights=None):
@@ -58,31 +37,11 @@ def assert_close(one, other):
         torch.testing.assert_close(tensor, other[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
-def by_hand(model, ids, period, names, rate, reduce="mean"):
-    """Gradient descent on a copy of the model, on chunks of a stream that it reads with detached caches."""
-    model = copy.deepcopy(model)
-    own = dict(model.named_parameters())
-    logits, state = [], State.empty(1)
-    for begin in range(0, ids.shape[1], period):
-        chunk, targets = ids[:, begin : begin + period], ids[:, begin + 1 : begin + 1 + period]
-        out = model(chunk, past_key_values=state, use_cache=True)
-        logits.append(out.logits.detach())
-        state = out.past_key_values.detach()
-        if targets.shape[1] < period:
-            break
-        loss = F.cross_entropy(out.logits[0], targets[0], reduction=reduce)
-        gradients = torch.autograd.grad(loss, [own[name] for name in names])
-        with torch.no_grad():
-            for name, g in zip(names, gradients, strict=True):
-                own[name].sub_(rate * g)
-    return torch.cat(logits, 1), {name: own[name].detach() for name in names}
-
-
 def learned(model, state, name, level, row=0):
     return dict(model.named_parameters())[name].detach() + state.learned[level][f"delta/{name}"][row]
 
 
-def test_invariant_1_frozen_levels_leave_the_model_as_it_is(model) -> None:
+def test_invariant_1_frozen_levels_leave_the_model_as_it_is(model, stream) -> None:
     ids = stream(20)
     plain = model(ids).logits
     learner = Learner(model, [Level("never", (FAST,), None), Level("still", (SLOW,), 4, 0.0)])
@@ -97,25 +56,7 @@ def test_invariant_1_frozen_levels_leave_the_model_as_it_is(model) -> None:
         assert torch.equal(learner.read(ids, learner.start()).logits, single(ids, use_cache=True).logits)
 
 
-@pytest.mark.parametrize("period", [1, 4])
-@pytest.mark.parametrize("reduce", ["mean", "sum"])
-def test_invariants_2_and_3_one_level_is_gradient_descent_on_its_chunks(model, period, reduce) -> None:
-    ids = stream(14)
-    names = (FAST, SLOW)
-    rate = 0.3
-    expected, weights = by_hand(model, ids, period, names, rate, reduce)
-    learner = Learner(model, [Level("all", names, period, rate, reduce=reduce)])
-    logits, state = learner.read(ids, learner.start())
-    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
-    for name in names:
-        torch.testing.assert_close(learned(model, state, name, "all"), weights[name], rtol=1e-10, atol=1e-12)
-    # The sum with a rate of 1 / C is the mean.
-    same = Learner(model, [Level("all", names, period, rate / period, reduce="sum")])
-    mean = Learner(model, [Level("all", names, period, rate)])
-    torch.testing.assert_close(same.read(ids, same.start()).logits, mean.read(ids, mean.start()).logits)
-
-
-def test_invariant_4_updates_fall_on_multiples_of_the_period(model) -> None:
+def test_invariant_4_updates_fall_on_multiples_of_the_period(model, levels, stream) -> None:
     learner = Learner(model, levels())
     ids = stream(21)  # 20 tokens are followed by one
     _, state = learner.read(ids, learner.start())
@@ -133,7 +74,7 @@ def test_invariant_4_updates_fall_on_multiples_of_the_period(model) -> None:
     assert float(after.learned["fast"]["moved"]) == pytest.approx(float(moved.norm()))
 
 
-def test_invariant_5_weights_stay_between_their_updates(model) -> None:
+def test_invariant_5_weights_stay_between_their_updates(model, levels, stream) -> None:
     learner = Learner(model, levels())
     ids, state = stream(20), None
     state = learner.start()
@@ -146,7 +87,7 @@ def test_invariant_5_weights_stay_between_their_updates(model) -> None:
         state = after
 
 
-def test_invariant_6_the_order_of_levels_is_of_no_account(model) -> None:
+def test_invariant_6_the_order_of_levels_is_of_no_account(model, levels, stream) -> None:
     ids = stream(20)
     one, other = Learner(model, levels()), Learner(model, levels()[::-1])
     first, second = one.read(ids, one.start()), other.read(ids, other.start())
@@ -155,7 +96,7 @@ def test_invariant_6_the_order_of_levels_is_of_no_account(model) -> None:
         assert torch.equal(tensor, flat(second.state)[name]), name
 
 
-def test_invariant_7_no_token_changes_what_was_predicted_before_it(model) -> None:
+def test_invariant_7_no_token_changes_what_was_predicted_before_it(model, levels, stream) -> None:
     learner = Learner(model, levels())
     ids = stream(20)
     logits = learner.read(ids, learner.start()).logits
@@ -169,7 +110,7 @@ def test_invariant_7_no_token_changes_what_was_predicted_before_it(model) -> Non
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("cuts", [range(1, 20), [2, 3, 9, 10], [6, 12], [7]])
-def test_invariant_8_calls_may_cut_a_stream_anywhere(model, cuts, optimizer) -> None:
+def test_invariant_8_calls_may_cut_a_stream_anywhere(model, cuts, optimizer, levels, stream) -> None:
     learner = Learner(model, levels(rate=0.05, optimizer=optimizer))
     ids = stream(20)
     weights = torch.rand(1, 20)
@@ -179,7 +120,7 @@ def test_invariant_8_calls_may_cut_a_stream_anywhere(model, cuts, optimizer) -> 
     assert_close(flat(after), flat(state))
 
 
-def test_invariant_9_a_saved_stream_goes_on(model, tmp_path) -> None:
+def test_invariant_9_a_saved_stream_goes_on(model, tmp_path, levels, stream) -> None:
     learner = Learner(model, levels(optimizer="momentum"))
     ids = stream(20)
     _, state = learner.read(ids[:, :8], learner.start())
@@ -191,7 +132,7 @@ def test_invariant_9_a_saved_stream_goes_on(model, tmp_path) -> None:
         assert torch.equal(tensor, flat(other.state)[name]), name
 
 
-def test_invariant_10_streams_of_a_batch_learn_each_for_itself(model) -> None:
+def test_invariant_10_streams_of_a_batch_learn_each_for_itself(model, levels, stream) -> None:
     learner = Learner(model, levels())
     ids = stream(20, rows=3)
     # At different places in their streams and chunks.
@@ -210,7 +151,7 @@ def test_invariant_10_streams_of_a_batch_learn_each_for_itself(model) -> None:
     torch.testing.assert_close(swapped.logits, logits[order], rtol=1e-10, atol=1e-12)
 
 
-def test_invariant_11_gradients_are_those_of_the_summed_loss(model) -> None:
+def test_invariant_11_gradients_are_those_of_the_summed_loss(model, stream) -> None:
     ids = stream(6)
     learner = Learner(model, [Level("fast", (FAST,), 5, 0.0, phase=0), Level("slow", (SLOW,), 10, 0.0)])
     _, state = learner.read(ids, learner.start())
@@ -227,7 +168,7 @@ def test_invariant_11_gradients_are_those_of_the_summed_loss(model) -> None:
         assert float(g[place]) == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
 
 
-def test_invariant_12_a_slow_level_sums_what_the_fast_one_saw(model) -> None:
+def test_invariant_12_a_slow_level_sums_what_the_fast_one_saw(model, levels, stream) -> None:
     ids = stream(7)
     learner = Learner(model, levels(fast=3, slow=12))
     half = learner.read(ids[:, :4], learner.start()).state
@@ -245,7 +186,7 @@ def test_invariant_12_a_slow_level_sums_what_the_fast_one_saw(model) -> None:
     torch.testing.assert_close(whole.learned["slow"][f"gradient/{SLOW}"][0], first[0] + second)
 
 
-def test_invariant_25_a_level_put_back_behaves_as_before(model) -> None:
+def test_invariant_25_a_level_put_back_behaves_as_before(model, levels, stream) -> None:
     learner = Learner(model, levels())
     ids = stream(7)
     begin = learner.start()
@@ -258,7 +199,7 @@ def test_invariant_25_a_level_put_back_behaves_as_before(model) -> None:
     torch.testing.assert_close(learner.read(ids, fresh).logits[:, 0], untouched.logits[:, 0])
 
 
-def test_adaptation_lowers_the_loss_on_a_stream_that_repeats(model) -> None:
+def test_adaptation_lowers_the_loss_on_a_stream_that_repeats(model, levels, stream) -> None:
     ids = stream(8).repeat(1, 40)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -269,16 +210,7 @@ def test_adaptation_lowers_the_loss_on_a_stream_that_repeats(model) -> None:
     assert float(F.cross_entropy(logits[0, -65:-1], ids[0, -64:])) < 0.8 * float(frozen)
 
 
-def test_tokens_without_weight_teach_nothing(model) -> None:
-    learner = Learner(model, levels())
-    ids = stream(20)
-    _, state = learner.read(ids, learner.start(), torch.zeros(1, 20))
-    assert not state.learned["fast"][f"delta/{FAST}"].any()
-    with pytest.warns(UserWarning, match="'fast' was never updated in 18 tokens"):
-        learner.report(state)
-
-
-def test_it_learns_under_inference_mode_and_leaves_the_model_alone(model) -> None:
+def test_it_learns_under_inference_mode_and_leaves_the_model_alone(model, levels, stream) -> None:
     learner = Learner(model, levels())
     ids = stream(20)
     before = copy.deepcopy(model.state_dict())
@@ -292,80 +224,14 @@ def test_it_learns_under_inference_mode_and_leaves_the_model_alone(model) -> Non
     assert not any(tensor.requires_grad for tensor in flat(state).values())
 
 
-def test_invariant_14_a_nested_level_starts_again_where_the_slower_one_says(model) -> None:
-    fast = Level("fast", (FAST,), 2, 0.3, "sum", "momentum", reset=3)
-    learner = Learner(model, [fast, Level("slow", (FAST,), 6, 0.1, "sum")])
-    ids, cache, gradients = stream(17), State.empty(1), []
-    start = dict(model.named_parameters())[FAST].detach().clone()
-    weight, momentum = start.clone(), torch.zeros_like(start)
-    for begin in range(0, 16, 2):
-        other = copy.deepcopy(model)
-        leaf = dict(other.named_parameters())[FAST]
-        leaf.data = weight
-        out = other(ids[:, begin : begin + 2], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values.detach()
-        loss = F.cross_entropy(out.logits[0], ids[0, begin + 1 : begin + 3], reduction="sum")
-        gradients.extend(torch.autograd.grad(loss, [leaf]))
-        momentum = 0.9 * momentum + gradients[-1]
-        weight = weight - 0.3 * momentum
-        if len(gradients) % 3 == 0:
-            start = start - 0.1 * sum(gradients[-3:])
-            weight, momentum = start.clone(), torch.zeros_like(start)
-        state = learner.read(ids[:, : begin + 3], learner.start()).state
-        torch.testing.assert_close(learner.weights(state)[FAST], weight, rtol=1e-9, atol=1e-12)
-        assert state.learned["fast"][f"delta/{FAST}"].any() == (len(gradients) % 3 > 0)
-    assert learner.report(state)[0][0].updates == 8
-
-
-def test_what_belongs_to_a_context_ends_with_it(model) -> None:
-    learner = Learner(
-        model, [Level("fast", (FAST,), 2, 0.3, reset="context"), Level("slow", (SLOW,), 4, 0.3)]
-    )
-    state = learner.close(learner.read(stream(9), learner.start()).state)
-    assert not state.learned["fast"][f"delta/{FAST}"].any() and state.learned["slow"][f"delta/{SLOW}"].any()
-    assert int(state.learned["fast"]["updates"]) == 4
-
-
-def test_updates_are_no_larger_than_asked(model) -> None:
-    learner = Learner(model, [Level("fast", (FAST,), 3, 100.0, largest_update=1e-3)])
-    _, state = learner.read(stream(5), learner.start())
-    own = dict(model.named_parameters())[FAST].norm()
-    assert float(state.learned["fast"][f"delta/{FAST}"].norm() / own) == pytest.approx(1e-3)
-
-
-def test_the_limit_is_that_of_all_weights_of_a_level(model) -> None:
-    names = (FAST, SLOW)
-    learner = Learner(model, [Level("all", names, 3, 100.0, largest_update=1e-3)])
-    free = Learner(model, [Level("all", names, 3, 100.0)])
-    kept, unbound = (one.read(stream(5), one.start()).state.learned["all"] for one in (learner, free))
-    own = torch.cat([dict(model.named_parameters())[name].detach().flatten() for name in names])
-    limited, without = (torch.cat([k[f"delta/{n}"].flatten() for n in names]) for k in (kept, unbound))
-    assert float(limited.norm() / own.norm()) == pytest.approx(1e-3)
-    torch.testing.assert_close(limited / limited.norm(), without / without.norm())
-    assert float(kept["moved"]) == pytest.approx(float(limited.norm()))
-
-
-def test_small_updates_add_up_beside_weights_in_bfloat16(model) -> None:
-    low = model.to(torch.bfloat16)
-    learner = Learner(low, [Level("all", (FAST,), 2, 1e-6)])
-    own = dict(low.named_parameters())[FAST]
-    first = learner.read(stream(4), learner.start()).state
-    assert torch.equal(learner.weights(first)[FAST], own) and first.learned["all"][f"delta/{FAST}"].any()
-    assert first.learned["all"][f"delta/{FAST}"].dtype == torch.float32
-    repeated = stream(1).repeat(1, 4001)
-    state = learner.read(repeated[:, :201], learner.start()).state
-    one = learner.read(repeated[:, :3], learner.start()).state.learned["all"][f"delta/{FAST}"]
-    assert float(state.learned["all"][f"delta/{FAST}"].norm()) > 50 * float(one.norm())
-
-
-def test_weights_that_nothing_depends_on_are_refused(model) -> None:
+def test_weights_that_nothing_depends_on_are_refused(model, stream) -> None:
     model.register_parameter("unused", torch.nn.Parameter(torch.ones(3, dtype=torch.float64)))
     learner = Learner(model, [Level("all", ("unused", FAST), 2, 0.1)])
     with pytest.raises(ConfigError, match="does not depend on 'unused'"):
         learner.read(stream(4), learner.start())
 
 
-def test_generation_goes_on_from_what_was_read_and_learned(model) -> None:
+def test_generation_goes_on_from_what_was_read_and_learned(model, levels, stream) -> None:
     learner = Learner(model, levels(rate=2.0))
     ids = stream(11)
     state = learner.read(ids[:, :9], learner.start()).state
@@ -385,38 +251,7 @@ def test_generation_goes_on_from_what_was_read_and_learned(model) -> None:
         learner.generate(ids[:, 9:], State.stack([state, state]))
 
 
-def test_what_is_not_finite_is_refused_and_the_state_stays(model) -> None:
-    learner = Learner(model, [Level("fast", (FAST,), 3, 1e308, optimizer="momentum")])
-    state = learner.start()
-    with pytest.raises(NonFiniteError, match="level 'fast' at token"):
-        learner.read(stream(20), state)
-    assert not state.learned["fast"][f"delta/{FAST}"].any()
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (lambda: [Level("a", (FAST,), 4), Level("a", (SLOW,), 4)], "own name"),
-        (lambda: [Level("a", (FAST,), 4), Level("b", (FAST,), 8)], "choose one"),
-        (lambda: [Level("a", (FAST,), 4, reset=0)], "reset=0"),
-        (lambda: [Level("a", (FAST,), 4, reset="contexts")], "Did you mean 'context'"),
-        (lambda: [Level("a", (FAST,), 4), Level("b", (SLOW,), 6)], "no multiple of the shortest period, 4"),
-        (lambda: [Level("a", ("layers.0.feed_forward.down.weight",), 4)], "Did you mean"),
-        (lambda: [Level("a", (FAST,), None)], "no level has a period"),
-        (lambda: [Level("a", (FAST,), 4, phase=4)], "phase 4"),
-        (lambda: [Level("a", (FAST,), 4, optimizer="adamw")], "Did you mean 'adam'"),
-        (lambda: [Level("a", (FAST,), 0)], "period of 0"),
-        (lambda: [Level("stream", (FAST,), 4)], "not 'stream'"),
-        (lambda: [Level("a", (), 4)], "no parameters"),
-        (lambda: [Level("a", (FAST,), 4, float("nan"))], "learning rate nan"),
-    ],
-)
-def test_levels_that_cannot_be(model, made, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Learner(model, made())
-
-
-def test_states_of_others_are_refused(model) -> None:
+def test_states_of_others_are_refused(model, levels, stream) -> None:
     learner = Learner(model, levels())
     state = learner.start()
     with pytest.raises(StateMismatchError, match="begin with Learner.start"):
@@ -433,7 +268,7 @@ def test_states_of_others_are_refused(model) -> None:
         learner.read(stream(3), state, torch.ones(1, 2))
 
 
-def test_weights_belong_to_the_tokens_that_are_predicted(model) -> None:
+def test_weights_belong_to_the_tokens_that_are_predicted(model, stream) -> None:
     ids, weights = stream(8), torch.tensor([[9.0, 1.0, 0.0, 2.0, 0.5, 0.0, 3.0, 7.0]], dtype=torch.float64)
     learner = Learner(model, [Level("all", (FAST,), 3, 0.3)])
     for cuts in ([], [2], [4, 6]):
@@ -456,43 +291,8 @@ def test_weights_belong_to_the_tokens_that_are_predicted(model) -> None:
             learner.read(ids, learner.start(), torch.full((1, 8), wrong))
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_optimisers_are_those_of_pytorch(model, optimizer) -> None:
-    ids = stream(13)
-    learner = Learner(model, [Level("all", (FAST,), 3, 0.02, optimizer=optimizer)])
-    _, state = learner.read(ids, learner.start())
-    other, cache = copy.deepcopy(model), State.empty(1)
-    own = dict(other.named_parameters())[FAST]
-    theirs = {
-        "momentum": lambda: torch.optim.SGD([own], lr=0.02, momentum=0.9),
-        "adam": lambda: torch.optim.Adam([own], lr=0.02, betas=(0.9, 0.999)),
-    }[optimizer]()
-    for begin in range(0, 12, 3):
-        out = other(ids[:, begin : begin + 3], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values.detach()
-        loss = F.cross_entropy(out.logits[0], ids[0, begin + 1 : begin + 4])
-        (own.grad,) = torch.autograd.grad(loss, [own])
-        theirs.step()
-    torch.testing.assert_close(learned(model, state, FAST, "all"), own.detach(), rtol=1e-8, atol=1e-10)
-
-
-def test_a_phase_moves_the_updates(model) -> None:
-    learner = Learner(
-        model, [Level("fast", (FAST,), 2, 0.1), Level("slow", (SLOW,), 6, 0.1, phase=4, reduce="sum")]
-    )
-    state, counts = learner.start(), []
-    for token in stream(18)[0]:
-        state = learner.read(token.view(1, 1), state).state
-        counts.append(int(state.learned["slow"]["updates"]))
-    # Updates after 4, 10 and 16 tokens, when the one after them is there.
-    assert counts == [0] * 4 + [1] * 6 + [2] * 6 + [3] * 2
-    assert learner.report(state)[0][1].pending == 0
-    with pytest.raises(StateMismatchError, match="'slow' has period 6, phase 4, reduces by sum"):
-        Learner(model, [Level("fast", (FAST,), 2, 0.1), Level("slow", (SLOW,), 6, 0.1)]).report(state)
-
-
 @pytest.mark.parametrize("kind", ["titans-mag", "titans-mac", "lact", "hope"])
-def test_models_with_memories_learn_under_inference_mode(kind) -> None:
+def test_models_with_memories_learn_under_inference_mode(kind, stream) -> None:
     torch.manual_seed(0)
     small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     memory = {"memory_as_gate": "titans-mag", "memory_as_context": "titans-mac", "lact": "lact"}
@@ -513,7 +313,7 @@ def test_models_with_memories_learn_under_inference_mode(kind) -> None:
     assert int(state.learned["all"]["updates"]) == 3
 
 
-def test_a_gradient_that_is_not_finite_is_not_kept(model) -> None:
+def test_a_gradient_that_is_not_finite_is_not_kept(model, levels, stream) -> None:
     learner = Learner(model, levels(slow=12))
     state = learner.read(stream(3), learner.start()).state
     with torch.no_grad():
@@ -522,9 +322,3 @@ def test_a_gradient_that_is_not_finite_is_not_kept(model) -> None:
         with pytest.raises(NonFiniteError, match="not finite"):
             step()
     assert not state.learned["slow"][f"gradient/{SLOW}"].any()
-
-
-def test_levels_that_never_change_are_reported(model) -> None:
-    learner = Learner(model, [Level("never", (FAST,), None), Level("slow", (SLOW,), 4, 0.1)])
-    never, slow = learner.report(learner.read(stream(9), learner.start()).state)[0]
-    assert (never.updates, never.change, slow.updates) == (0, 0.0, 2)

@@ -6,22 +6,11 @@ from torch.nn import functional as F
 
 from nestor.errors import ConfigError, StateMismatchError
 from nestor.learning import Learner, Level, assign_levels
-from nestor.models import NestorConfig, NestorForCausalLM, State
+from nestor.models import State
 from nestor.ops.neural_memory.muon import newton_schulz
 
-VOCABULARY = 23
 NAME = "layers.1.feed_forward.up_proj.weight"
 PERIOD, SLOW = 2, 3
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    config = NestorConfig(
-        vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    return NestorForCausalLM(config).double().eval()
 
 
 def level(**choices):
@@ -29,11 +18,7 @@ def level(**choices):
     return Level("all", (NAME,), PERIOD, 0.05, second_momentum=0.9, **{**options, **choices})
 
 
-def stream(length, seed=1):
-    return torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def test_invariant_22_a_level_steps_as_m3_and_its_slow_momentum_is_a_block_late(model) -> None:
+def test_invariant_22_a_level_steps_as_m3_and_its_slow_momentum_is_a_block_late(model, stream) -> None:
     ids = stream(17)
     learner = Learner(model, [level()])
     state = learner.start()
@@ -63,7 +48,7 @@ def test_invariant_22_a_level_steps_as_m3_and_its_slow_momentum_is_a_block_late(
     assert int(state.learned["all"]["updates"]) == 8 and state.learned["all"][f"slow_direction/{NAME}"].any()
 
 
-def test_invariants_8_and_9_slow_buffers_survive_cuts_and_files(model, tmp_path) -> None:
+def test_invariants_8_and_9_slow_buffers_survive_cuts_and_files(model, tmp_path, stream) -> None:
     learner, ids = Learner(model, [level()]), stream(20)
     logits, whole = learner.read(ids, learner.start())
     state, found = learner.start(), []
@@ -77,7 +62,7 @@ def test_invariants_8_and_9_slow_buffers_survive_cuts_and_files(model, tmp_path)
         torch.testing.assert_close(state.learned["all"][name], tensor, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_a_state_of_another_slow_period_is_refused(model) -> None:
+def test_a_state_of_another_slow_period_is_refused(model, stream) -> None:
     learner = Learner(model, [level()])
     state = learner.read(stream(9), learner.start()).state
     with pytest.raises(StateMismatchError, match="slow period of 3 updates; .* slow period of 4"):
@@ -101,7 +86,7 @@ def test_impossible_settings(choices, message) -> None:
         level(**choices)
 
 
-def test_only_matrices_and_a_whole_model_by_groups(model) -> None:
+def test_only_matrices_and_a_whole_model_by_groups(model, stream) -> None:
     with pytest.raises(
         ConfigError, match=r"'m3', which is for matrices, and 'layers\.0\.mixer_norm\.weight'"
     ):
