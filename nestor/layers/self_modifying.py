@@ -18,7 +18,9 @@ from nestor.layers.projections import project_together, project_wide
 from nestor.layers.registry import register_mixer
 from nestor.layers.span import Span
 from nestor.layers.writes import recording, report_write
+from nestor.ops.fused_streams import convolved_heads
 from nestor.ops.gated_norm import gated_norm
+from nestor.ops.heads import unit_heads
 from nestor.ops.self_modifying import (
     MEMORIES,
     Gate,
@@ -26,7 +28,7 @@ from nestor.ops.self_modifying import (
     SelfModifyingState,
     self_modifying_memory,
 )
-from nestor.ops.self_modifying.gates import kept_fraction, unit, write_step
+from nestor.ops.self_modifying.gates import kept_fraction, write_step
 
 LayerState = dict[str, Tensor]
 
@@ -244,14 +246,23 @@ class SelfModifyingMemory(nn.Module):
             y, tails[key] = self.convolutions[name](y, None if state is None else state[key], span)
             return y
 
+        def heads(name: str, y: Tensor) -> Tensor:
+            # Half precision stays on a GPU, as kernels take it.
+            dtype = y.dtype if y.is_cuda else torch.promote_types(y.dtype, torch.float32)
+            if name in self.convolutions and span.lengths is None:
+                key, convolution = f"tail.{name}", cast(ShortConvolution, self.convolutions[name])
+                y, tails[key] = convolved_heads(
+                    y, convolution.weight, None if state is None else state[key], heads=self.heads, unit=True,
+                    silu=False, position=None if span.resets is None else span.position, dtype=dtype,
+                )  # fmt: skip
+                return y
+            wide = convolved(name, y).to(torch.promote_types(y.dtype, torch.float32))
+            return unit_heads(wide.unflatten(-1, (self.heads, -1))).to(dtype)
+
         gate = None if self.output_gate is None else self.output_gate(x)
         projections = [self.q_proj, self.k_proj, self.v_proj]
         parts = project_together(convolved("x", x), projections)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        q, k, v = (
-            unit(convolved(name, part).to(wide).unflatten(-1, (self.heads, -1)), self.spec.norm_eps)
-            for name, part in zip("qkv", parts, strict=True)
-        )
+        q, k, v = (heads(name, part) for name, part in zip("qkv", parts, strict=True))
         return q, k, v, gate, tails
 
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nestor.errors import ShapeError
-from nestor.ops.heads import EPSILON, silu_heads
+from nestor.ops.heads import EPSILON, silu_heads, unit_heads
 from nestor.ops.kernels import covered
 from nestor.ops.short_convolution import next_tail, short_convolution
 
@@ -21,6 +21,7 @@ def convolved_heads(
     *,
     heads: int,
     unit: bool,
+    silu: bool = True,
     start_tail: Tensor | None = None,
     position: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -28,9 +29,9 @@ def convolved_heads(
     """``silu_heads(short_convolution(x))`` ``[B, T, H, d / H]`` and the next tail ``[B, K-1, d]``.
 
     For calls without padding. x: ``[B, T, d]``; weight: ``[d, K]``; tail: ``[B, K-1, d]``, the inputs before
-    the call (None: start_tail ``[K-1, d]``, or zeros). unit: whether heads are scaled to unit length.
-    position: int64 ``[B, T]`` of each token in its document, where one starts inside the call. dtype: of the
-    heads; None: float32 for half precision, else that of x.
+    the call (None: start_tail ``[K-1, d]``, or zeros). silu, unit: whether there is a SiLU, and heads are
+    scaled to unit length. position: int64 ``[B, T]`` of each token in its document, where one starts inside
+    the call. dtype: of the heads; None: float32 for half precision, else that of x.
 
     On a GPU with Triton one kernel does it, with float32 sums, from bfloat16 or float32; heads then lie
     inside of tokens in memory. Its backward keeps nothing but x.
@@ -52,11 +53,16 @@ def convolved_heads(
             before = before.to(x.dtype).contiguous()
         x = x if x.stride(-1) == 1 else x.contiguous()
         position = None if position is None else position.contiguous()
-        return streams.convolved_heads(x, weight.contiguous(), before, position, heads, unit, EPSILON, dtype)
+        return streams.convolved_heads(
+            x, weight.contiguous(), before, position, heads, unit, silu, EPSILON, dtype
+        )
     y = short_convolution(x, weight, tail, start_tail=start_tail, position=position)
     clock = None if position is None else position[:, -1] + 1
     after = next_tail(x, kernel, tail, start_tail=start_tail, clock=clock)
-    return silu_heads(y, heads, unit=unit).to(dtype), after
+    if silu:
+        return silu_heads(y, heads, unit=unit).to(dtype), after
+    y = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(-1, (heads, -1))
+    return (unit_heads(y) if unit else y).to(dtype), after
 
 
 def fuses(x: Tensor, width: int, kernel: int) -> bool:

@@ -46,3 +46,8 @@ def silu_heads(x: Tensor, heads: int, *, unit: bool) -> Tensor:
     lie outside of tokens.
     """
     return _SiluHeads.apply(x, heads, unit)
+
+
+def unit_heads(x: Tensor) -> Tensor:
+    """x / sqrt(||x||^2 + 1e-6) over the last axis."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)

@@ -70,7 +70,8 @@ def streams_kernel(
     X, WEIGHT, TAIL_Q, TAIL_K, TAIL_V, POSITION, Q, K_, V, AFTER_Q, AFTER_K, AFTER_V,
     xb, xt, tokens, heads, eps,
     K: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr,
-    HAS_TAIL: tl.constexpr, STARTS: tl.constexpr, UNITS: tl.constexpr, STREAMS: tl.constexpr,
+    HAS_TAIL: tl.constexpr, STARTS: tl.constexpr, UNITS: tl.constexpr, SILU: tl.constexpr,
+    STREAMS: tl.constexpr,
 ):  # fmt: skip
     """The first UNITS streams are scaled to unit length."""
     block, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -91,7 +92,9 @@ def streams_kernel(
         seen = inside & (position >= lag)
         x = _inputs(x_at, tail_at, t - lag, channel, seen, xt, tokens, channels, K, HAS_TAIL)
         z += _tap(weight_at, channel, inside, lag, K) * x
-    y = z / (1.0 + tl.exp(-z))
+    y = z
+    if SILU:
+        y = z / (1.0 + tl.exp(-z))
     if UNITS:
         unit = y * (1.0 / tl.sqrt(tl.sum(y * y, 2, keep_dims=True) + eps))
         y = tl.where(stream < UNITS, unit, y)
@@ -112,7 +115,7 @@ def streams_backward_kernel(
     X, WEIGHT, TAIL_Q, TAIL_K, TAIL_V, POSITION, G_Q, G_K, G_V, G_X, G_TAIL_Q, G_TAIL_K, G_TAIL_V, PARTS,
     xb, xt, ob, ot, gb, gt, gh, tokens, heads, eps,
     K: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, S: tl.constexpr,
-    L: tl.constexpr, HAS_TAIL: tl.constexpr, STARTS: tl.constexpr, UNITS: tl.constexpr,
+    L: tl.constexpr, HAS_TAIL: tl.constexpr, STARTS: tl.constexpr, UNITS: tl.constexpr, SILU: tl.constexpr,
     STREAMS: tl.constexpr,
 ):  # fmt: skip
     """PARTS ``[programs of a head, K, streams x d]``: each program's part of the gradient of the weight."""
@@ -157,13 +160,17 @@ def streams_backward_kernel(
             y1, y2 = tl.where(r0 >= 1, x1, 0.0), tl.where(r0 >= 2, x2, 0.0)
             y3 = tl.where(r0 >= 3, x3, 0.0)
         z = w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
-        sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        s = z * sigmoid
+        s = z
+        if SILU:
+            sigmoid = 1.0 / (1.0 + tl.exp(-z))
+            s = z * sigmoid
         if UNITS:
             inverse = 1.0 / tl.sqrt(tl.sum(s * s, 2, keep_dims=True) + eps)
             y = s * inverse
             g = tl.where(stream < UNITS, (g - y * tl.sum(g * y, 2, keep_dims=True)) * inverse, g)
-        d0 = g * (sigmoid + s * (1.0 - sigmoid))
+        d0 = g
+        if SILU:
+            d0 = g * (sigmoid + s * (1.0 - sigmoid))
         e2, e1, e0 = d2, d1, d0
         if STARTS:
             e2, e1 = tl.where(r2 >= 1, d2, 0.0), tl.where(r1 >= 2, d1, 0.0)
@@ -264,7 +271,7 @@ def _shape(channels: int, heads: int) -> dict[str, int]:
 
 def _launch_streams(
     x: Tensor, weight: Tensor, tails: list[Tensor | None], position: Tensor | None, heads: int, units: int,
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, silu: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Heads ``[B, T, H, p]`` and next tail of each stream."""
     batch, tokens, _ = x.shape
@@ -277,7 +284,7 @@ def _launch_streams(
     streams_kernel[(triton.cdiv(tokens, rows), streams * heads // shape["HB"], batch)](
         x, weight, *_three(tails), x if position is None else position, *_three(y), *_three(after),
         x.stride(0), x.stride(1), tokens, heads, eps, K=kernel, **shape, BT=rows,
-        HAS_TAIL=tails[0] is not None, STARTS=position is not None, UNITS=units, STREAMS=streams,
+        HAS_TAIL=tails[0] is not None, STARTS=position is not None, UNITS=units, SILU=silu, STREAMS=streams,
         num_warps=4 if rows > 4 else 1,
     )  # fmt: skip
     return y, after
@@ -285,7 +292,7 @@ def _launch_streams(
 
 def _launch_streams_backward(
     x: Tensor, weight: Tensor, tails: list[Tensor | None], position: Tensor | None, g_y: list[Tensor],
-    g_x: Tensor, heads: int, units: int, eps: float,
+    g_x: Tensor, heads: int, units: int, eps: float, silu: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Gradients of the weight and of each tail (empty: there is none); that of the streams goes to g_x."""
     batch, tokens, _ = x.shape
@@ -302,7 +309,7 @@ def _launch_streams_backward(
         x, weight, *_three(tails), x if position is None else position, *_three(g_y), g_x, *_three(g_tails),
         parts, x.stride(0), x.stride(1), g_x.stride(0), g_x.stride(1), *g_y[0].stride()[:3], tokens, heads,
         eps, K=kernel, **shape, S=segments, L=SEGMENT, HAS_TAIL=tails[0] is not None,
-        STARTS=position is not None, UNITS=units, STREAMS=streams, num_warps=4,
+        STARTS=position is not None, UNITS=units, SILU=silu, STREAMS=streams, num_warps=4,
     )  # fmt: skip
     g_weight = parts.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
     return g_weight, g_tails
@@ -336,23 +343,23 @@ def _three(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 @operator("convolved_heads")
 def convolved_heads(
     x: Tensor, weight: Tensor, tail: Tensor | None, position: Tensor | None, heads: int, unit: bool,
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, silu: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y ``[B, T, H, p]`` and the next tail ``[B, K-1, d]``; x ``[B, T, d]`` with each row in one piece;
     position int64 ``[B, T]``, contiguous."""
-    (y,), (after,) = _launch_streams(x, weight, [tail], position, heads, int(unit), eps, dtype)
+    (y,), (after,) = _launch_streams(x, weight, [tail], position, heads, int(unit), eps, dtype, silu)
     return y, after
 
 
 @operator("convolved_heads_backward")
 def convolved_heads_backward(
     x: Tensor, weight: Tensor, tail: Tensor | None, position: Tensor | None, g_y: Tensor, heads: int,
-    unit: bool, eps: float,
+    unit: bool, eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight and tail (empty: there is none)."""
     g_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     g_weight, (g_tail,) = _launch_streams_backward(
-        x, weight, [tail], position, [g_y], g_x, heads, int(unit), eps
+        x, weight, [tail], position, [g_y], g_x, heads, int(unit), eps, silu
     )
     return g_x, g_weight, g_tail
 
@@ -360,7 +367,7 @@ def convolved_heads_backward(
 @convolved_heads.register_fake
 def _(
     x: Tensor, weight: Tensor, tail: Tensor | None, position: Tensor | None, heads: int, unit: bool,
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, silu: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, tokens, channels = x.shape
     after = x.new_empty((batch, weight.shape[1] - 1, channels))
@@ -370,14 +377,14 @@ def _(
 @convolved_heads_backward.register_fake
 def _(
     x: Tensor, weight: Tensor, tail: Tensor | None, position: Tensor | None, g_y: Tensor, heads: int,
-    unit: bool, eps: float,
+    unit: bool, eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (g_tail,) = _like([tail], x)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), g_tail
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.heads, ctx.unit, ctx.eps, _ = inputs
+    *tensors, ctx.heads, ctx.unit, ctx.eps, _, ctx.silu = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -386,11 +393,11 @@ def _backward(ctx: Any, g_y: Tensor | None, g_after: Tensor | None) -> tuple[Any
     x, weight, tail, position = ctx.saved_tensors
     g_y = x.new_zeros(x.shape).unflatten(-1, (ctx.heads, -1)) if g_y is None else g_y
     g_x, g_weight, g_tail = convolved_heads_backward(
-        x, weight, tail, position, g_y, ctx.heads, ctx.unit, ctx.eps
+        x, weight, tail, position, g_y, ctx.heads, ctx.unit, ctx.eps, ctx.silu
     )
     g_before = None if tail is None else g_tail
     _add_after(g_x, g_before, position, g_after)
-    return g_x, g_weight, g_before, None, None, None, None, None
+    return g_x, g_weight, g_before, *[None] * 6
 
 
 convolved_heads.register_autograd(_backward, setup_context=_setup)

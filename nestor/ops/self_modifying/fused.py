@@ -68,8 +68,8 @@ def fused_walks(
 def _walk(
     part: Part, tokens: dict[str, Tensor | None], p: int, fresh: bool, half: bool, raw: bool = False
 ) -> tuple[dict[str, Tensor], Carried]:
-    """What a group makes of tokens ``[B, T, H, ...]``, by name, and its state after them. raw: queries that are
-    read with have not been brought to unit length."""
+    """What a group makes of tokens ``[B, T, H, ...]``, by name, and its state after them. raw: queries to
+    be read with have not been brought to unit length."""
     from nestor.ops.self_modifying.kernels.calls import self_modifying_walk
 
     group, state, edges, grid, biases = part

@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and HAS_TRITON and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
 
-# Error of outputs, states and gradients, as a share of their norm, or of that of the chunked form in float32.
+# Error of outputs, states and gradients, as a share of their norm; or of that of the plain form.
 TOLERANCE, WORSE = 1e-4, 5.0
 
 ALL = ("k", "v", "q", "eta", "alpha", "mem")
@@ -49,7 +49,7 @@ QUICK = (
 
 @pytest.fixture
 def covered(monkeypatch):
-    """Of calls of the kernels, which also take tensors of the CPU, as they do in the interpreter, when "on"."""
+    """Calls of the kernels, which when "on" take tensors of the CPU as well, as in the interpreter."""
     calls = {"on": False, "count": 0}
     walk = fused._walk
     monkeypatch.setattr(fused, "covered", lambda *tensors: calls["on"])

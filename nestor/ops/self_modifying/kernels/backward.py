@@ -43,7 +43,8 @@ def backward_kernel(
     P: tl.constexpr, O: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, SEGMENT: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     E: tl.constexpr, A: tl.constexpr,
-    L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr, CAP: tl.constexpr, RUNNING: tl.constexpr, UNIT: tl.constexpr,
+    L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr, CAP: tl.constexpr, RUNNING: tl.constexpr,
+    UNIT: tl.constexpr,
     OPEN: tl.constexpr, HAS_VALID: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Names as in the walk, G_ for gradients of or with respect to. BEFORE and BEFORE_ANCHOR: the scratch
