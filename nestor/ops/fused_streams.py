@@ -54,7 +54,7 @@ def convolved_heads(
         x = x if x.stride(-1) == 1 else x.contiguous()
         position = None if position is None else position.contiguous()
         return streams.convolved_heads(
-            x, weight.contiguous(), before, position, heads, unit, silu, EPSILON, dtype
+            x, weight.contiguous(), before, position, heads, unit, EPSILON, dtype, silu
         )
     y = short_convolution(x, weight, tail, start_tail=start_tail, position=position)
     clock = None if position is None else position[:, -1] + 1

@@ -308,4 +308,5 @@ def test_no_chunk_waits_for_the_gpu() -> None:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchronizing" in str(one.message) for one in caught)
 
-    assert 0 < waits(2 * CHUNK + 1) == waits(12 * CHUNK + 1) < 20
+    few = waits(2 * CHUNK + 1)
+    assert 0 < waits(12 * CHUNK + 1) <= few < 20

@@ -18,6 +18,8 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 
 # Error of outputs, states and gradients, as a share of their norm; or of that of the plain form.
 TOLERANCE, WORSE = 1e-4, 5.0
+# Of TF32, where a gradient is a sum of many terms of either sign.
+ROUNDED = 3e-2
 
 ALL = ("k", "v", "q", "eta", "alpha", "mem")
 CASES = {
@@ -98,13 +100,14 @@ def _results(problem, flatten, parts):
     return found
 
 
-def _compare(draw_problem, flatten, covered, seed=0, parts=(), **choices):
+def _compare(draw_problem, flatten, covered, seed=0, parts=(), half=False, **choices):
     problem = draw_problem(seed, **{"targets": "bounded", **choices})
     expected = _results(_to(problem, torch.float64, "cpu"), flatten, parts)
     plain = _results(_to(problem, torch.float32, "cpu"), flatten, parts)
     assert covered["count"] == 0
     covered["on"] = True
-    found = _results(_to(problem, torch.float32, DEVICE), flatten, parts)
+    with torch.autocast(DEVICE, enabled=half):
+        found = _results(_to(problem, torch.float32, DEVICE), flatten, parts)
     assert covered["count"] >= 1
     for name, wanted in expected.items():
         if wanted is None:
@@ -116,7 +119,7 @@ def _compare(draw_problem, flatten, covered, seed=0, parts=(), **choices):
                 (x.detach().double().cpu() - wanted).norm() / wanted.detach().double().norm().clamp_min(1e-3)
             )
 
-        assert error(found[name]) < max(TOLERANCE, WORSE * error(plain[name])), (
+        assert error(found[name]) < max(ROUNDED if half else TOLERANCE, WORSE * error(plain[name])), (
             f"{name}: relative error {error(found[name]):.1e}, in the chunked form {error(plain[name]):.1e}"
         )
 
@@ -159,7 +162,7 @@ def test_the_walks_in_tritons_interpreter(some) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
-@pytest.mark.parametrize("width", [3, 32, 48, 64, 128])
+@pytest.mark.parametrize("width", [3, 32, 48, 64])
 @pytest.mark.parametrize("case", CASES)
 def test_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, case, width) -> None:
     _compare(draw_problem, flatten, covered, **{**CASES[case], "width": width, **_tame(width)})
@@ -171,6 +174,14 @@ def test_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, c
 def test_long_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, width) -> None:
     choices = {"length": 777, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0}
     _compare(draw_problem, flatten, covered, width=width, heads=3, **choices, **_tame(width))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("case", ["plain", "every memory", "in parts, not at the ends", "tiles"])
+def test_walks_under_autocast_equal_the_chunked_form(draw_problem, flatten, covered, case, width) -> None:
+    _compare(draw_problem, flatten, covered, half=True, **{**CASES[case], "width": width, **_tame(width)})
 
 
 def _tame(width):
