@@ -53,10 +53,6 @@ class Workers:
         if self.count < 1:
             raise ConfigError(f"--workers is {self.count}; it must be at least 1")
 
-    @property
-    def several(self) -> bool:
-        return self.count > 1
-
     def devices(self) -> list[str]:
         """The device of each process. Raises ConfigError: it is not there."""
         import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,16 @@ class Reach:
 
 @dataclass(frozen=True)
 class Subject:
-    """One model of an evaluation."""
+    """One model of an evaluation.
+
+    reopen: opens the same on another device, in another process, so it must be picklable; for workers alone.
+    """
 
     name: str
     model: Any
     tokenizer: Any
     path: str = ""
+    reopen: Callable[[str], Subject] | None = None
 
     @property
     def stateful(self) -> bool:
