@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from nestor.errors import ConfigError, JobError, NestorError
@@ -32,6 +33,26 @@ class Job:
     call: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What jobs of a worker have in common, such as a model: opened by the first of them.
+
+    key: those of one key are the same. open: `open(device)`, to be pickled.
+    """
+
+    key: tuple[str, ...]
+    open: Callable[[str], Any] = field(compare=False)
+
+    def call(self, method: str, *arguments: Any, device: str) -> None:
+        """For a job: call a method of it, for what it does; what it returns is not sent back."""
+        getattr(_opened(self, device), method)(*arguments)
+
+
+@lru_cache(maxsize=1)
+def _opened(shared: Shared, device: str) -> Any:
+    return shared.open(device)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nestor.evaluation.suites import Settings
 
 SUITES = ("perplexity", "recall", "needle", "all", "retention", "class-incremental", "lm-eval")
-_WITH_WORKERS = ("retention",)
+_WITH_WORKERS = ("retention", "class-incremental")
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Args:
       nestor eval some/llama --suite retention --seeds 0 1 2 3 4 --workers 8
 
     The suite retention asks whether a model that learns while it reads keeps what it read after the context
-    is gone. It tunes and runs every arm on every seed, which takes long; finished runs are kept in --out, and
-    the same command goes on after an interruption, with as many --workers as it is given.
+    is gone. Like class-incremental it tunes and runs every arm on every seed, which takes long. Finished runs
+    are kept in --out: the same command goes on after an interruption, with as many --workers as it is given.
     """
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
@@ -71,8 +71,8 @@ class Args:
     dtype: Dtype = "auto"
     """Type of the weights; auto is the one they were saved in."""
     workers: int = 1
-    """Processes that make the runs of the suite retention, many at the same time: on all GPUs in turn, or on
-    the --device that is named. Each has the model, and one thread of the CPU."""
+    """Processes that make the runs of the suites retention and class-incremental, many at the same time: on
+    all GPUs in turn, or on the --device that is named. Each has the model, and one thread of the CPU."""
     tokenizer: str | None = None
     """Another tokenizer than the models' own: "bytes", a folder, a file, or a hub id."""
     batch_size: int = 16
@@ -122,8 +122,8 @@ def run(args: Args) -> int:
     names, workers = _names(args), Workers(args.workers, args.device, args.quiet)
     if args.workers > 1 and not set(args.suite) & set(_WITH_WORKERS):
         raise ConfigError(
-            f"--workers is {args.workers}, which is for the suites {', '.join(_WITH_WORKERS)} alone; give 1 "
-            f"for {', '.join(args.suite)}"
+            f"--workers is {args.workers}, which is for {' and '.join(_WITH_WORKERS)} alone; give 1 for "
+            f"{', '.join(args.suite)}"
         )
     if "lm-eval" in args.suite:
         if len(args.suite) > 1:
@@ -132,7 +132,7 @@ def run(args: Args) -> int:
     if "class-incremental" in args.suite:
         if len(args.suite) > 1:
             raise ConfigError("--suite class-incremental runs alone; call the command twice")
-        return _class_incremental(args, names)
+        return _class_incremental(args, names, workers)
     from nestor.evaluation.suites import evaluate, write_results
 
     settings = _settings(args)
@@ -259,7 +259,7 @@ def _go_on(args: Args) -> list[tuple[str, str]]:
     ]
 
 
-def _class_incremental(args: Args, names: list[str]) -> int:
+def _class_incremental(args: Args, names: list[str], workers: Workers) -> int:
     from dataclasses import asdict
     from datetime import UTC, datetime
 
@@ -277,10 +277,18 @@ def _class_incremental(args: Args, names: list[str]) -> int:
         raise ConfigError(f"--suite class-incremental needs --data, a folder. {SOURCES[stream.dataset]}")
     data = read_labelled(stream.dataset, stream.data)
     subjects = [_subject(args, path, name) for path, name in zip(args.models, names, strict=True)]
-    bar = _bars(args.quiet)
+    bar, out = _bars(args.quiet), _out(args, names)
     found = {
         subject.name: measure_class_incremental(
-            subject, data, stream, seeds=args.seeds, batch_size=args.batch_size, piece=args.piece, bar=bar
+            subject,
+            data,
+            stream,
+            seeds=args.seeds,
+            batch_size=args.batch_size,
+            piece=args.piece,
+            folder=out / "class-incremental",
+            bar=bar,
+            workers=workers,
         )
         for subject in subjects
     }
@@ -294,7 +302,7 @@ def _class_incremental(args: Args, names: list[str]) -> int:
         "descriptions": [subject.describe() for subject in subjects],
         "models": found,
     }
-    paths = write_class_incremental(result, _out(args, names))
+    paths = write_class_incremental(result, out)
     for name, one in found.items():
         print(f"\n{name}")
         print_table(Console(), ("arm", "learning rate", *MEASURES), table_rows(one))

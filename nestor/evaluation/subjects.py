@@ -41,6 +41,14 @@ class Subject:
     path: str = ""
     reopen: Callable[[str], Subject] | None = None
 
+    def again(self) -> Callable[[str], Subject]:
+        """`reopen`. Raises ConfigError: it was not given."""
+        if self.reopen is None:
+            raise ConfigError(
+                f"workers open the model {self.name!r} themselves; give its Subject `reopen`, or one worker"
+            )
+        return self.reopen
+
     @property
     def stateful(self) -> bool:
         """True if the model reads on without limit from a State."""

@@ -100,7 +100,7 @@ def test_the_same_command_gives_the_same_numbers(model_folder, nestor_command, t
         (("--suite", "retention", "--retention.arms", "frozn"), "Did you mean 'frozen'"),
         (("--suite", "retention", "--retention.gaps", "0", "1"), "and 4, where arms are compared"),
         (("--suite", "retention", "--workers", "0"), "--workers is 0; it must be at least 1"),
-        (("--suite", "recall", "--workers", "2"), "--workers is 2, which is for the suites retention"),
+        (("--suite", "recall", "--workers", "2"), "--workers is 2, which is for retention and"),
         (("--suite", "retention"), "only 1 of the 2 layers learn"),
     ],
 )

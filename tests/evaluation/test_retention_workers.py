@@ -44,6 +44,7 @@ def untimed(found):
     return [untimed(one) for one in found] if isinstance(found, list) else found
 
 
+@pytest.mark.slow
 def test_workers_find_what_one_process_finds(subject, filler, tmp_path, monkeypatch):
     alone = measure_retention(subject, filler, SMALL, folder=tmp_path)
 
@@ -99,5 +100,5 @@ def test_a_copied_corpus_is_the_same_text(subject, tmp_path):
 
 
 def test_a_subject_that_cannot_be_opened_again_is_refused(subject, filler):
-    with pytest.raises(ConfigError, match="open the model 'stories' themselves"):
+    with pytest.raises(ConfigError, match="workers open the model 'stories' themselves"):
         measure_retention(replace(subject, reopen=None), filler, SMALL, workers=TWO)

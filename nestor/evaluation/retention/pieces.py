@@ -88,8 +88,9 @@ class Pieces:
             "trials": [asdict(trial) for trial in trials], "step": best.step, "rates": rates, "rates_of": "",
         }  # fmt: skip
 
-    def record(self, arm: Arm, tuned: Mapping[str, Any], seed: int) -> Any:
-        """What came of an arm on a seed's stream."""
+    def record(self, arm: Arm, seed: int) -> Any:
+        """What came of an arm on a seed's stream, at the learning rates that its trials chose."""
+        tuned = self.tuned(arm)
         rates = [Rate(**rate) for rate in tuned["rates"]]
         name = record_name(arm, tuned["step"], seed)
         return self.kept.get(name, lambda: self._run(arm, rates, seed, f"{arm.name}, seed {seed}"))

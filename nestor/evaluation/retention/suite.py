@@ -58,7 +58,7 @@ def measure_retention(
         if workers is not None and several:
             make_pieces(pieces, seeds, workers)
         tuned = {arm.name: pieces.tuned(arm) for arm in arms}
-        records = {arm.name: [pieces.record(arm, tuned[arm.name], seed) for seed in seeds] for arm in arms}
+        records = {arm.name: [pieces.record(arm, seed) for seed in seeds] for arm in arms}
     return {
         "chance": settings.chance,
         "c_max": settings.slowest,
