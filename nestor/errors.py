@@ -36,6 +36,10 @@ class NonFiniteError(NestorError, RuntimeError):
     """A loss or gradient became infinite or NaN."""
 
 
+class JobError(NestorError, RuntimeError):
+    """Of many runs some failed; the others are finished."""
+
+
 def suggest(word: str, choices: Iterable[str]) -> str:
     """The words "Did you mean 'x'?" for the nearest of `choices`, or an empty string if none is near."""
     near = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)

@@ -11,8 +11,9 @@ import nestor
 PACKAGE = Path(nestor.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the ground up. Errors and files serve all; `import nestor` names what floors up to the models define.
-GROUND = ("errors", "files")
+# From the ground up. Errors, files and jobs serve all; `import nestor` names what floors up to the models
+# define.
+GROUND = ("errors", "files", "jobs")
 FLOORS = (
     "ops",
     "layers",

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from nestor.cli.loading import Dtype, load_model
+from nestor.cli.loading import Dtype, Opener
 from nestor.errors import ConfigError, suggest
 from nestor.evaluation.class_incremental.settings import ClassIncremental
 from nestor.evaluation.retention.settings import RetentionSettings
+from nestor.jobs import Workers
 
 if TYPE_CHECKING:
     from nestor.evaluation.scoring import Progress
+    from nestor.evaluation.subjects import Subject
     from nestor.evaluation.suites import Settings
 
 SUITES = ("perplexity", "recall", "needle", "all", "retention", "class-incremental", "lm-eval")
+_WITH_WORKERS = ("retention", "class-incremental")
 
 
 @dataclass
@@ -36,11 +39,11 @@ class Args:
       nestor eval runs/a/final --suite needle --lengths 1024 4096 16384 --seeds 0 1 2 --variants passkey
       nestor eval runs/a/final --suite class-incremental --data folder/of/clinc150 --seeds 0 1 2 3 4
       nestor eval runs/a/final --suite lm-eval --tasks arc_easy piqa
-      nestor eval some/llama --suite retention --seeds 0 1 2 3 4 --retention.periods 64 512 4096
+      nestor eval some/llama --suite retention --seeds 0 1 2 3 4 --workers 8
 
     The suite retention asks whether a model that learns while it reads keeps what it read after the context
-    is gone. It tunes and runs every arm on every seed, which takes long; finished arms are kept in --out, and
-    the same command goes on after an interruption.
+    is gone. Like class-incremental it tunes and runs every arm on every seed, which takes long. Finished runs
+    are kept in --out: the same command goes on after an interruption, with as many --workers as it is given.
     """
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
@@ -67,6 +70,9 @@ class Args:
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is the one they were saved in."""
+    workers: int = 1
+    """Processes that make the runs of the suites retention and class-incremental, many at the same time: on
+    all GPUs in turn, or on the --device that is named. Each has the model, and one thread of the CPU."""
     tokenizer: str | None = None
     """Another tokenizer than the models' own: "bytes", a folder, a file, or a hub id."""
     batch_size: int = 16
@@ -113,7 +119,12 @@ def run(args: Args) -> int:
                 f"there is no suite {suite!r}; there are {', '.join(SUITES)}. "
                 f"{suggest(suite, SUITES)}".rstrip()
             )
-    names = _names(args)
+    names, workers = _names(args), Workers(args.workers, args.device, args.quiet)
+    if args.workers > 1 and not set(args.suite) & set(_WITH_WORKERS):
+        raise ConfigError(
+            f"--workers is {args.workers}, which is for {' and '.join(_WITH_WORKERS)} alone; give 1 for "
+            f"{', '.join(args.suite)}"
+        )
     if "lm-eval" in args.suite:
         if len(args.suite) > 1:
             raise ConfigError("--suite lm-eval runs alone; call the command twice")
@@ -121,15 +132,15 @@ def run(args: Args) -> int:
     if "class-incremental" in args.suite:
         if len(args.suite) > 1:
             raise ConfigError("--suite class-incremental runs alone; call the command twice")
-        return _class_incremental(args, names)
+        return _class_incremental(args, names, workers)
     from nestor.evaluation.suites import evaluate, write_results
 
     settings = _settings(args)
     settings.check()
     subjects = [_subject(args, path, name) for path, name in zip(args.models, names, strict=True)]
     out = _out(args, names)
-    with _bars(args.quiet) as bar:
-        result = evaluate(subjects, settings, name=names[0], bar=bar, folder=out)
+    bar = _bars(args.quiet)
+    result = evaluate(subjects, settings, name=names[0], bar=bar, folder=out, workers=workers)
     report = write_results(result, out, _go_on(args))
     _print_summary(result)
     print(f"\n{report}\n{out / 'results.json'}")
@@ -149,11 +160,8 @@ def _settings(args: Args) -> Settings:
     )
 
 
-def _subject(args: Args, path: str, name: str) -> Any:
-    from nestor.evaluation.subjects import Subject
-
-    model, tokenizer = load_model(path, args.device, args.dtype, args.tokenizer)
-    return Subject(name, model, tokenizer, path)
+def _subject(args: Args, path: str, name: str) -> Subject:
+    return Opener(name, path, args.dtype, args.tokenizer)(args.device)
 
 
 def _train_length(paths: tuple[str, ...]) -> int | None:
@@ -196,25 +204,24 @@ def _out(args: Args, names: list[str]) -> Path:
     )
 
 
-@contextmanager
-def _bars(quiet: bool) -> Iterator[Any]:
+def _bars(quiet: bool) -> Callable[[str], AbstractContextManager[Progress]]:
     """A function that opens a progress bar of tokens; to standard error, so that output can be piped."""
     from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(file=sys.stderr)
-    columns = (
-        SpinnerColumn(finished_text="done"),
-        TextColumn("{task.description}"),
-        TextColumn("{task.completed:,.0f} tokens", justify="right"),
-        TextColumn("{task.fields[rate]}", justify="right"),
-        TimeElapsedColumn(),
-    )
-    with Bars(*columns, console=console, disable=quiet) as bars:
 
-        @contextmanager
-        def bar(title: str) -> Iterator[Progress]:
+    @contextmanager
+    def bar(title: str) -> Iterator[Progress]:
+        columns = (
+            SpinnerColumn(finished_text="done"),
+            TextColumn("{task.description}"),
+            TextColumn("{task.completed:,.0f} tokens", justify="right"),
+            TextColumn("{task.fields[rate]}", justify="right"),
+            TimeElapsedColumn(),
+        )
+        with Bars(*columns, console=console, disable=quiet) as bars:
             task = bars.add_task(title, total=None, rate="")
 
             def advance(tokens: int) -> None:
@@ -226,7 +233,7 @@ def _bars(quiet: bool) -> Iterator[Any]:
             done = bars.tasks[bars.task_ids.index(task)].completed
             bars.update(task, total=max(done, 1), completed=max(done, 1))
 
-        yield bar
+    return bar
 
 
 def _print_summary(result: dict[str, Any]) -> None:
@@ -252,7 +259,7 @@ def _go_on(args: Args) -> list[tuple[str, str]]:
     ]
 
 
-def _class_incremental(args: Args, names: list[str]) -> int:
+def _class_incremental(args: Args, names: list[str], workers: Workers) -> int:
     from dataclasses import asdict
     from datetime import UTC, datetime
 
@@ -270,13 +277,21 @@ def _class_incremental(args: Args, names: list[str]) -> int:
         raise ConfigError(f"--suite class-incremental needs --data, a folder. {SOURCES[stream.dataset]}")
     data = read_labelled(stream.dataset, stream.data)
     subjects = [_subject(args, path, name) for path, name in zip(args.models, names, strict=True)]
-    with _bars(args.quiet) as bar:
-        found = {
-            subject.name: measure_class_incremental(
-                subject, data, stream, seeds=args.seeds, batch_size=args.batch_size, piece=args.piece, bar=bar
-            )
-            for subject in subjects
-        }
+    bar, out = _bars(args.quiet), _out(args, names)
+    found = {
+        subject.name: measure_class_incremental(
+            subject,
+            data,
+            stream,
+            seeds=args.seeds,
+            batch_size=args.batch_size,
+            piece=args.piece,
+            folder=out / "class-incremental",
+            bar=bar,
+            workers=workers,
+        )
+        for subject in subjects
+    }
     result = {
         "format": "nestor-class-incremental",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -287,7 +302,7 @@ def _class_incremental(args: Args, names: list[str]) -> int:
         "descriptions": [subject.describe() for subject in subjects],
         "models": found,
     }
-    paths = write_class_incremental(result, _out(args, names))
+    paths = write_class_incremental(result, out)
     for name, one in found.items():
         print(f"\n{name}")
         print_table(Console(), ("arm", "learning rate", *MEASURES), table_rows(one))

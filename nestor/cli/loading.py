@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from nestor.evaluation.subjects import Subject
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -121,6 +123,23 @@ def load_model(
     words = load_tokenizer(tokenizer or name)
     check_vocabulary(words, model.config.vocab_size)
     return model.to(place).eval(), words  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens a model to be measured, here or in another process. Raises as `load_model`."""
+
+    name: str
+    path: str
+    dtype: Dtype = "auto"
+    tokenizer: str | None = None
+
+    def __call__(self, device: str) -> "Subject":
+        """The model on that device, with its tokenizer and name."""
+        from nestor.evaluation.subjects import Subject
+
+        model, tokenizer = load_model(self.path, device, self.dtype, self.tokenizer)
+        return Subject(self.name, model, tokenizer, self.path, reopen=self)
 
 
 def _check_name(name: str) -> None:

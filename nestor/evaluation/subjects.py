@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,24 @@ class Reach:
 
 @dataclass(frozen=True)
 class Subject:
-    """One model of an evaluation."""
+    """One model of an evaluation.
+
+    reopen: opens the same on another device, in another process, so it must be picklable; for workers alone.
+    """
 
     name: str
     model: Any
     tokenizer: Any
     path: str = ""
+    reopen: Callable[[str], Subject] | None = None
+
+    def again(self) -> Callable[[str], Subject]:
+        """`reopen`. Raises ConfigError: it was not given."""
+        if self.reopen is None:
+            raise ConfigError(
+                f"workers open the model {self.name!r} themselves; give its Subject `reopen`, or one worker"
+            )
+        return self.reopen
 
     @property
     def stateful(self) -> bool:

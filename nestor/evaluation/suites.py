@@ -24,6 +24,7 @@ from nestor.evaluation.retention.settings import RetentionSettings
 from nestor.evaluation.scoring import PIECE, Progress
 from nestor.evaluation.subjects import Subject, check_names, same_tokenizer
 from nestor.files import write_json
+from nestor.jobs import Workers
 
 FORMAT = 1
 #: Those that "all" stands for: they read, and change nothing.
@@ -117,11 +118,13 @@ def evaluate(
     name: str = "evaluation",
     bar: Bar | None = None,
     folder: Path | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Run the suites over the models; the result is JSON, with every setting and version in it.
 
     All models read the same documents: the same tokens if they share a tokenizer, else the same text cut
-    by bytes. Into `folder` go the finished arms of the retention suite, and are not run again.
+    by bytes. Into `folder` go the finished runs of the retention suite, and are not made again; `workers`
+    make many of them at the same time.
 
     Raises:
         ConfigError, DataError: a setting, or a corpus that is too short for it.
@@ -133,7 +136,7 @@ def evaluate(
         "perplexity": _perplexity,
         "recall": _recall,
         "needle": _needle,
-        "retention": lambda models, chosen, bars: _retention(models, chosen, bars, folder),
+        "retention": lambda models, chosen, bars: _retention(models, chosen, bars, folder, workers),
     }
     results: dict[str, Any] = {}
     for suite in dict.fromkeys(settings.suites):
@@ -300,7 +303,7 @@ def _needle(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[s
 
 
 def _retention(
-    subjects: Sequence[Subject], settings: Settings, bar: Bar, folder: Path | None
+    subjects: Sequence[Subject], settings: Settings, bar: Bar, folder: Path | None, workers: Workers | None
 ) -> dict[str, Any]:
     from nestor.evaluation.retention.suite import measure_retention
 
@@ -316,8 +319,8 @@ def _retention(
             seeds=settings.seeds,
             batch_size=settings.batch_size,
             folder=None if folder is None else folder / "retention",
-            corpus=corpus.identity(),
             bar=bar,
+            workers=workers,
         )
         for subject in subjects
     }

@@ -19,13 +19,13 @@ MATRIX = {"depth": 1, "norm": "none", "momentum": False, "forget": False, "conv_
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table. `memory`: settings of its memory; `chunked`: whether its memory has a chunk size
-    that changes what it computes."""
+    """A row of the table. `memory`: settings of its memory; `chunks`: those that are chunk sizes on which it
+    depends what is computed."""
 
     preset: str
     about: str
     memory: dict[str, Any] = field(default_factory=dict)
-    chunked: bool = False
+    chunks: tuple[str, ...] = ()
 
 
 MODELS = {
@@ -43,12 +43,17 @@ MODELS = {
         "M_t = M_{t-1} (I - theta_t k k^T) + theta_t v k^T with theta_t in (0, 1)",
         {**MATRIX, "inner_loss": "l2", "chunk_size": 1},
     ),
-    "ttt-linear": Entry("ttt-linear", "a linear memory with a layer norm (TTT)", chunked=True),
+    "ttt-linear": Entry("ttt-linear", "a linear memory with a layer norm (TTT)", chunks=("chunk_size",)),
     "titans-lmm": Entry(
-        "titans-lmm", "a memory of two layers with momentum and forgetting (Titans)", chunked=True
+        "titans-lmm", "a memory of two layers with momentum and forgetting (Titans)", chunks=("chunk_size",)
     ),
     "gated-deltanet": Entry("gated-deltanet", "Gated DeltaNet; needs a GPU"),
-    "hope": Entry("hope", "self-modifying memory and levels of feed-forward networks (Nested Learning)"),
+    "hope": Entry(
+        "hope",
+        "self-modifying memory and levels of feed-forward networks (Nested Learning)",
+        # Of the memory that is read, and of those that make its keys, values and gates.
+        chunks=("chunk_size", "projection_chunk_size"),
+    ),
 }
 
 
@@ -79,7 +84,7 @@ def build(name: str, vocab_size: int, *, width: int, layers: int, chunk_size: in
     """
     check_models((name,))
     entry = MODELS[name]
-    memory = entry.memory | ({"chunk_size": chunk_size} if entry.chunked else {})
+    memory = entry.memory | dict.fromkeys(entry.chunks, chunk_size)
     config = preset(
         entry.preset, "quick", vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers,
         num_attention_heads=HEADS, tie_word_embeddings=False, **({"memory": memory} if memory else {}),

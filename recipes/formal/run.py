@@ -5,7 +5,7 @@
 For each model and language every learning rate is tried once, on strings of its own seed, and the one with
 the most right strings of training length goes into a run for each seed. Each run is a file in the folder
 --out; the same command goes on where it was stopped. At the end table.md, plot.png and results.json are
-written from those files.
+written from those files. --workers N makes N runs at the same time.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from nestor.evaluation.report import with_interval
 from nestor.evaluation.statistics import mean_interval
 from nestor.evaluation.suites import device_name, versions
 from nestor.files import write_json, write_text
+from nestor.jobs import Job, Workers, run_jobs
 
 
 @dataclass
 class Args:
     """Train small models on formal languages and score them within and beyond the lengths of training."""
 
-    models: tuple[str, ...] = ("transformer", "linear-attention", "deltanet", "ttt-linear", "titans-lmm")
+    models: tuple[str, ...] = (
+        "transformer", "linear-attention", "deltanet", "ttt-linear", "titans-lmm", "hope",
+    )  # fmt: skip
     """Rows of the table in entries.py."""
     languages: tuple[str, ...] = tuple(LANGUAGES)
     """parity, aa, abab, anbn, anbncn, shuffle-2."""
@@ -61,7 +64,9 @@ class Args:
     out: Path = Path("runs/formal")
     """Folder of the results."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu or cuda; with several workers cuda is all GPUs in turn."""
+    workers: int = 1
+    """Processes that make runs at the same time, each on one thread of the CPU."""
 
     def check(self) -> None:
         """Raises ConfigError for what is out of range or unknown."""
@@ -74,6 +79,7 @@ class Args:
                 raise ConfigError(f"--{name.replace('_', '-')} are {list(values)}; give some, each once")
         if min(self.steps, self.batch_size, self.strings, self.lengths[0], *self.learning_rates) <= 0:
             raise ConfigError("steps, batch size, strings, lengths and learning rates must be above 0")
+        Workers(self.workers)
         if min(self.seeds) < 0 or TUNING_SEED in self.seeds:
             raise ConfigError(f"--seeds are {list(self.seeds)}; give none below 0, and not {TUNING_SEED}")
         if self.longer[0] <= self.lengths[1]:
@@ -81,6 +87,10 @@ class Args:
                 f"--longer begins at {self.longer[0]} and --lengths ends at {self.lengths[1]}; bin 1 is to "
                 f"be longer than what was trained"
             )
+
+    def path(self, name: str) -> Path:
+        """Where the run of that name is kept."""
+        return self.out / f"{name}.json"
 
     def trial(self, model: str, language: str, seed: int, learning_rate: float) -> Trial:
         """The run of that name."""
@@ -95,17 +105,16 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Run what is missing and write the results.
 
     Raises:
-        ConfigError: a setting; a file in the folder from other settings.
+        ConfigError: a setting; a file in the folder from other settings. JobError: runs of workers failed.
     """
     args.check()
+    if args.workers > 1:
+        run_jobs(jobs_of(args), Workers(args.workers, args.device), "formal languages")
     rows = []
     for language in args.languages:
         for model in args.models:
             rate, tried = tuned_rate(args, model, language, say)
-            found = [
-                load_or_run(args, args.trial(model, language, seed, rate), f"{model}-{language}-{seed}", say)
-                for seed in args.seeds
-            ]
+            found = [seed_run(args, model, language, seed, say) for seed in args.seeds]
             rows.append(summarised(model, language, rate, tried, found))
     results = {
         "format": "nestor-formal",
@@ -131,41 +140,106 @@ def tuned_rate(
         return args.learning_rates[0], {}
     tried = {}
     for rate in args.learning_rates:
-        # Longer strings have no say in the choice, so none is scored.
-        trial = replace(args.trial(model, language, TUNING_SEED, rate), bins=(args.lengths,))
-        result = load_or_run(args, trial, f"tuning/{model}-{language}-{rate:g}", say)
+        result = tuning_run(args, model, language, rate, say)
         tried[rate] = (-result["bins"][0]["right"], result["loss"] or float("inf"))
     best = min(tried, key=lambda rate: tried[rate])
     return best, {f"{rate:g}": {"right": -right} for rate, (right, _) in tried.items()}
 
 
+def jobs_of(args: Args) -> list[Job]:
+    """The runs that are missing in the folder, those of seeds after those that choose their learning rates.
+
+    Raises as `kept_result`.
+    """
+    jobs = []
+    for model in reversed(args.models):  # the slower ones first, so that none is left for the end
+        for language in args.languages:
+            which = (args, model, language)
+            rates = args.learning_rates if len(args.learning_rates) > 1 else ()
+            trials = [tuning_trial(*which, rate) for rate in rates]
+            jobs += [
+                Job(name, _make, (tuning_run, *which, trial.learning_rate))
+                for name, trial in trials
+                if kept_result(args, trial, name) is None
+            ]
+            names = tuple(name for name, _ in trials)
+            jobs += [
+                Job(seed_name(model, language, seed), _make, (seed_run, *which, seed), after=names)
+                for seed in args.seeds
+                if not args.path(seed_name(model, language, seed)).is_file()
+            ]
+    return jobs
+
+
+def _make(run: Callable[..., Any], args: Args, *which: Any, device: str) -> None:
+    """In a worker: a run, which is kept in the folder."""
+    run(replace(args, device=device), *which, say=lambda text: None)
+
+
+def tuning_trial(args: Args, model: str, language: str, rate: float) -> tuple[str, Trial]:
+    """The run that tries a learning rate, with its name."""
+    # Longer strings have no say in the choice, so none is scored.
+    trial = replace(args.trial(model, language, TUNING_SEED, rate), bins=(args.lengths,))
+    return f"tuning/{model}-{language}-{rate:g}", trial
+
+
+def tuning_run(
+    args: Args, model: str, language: str, rate: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The result of a learning rate that is tried."""
+    name, trial = tuning_trial(args, model, language, rate)
+    return load_or_run(args, trial, name, say)
+
+
+def seed_name(model: str, language: str, seed: int) -> str:
+    """What the run of a seed is called."""
+    return f"{model}-{language}-{seed}"
+
+
+def seed_run(args: Args, model: str, language: str, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """The result of a seed at the learning rate that was chosen."""
+    rate, _ = tuned_rate(args, model, language, say)
+    return load_or_run(args, args.trial(model, language, seed, rate), seed_name(model, language, seed), say)
+
+
 def load_or_run(args: Args, trial: Trial, name: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """The result in the folder, or that of a run that is then kept there.
+    """The result in the folder, or that of a run that is then kept there. Raises as `kept_result`."""
+    result = kept_result(args, trial, name)
+    if result is None:
+        result = run_trial(trial, args.device)
+        write_json(args.path(name), {"settings": _settings(trial), "result": result})
+        right = ", ".join(f"{one['right']}/{one['n']}" for one in result["bins"])
+        say(f"{name} at {trial.learning_rate:g}: {right} strings right, {result['seconds']} s")
+    return result
+
+
+def kept_result(args: Args, trial: Trial, name: str) -> dict[str, Any] | None:
+    """The result in the folder; None if there is none.
 
     Raises:
         ConfigError: the file is of a run with other settings.
         DataError: the file is none of this program.
     """
-    path = args.out / f"{name}.json"
-    settings = json.loads(json.dumps(asdict(trial)))
-    if path.is_file():
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            before, result = kept["settings"], kept["result"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a result of this program ({error!r}); remove it") from error
-        other = {key: before.get(key) for key, value in settings.items() if before.get(key) != value}
-        if other:
-            now = {key: settings[key] for key in other}
-            raise ConfigError(
-                f"{path} is of a run with {other}, and this one has {now}; name another folder with --out"
-            )
-        return result
-    result = run_trial(trial, args.device)
-    write_json(path, {"settings": settings, "result": result})
-    right = ", ".join(f"{one['right']}/{one['n']}" for one in result["bins"])
-    say(f"{name} at {trial.learning_rate:g}: {right} strings right, {result['seconds']} s")
+    path = args.path(name)
+    if not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        before, result = kept["settings"], kept["result"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a result of this program ({error!r}); remove it") from error
+    settings = _settings(trial)
+    other = {key: before.get(key) for key, value in settings.items() if before.get(key) != value}
+    if other:
+        now = {key: settings[key] for key in other}
+        raise ConfigError(
+            f"{path} is of a run with {other}, and this one has {now}; name another folder with --out"
+        )
     return result
+
+
+def _settings(trial: Trial) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(trial)))
 
 
 def summarised(

@@ -90,14 +90,15 @@ def train(model: Any, language: FormalLanguage, trial: Trial) -> float:
         rng = np.random.default_rng((trial.seed, TRAINING, step))
         batch = formal_batch(language, draw_strings(language, rng, trial.bins[0], trial.batch_size))
         loss = set_loss(model, batch)
-        if not bool(loss.isfinite()):
-            return math.nan
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        # The one wait for a GPU in a step.
         last = [*last, loss.item()][-max(1, trial.steps // 10) :]
+        if not math.isfinite(last[-1]):
+            return math.nan
     return float(np.mean(last))
 
 

@@ -99,6 +99,8 @@ def test_the_same_command_gives_the_same_numbers(model_folder, nestor_command, t
         (("--scale", "cubic", "--suite", "perplexity"), "log, linear"),
         (("--suite", "retention", "--retention.arms", "frozn"), "Did you mean 'frozen'"),
         (("--suite", "retention", "--retention.gaps", "0", "1"), "and 4, where arms are compared"),
+        (("--suite", "retention", "--workers", "0"), "--workers is 0; it must be at least 1"),
+        (("--suite", "recall", "--workers", "2"), "--workers is 2, which is for retention and"),
         (("--suite", "retention"), "only 1 of the 2 layers learn"),
     ],
 )
@@ -160,9 +162,9 @@ def test_retention_is_measured_drawn_and_decided(model_folder, nestor_command, t
     assert page.count("<img ") == len(pictures) and model["decisions"]["sgd"]["words"] in page
     assert "level restored" in page and "held-out wording" in page and "retention claim (sgd)" in page
     assert re.search(r"retention: continuum-2\s+\d+ %", printed)
-    # Finished arms are in the folder, from where the same command takes them.
+    # Finished runs are in the folder, from where the same command takes them.
     kept = sorted(p.name for p in (out / "retention" / "tiny").iterdir())
-    assert kept[0] == "continuum-2-32x64-sgd-step-0.0001-seed-0.json" and len(kept) == 7
+    assert kept[0] == "continuum-2-32x64-sgd-step-0.0001-seed-0.json" and len(kept) == 11
 
 
 def test_names_come_from_the_paths():

@@ -1,18 +1,24 @@
 """Class-incremental learning: scores of labels, measures, what arms read, and that weights learn."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from nestor.cli.loading import Opener
 from nestor.data.tasks.intents import Labelled, LabelledTexts, class_sessions
 from nestor.errors import ConfigError, NonFiniteError
 from nestor.evaluation import Subject
-from nestor.evaluation.class_incremental import measure
+from nestor.evaluation.class_incremental import measure, runs
 from nestor.evaluation.class_incremental.arms import Frozen, Learning, Nearest, make_arm, overlap
+from nestor.evaluation.class_incremental.parallel import jobs_of
 from nestor.evaluation.class_incremental.results import markdown, write_class_incremental
 from nestor.evaluation.class_incremental.settings import ClassIncremental
 from nestor.evaluation.scoring import Row, score_choices, score_rows
+from nestor.jobs import Workers
+
+STORIES = Path(__file__).parents[2] / "checkpoints" / "stories260K"
 
 CODES = ("red", "green", "blue", "black", "white", "brown")
 DATA = LabelledTexts(
@@ -58,10 +64,10 @@ def truth(text):
 
 def test_an_oracle_is_always_right_and_a_constant_is_not() -> None:
     sessions = stream()
-    run = measure.run_stream(Told(lambda text, labels, last: truth(text)), sessions)
+    run = runs.run_stream(Told(lambda text, labels, last: truth(text)), sessions)
     assert run["right"] == [[6], [6, 6], [6, 6, 6]] and run["asked"] == [6, 6, 6] and run["seen"] == [2, 4, 6]
-    assert measure.measures(run) == {"average": 1, "final": 1, "acquired": 1, "forgetting": 0}
-    constant = measure.measures(measure.run_stream(Told(lambda text, labels, last: labels[0]), sessions))
+    assert runs.measures(run) == {"average": 1, "final": 1, "acquired": 1, "forgetting": 0}
+    constant = runs.measures(runs.run_stream(Told(lambda text, labels, last: labels[0]), sessions))
     assert constant["final"] == pytest.approx(1 / 6) and constant["acquired"] == pytest.approx(1 / 6)
     # After sessions one, two and three a half, a quarter and a sixth of the texts are of that class.
     assert constant["average"] == pytest.approx((1 / 2 + 1 / 4 + 1 / 6) / 3)
@@ -69,7 +75,7 @@ def test_an_oracle_is_always_right_and_a_constant_is_not() -> None:
 
 def test_who_knows_only_the_last_session_has_forgotten_all_others() -> None:
     arm = Told(lambda text, labels, last: truth(text) if truth(text) in last else last[0])
-    found = measure.measures(measure.run_stream(arm, stream()))
+    found = runs.measures(runs.run_stream(arm, stream()))
     assert (found["acquired"], found["forgetting"]) == (1, 1)
     assert found["final"] == pytest.approx(1 / 3) and found["average"] == pytest.approx(
         (1 + 1 / 2 + 1 / 3) / 3
@@ -78,8 +84,8 @@ def test_who_knows_only_the_last_session_has_forgotten_all_others() -> None:
 
 def test_measures_by_hand() -> None:
     run = {"right": [[4], [3, 2], [1, 4, 2]], "asked": [4, 4, 4]}
-    assert measure.curve(run) == [1, 5 / 8, 7 / 12]
-    found = measure.measures(run)
+    assert runs.curve(run) == [1, 5 / 8, 7 / 12]
+    found = runs.measures(run)
     assert found["acquired"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3) and found["final"] == 7 / 12
     # Session one falls from its best, 1, to 1/4; session two rises after it was read, so its fall is below 0.
     assert found["forgetting"] == pytest.approx((3 / 4 + (1 / 2 - 1)) / 2)
@@ -194,8 +200,8 @@ def test_weights_learn_and_the_model_stays(make_tiny, words) -> None:
     arm = make_arm("online", subject, quick, learning_rate=0.01, seed=0)
     assert isinstance(arm, Learning)
     sessions = stream()[:1]
-    frozen = measure.run_stream(make_arm("frozen", subject, quick, learning_rate=0.0, seed=0), sessions)
-    run = measure.run_stream(arm, sessions)
+    frozen = runs.run_stream(make_arm("frozen", subject, quick, learning_rate=0.0, seed=0), sessions)
+    run = runs.run_stream(arm, sessions)
     # Texts that were not read, classes told from each other: by the weights alone, for nothing is in context.
     assert run["right"] == [[6]] and frozen["right"][0][0] < 5
     assert all(torch.equal(before[name], p) for name, p in subject.model.named_parameters())
@@ -207,7 +213,7 @@ def test_weights_learn_and_the_model_stays(make_tiny, words) -> None:
     # The last token of an example has nothing after it to learn from.
     assert level["updates"] == (report["tokens"] - 8 * 8) // 32 and level["change"] > 0.01
     still = make_arm("online", subject, quick, learning_rate=1e-12, seed=0)
-    assert measure.run_stream(still, sessions)["right"] == frozen["right"]
+    assert runs.run_stream(still, sessions)["right"] == frozen["right"]
 
 
 def test_the_learning_rate_is_chosen_on_a_stream_of_training_texts(subject, monkeypatch) -> None:
@@ -221,7 +227,7 @@ def test_the_learning_rate_is_chosen_on_a_stream_of_training_texts(subject, monk
 
         return Told(answer)
 
-    monkeypatch.setattr(measure, "make_arm", arm)
+    monkeypatch.setattr(runs, "make_arm", arm)
     chosen = settings(learning_rates=(0.1, 0.2, 0.3), arms=("frozen", "online"), tuning_sessions=2)
     result = measure.measure_class_incremental(subject, DATA, chosen, seeds=(0, 1))
     online, frozen = result["arms"]["online"], result["arms"]["frozen"]
@@ -244,7 +250,7 @@ def test_learning_that_is_not_finite_scores_nothing_from_then_on() -> None:
                 raise NonFiniteError("loss is nan")
 
     sessions = stream()
-    run = measure.run_stream(Breaking(lambda text, labels, last: truth(text)), sessions)
+    run = runs.run_stream(Breaking(lambda text, labels, last: truth(text)), sessions)
     assert run["right"] == [[6], [0, 0], [0, 0, 0]] and run["diverged"] == 1
 
 
@@ -270,6 +276,70 @@ def test_a_page_a_picture_and_the_same_numbers_again(subject, tmp_path) -> None:
         "class-incremental.json", "class-incremental.md", "class-incremental-tiny.png",
     ]  # fmt: skip
     assert written[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stopped_measurement_goes_on_with_what_is_finished(subject, tmp_path, monkeypatch) -> None:
+    chosen = settings(arms=("frozen", "online"), sessions=1, tests=2, learning_rates=(0.1, 0.2))
+    whole = measure.measure_class_incremental(subject, DATA, chosen)
+    made = []
+
+    def make(name, *given, learning_rate, **options):
+        if len(made) == limit:
+            raise KeyboardInterrupt
+        made.append((name, learning_rate))
+        return make_arm(name, *given, learning_rate=learning_rate, **options)
+
+    monkeypatch.setattr(runs, "make_arm", make)
+    limit = 2
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure_class_incremental(subject, DATA, chosen, folder=tmp_path)
+    assert made == [("frozen", 0.0), ("online", 0.1)]
+    limit = 99
+    found = measure.measure_class_incremental(subject, DATA, chosen, folder=tmp_path)
+    assert made[2:] == [("online", 0.2), ("online", whole["arms"]["online"]["learning_rate"])]
+    assert untimed(found) == untimed(whole)
+
+
+def untimed(found):
+    """Results without what a clock said."""
+    if isinstance(found, dict):
+        return {k: untimed(v) for k, v in found.items() if k != "seconds"}
+    return [untimed(one) for one in found] if isinstance(found, list) else found
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return Opener("stories", str(STORIES))("cpu")
+
+
+THREE = settings(arms=("nearest", "online", "replay"), sessions=2, tests=2, learning_rates=(0.1, 0.2))
+
+
+@pytest.mark.slow
+def test_workers_find_what_one_process_finds(stories, monkeypatch) -> None:
+    alone = measure.measure_class_incremental(stories, DATA, THREE)
+    monkeypatch.setattr(runs, "make_arm", lambda *_given, **_options: pytest.fail("made in this process"))
+    two = Workers(2, "cpu", quiet=True)
+    together = measure.measure_class_incremental(stories, DATA, THREE, workers=two)
+    assert untimed(together) == untimed(alone)
+
+
+def test_what_is_missing_is_what_is_run(stories, tmp_path) -> None:
+    measure.measure_class_incremental(stories, DATA, THREE, folder=tmp_path)
+
+    def missing(data=DATA, seeds=(0,), **changes):
+        some = runs.Runs(stories, data, dataclasses.replace(THREE, **changes), folder=tmp_path)
+        return [job.name for job in jobs_of(some, seeds)]
+
+    assert missing() == missing(arms=("nearest",), data=dataclasses.replace(DATA)) == []
+    assert missing(seeds=(0, 3)) == ["nearest: seed 3", "online: seed 3", "replay: seed 3"]
+    online = {"arms": ("online",)}
+    assert missing(learning_rates=(0.1, 0.2, 0.3), **online) == ["online: trying 0.3", "online: seed 0"]
+    everything = ["online: trying 0.1", "online: trying 0.2", "online: seed 0"]
+    other = LabelledTexts("made", DATA.train[:-1], DATA.test)
+    assert missing(other, **online) == missing(passes=2, **online) == everything
+    with pytest.raises(ConfigError, match="workers open the model 'stories' themselves"):
+        jobs_of(runs.Runs(dataclasses.replace(stories, reopen=None), DATA, THREE), (0,))
 
 
 @pytest.mark.parametrize(

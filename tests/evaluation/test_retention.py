@@ -14,9 +14,9 @@ from nestor.data.tasks import FillerText, Session, SessionFact
 from nestor.data.tasks.sessions import KINDS, Question
 from nestor.errors import ConfigError, NonFiniteError
 from nestor.evaluation import Subject
-from nestor.evaluation.retention import suite as suites
+from nestor.evaluation.keeping import Kept
+from nestor.evaluation.retention import pieces as pieces_module
 from nestor.evaluation.retention.arms import Rate, arms_of, levels_of, make_student, rates_for, unit_steps
-from nestor.evaluation.retention.keeping import Kept
 from nestor.evaluation.retention.measures import pooled
 from nestor.evaluation.retention.old import OldKnowledge, old_passages, written_by
 from nestor.evaluation.retention.questions import ask, statements_for
@@ -318,7 +318,7 @@ def test_the_suite_measures_every_arm_and_decides(measured):
 def test_a_stopped_run_goes_on_with_what_is_finished(subject, filler, few, measured, monkeypatch, tmp_path):
     result, folder = measured
     done = []
-    run = suites.run_arm
+    run = pieces_module.run_arm
 
     def stop(*given, **choices):
         if len(done) == limit:
@@ -326,7 +326,7 @@ def test_a_stopped_run_goes_on_with_what_is_finished(subject, filler, few, measu
         done.append(1)
         return run(*given, **choices)
 
-    monkeypatch.setattr(suites, "run_arm", stop)
+    monkeypatch.setattr(pieces_module, "run_arm", stop)
     limit = 0
     again = measure_retention(subject, filler, few, seeds=(0, 1), folder=folder)
     assert json.dumps(again) == json.dumps(result)
@@ -370,6 +370,6 @@ def test_trials_that_all_fail_say_so(subject, filler, monkeypatch):
     def fail(*_given, **_choices):
         raise NonFiniteError("no number")
 
-    monkeypatch.setattr(suites, "run_arm", fail)
+    monkeypatch.setattr(pieces_module, "run_arm", fail)
     with pytest.raises(NonFiniteError, match="none of the steps"):
         measure_retention(subject, filler, replace(SMALL, arms=("single-fast",)))

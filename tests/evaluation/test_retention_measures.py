@@ -7,7 +7,7 @@ from nestor.errors import ConfigError, DataError, NonFiniteError
 from nestor.evaluation.retention import measures
 from nestor.evaluation.retention.decision import decide
 from nestor.evaluation.retention.settings import RetentionSettings
-from nestor.evaluation.retention.tuning import Trial, choose, steps_of, tune
+from nestor.evaluation.retention.tuning import Trial, choose, steps_of, try_step
 
 GAPS = (0, 4)
 
@@ -195,8 +195,8 @@ def test_every_arm_gets_the_same_trials_and_the_rule_takes_the_best_within_the_l
             raise NonFiniteError("too far")
         return record(right(0.5), right(step * 500), loss=step * 5)
 
-    trials = tune(run, settings)
-    assert tried == steps_of(settings) and trials[2] == Trial(1e-2)
+    trials = [try_step(run, step) for step in steps_of(settings)]
+    assert tried == [1e-4, 1e-3, 1e-2] and trials[2] == Trial(1e-2)
     assert [t.recall for t in trials[:2]] == [0.05, 0.5] and trials[1].old_loss == pytest.approx(0.005)
     assert choose(trials, 0.01).step == 1e-3 and choose(trials, 0.001).step == 1e-4
     # None is within: the one that lost least. A tie of recall goes to the margin.

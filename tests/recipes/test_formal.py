@@ -77,6 +77,29 @@ def test_every_model_of_the_table_is_built_or_says_what_is_missing(recipe) -> No
         recipe.entries.check_models(("transfomer",))
 
 
+def test_the_chunk_size_is_that_of_both_memories_of_hope(recipe) -> None:
+    model = recipe.entries.build("hope", 3, width=16, layers=1, chunk_size=1, seed=0)
+    spec = model.layers[0].mixer.spec
+    assert (spec.chunk_size, spec.projection_chunk_size) == (1, 1) and "hope" in recipe.run.Args().models
+    assert model.config.feed_forward_types == ["continuum"]
+
+
+def test_workers_make_the_same_runs(recipe, args) -> None:
+    args = replace(args, languages=("aa",), seeds=(0,))
+    alone = recipe.run.main(args, say=lambda _: None)
+    many = replace(args, out=args.out / "many", workers=2)
+    said = []
+    together = recipe.run.main(many, say=said.append)
+    # All runs are in the folder when the table is made, so nothing else is said.
+    assert len(said) == 1 and together["rows"] == alone["rows"] and recipe.run.jobs_of(many) == []
+    (many.out / "tuning" / "transformer-aa-0.01.json").unlink()
+    (many.out / "transformer-aa-0.json").unlink()
+    missing = [job.name for job in recipe.run.jobs_of(many)]
+    assert missing == ["tuning/transformer-aa-0.01", "transformer-aa-0"]
+    with pytest.raises(ConfigError, match="is of a run with"):
+        recipe.run.main(replace(many, steps=3))
+
+
 class Automaton(torch.nn.Module):
     """Names what may follow, by a list of states; or the same everywhere."""
 
@@ -176,7 +199,9 @@ def test_the_learning_rate_is_chosen_without_a_look_at_longer_strings_or_test_se
 
 
 def test_a_loss_that_is_no_number_scores_nothing(recipe, args, monkeypatch) -> None:
-    monkeypatch.setattr(recipe.trial, "set_loss", lambda model, batch: torch.tensor(float("nan")))
+    monkeypatch.setattr(
+        recipe.trial, "set_loss", lambda model, batch: torch.tensor(float("nan"), requires_grad=True)
+    )
     result = recipe.trial.run_trial(args.trial("transformer", "aa", 0, 1e-3))
     assert result["loss"] is None and [one["right"] for one in result["bins"]] == [0, 0]
 

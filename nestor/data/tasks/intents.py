@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nestor.data.corpora.sources import TextSource
 from nestor.errors import ConfigError, DataError, suggest
 
 SOURCES = {
@@ -67,6 +68,11 @@ class LabelledTexts:
     def labels(self) -> tuple[str, ...]:
         """All classes, sorted."""
         return tuple(sorted({one.label for one in (*self.train, *self.test)}))
+
+    def identity(self) -> list[str]:
+        """What streams depend on, JSON-able: a hash of all texts and labels, wherever they are kept."""
+        texts = (part for one in (*self.train, *self.test) for part in one)
+        return [self.name, str(len(self.train)), *TextSource(tuple(texts)).identity()]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nestor.data.corpora.sources import TextSource
 from nestor.data.tasks.haystack import as_lines, breaks
 from nestor.data.tasks.words import NOUNS, invented_name
 from nestor.errors import ConfigError, DataError
@@ -154,6 +155,10 @@ class FillerText:
         if not self.documents:
             raise DataError("there is no text to fill sessions with; name a --corpus that has some")
         self._shares = np.array([len(document) for document in self.documents]) / have
+
+    def identity(self) -> list[str]:
+        """What passages depend on, JSON-able: a hash of the documents, wherever they are kept."""
+        return TextSource(tuple(self.documents)).identity()
 
     def text(self, rng: np.random.Generator, characters: int) -> str:
         """At least so many characters of passages that begin at sentences, each ending with a line end."""

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from nestor.data.tasks import FillerText
-from nestor.evaluation.figures import file_name
 from nestor.evaluation.retention import measures
-from nestor.evaluation.retention.arms import (
-    Arm,
-    Rate,
-    arms_of,
-    levels_of,
-    make_student,
-    rates_for,
-    unit_steps,
-)
+from nestor.evaluation.retention.arms import Arm, Rate, arms_of, levels_of
 from nestor.evaluation.retention.decision import decide
-from nestor.evaluation.retention.keeping import Kept
-from nestor.evaluation.retention.old import OldKnowledge, old_passages
-from nestor.evaluation.retention.run import TokenStream, make_stream, run_arm
+from nestor.evaluation.retention.parallel import make_pieces
+from nestor.evaluation.retention.pieces import Bar, Pieces
 from nestor.evaluation.retention.settings import ENDPOINT, FEWEST_UPDATES, RetentionSettings
-from nestor.evaluation.retention.tuning import Trial, as_json, choose, tune
-from nestor.evaluation.scoring import Progress
 from nestor.evaluation.subjects import Subject
-from nestor.models.state import fingerprint
+from nestor.jobs import Workers
 
-FORMAT = 1
 # Items of old knowledge below which their loss is coarse (spec i.3).
 _FEWEST_ITEMS = 500
-
-
-# Opens a progress bar of that title, which counts tokens.
-Bar = Callable[[str], AbstractContextManager[Progress | None]]
 
 
 def measure_retention(
@@ -49,29 +32,33 @@ def measure_retention(
     seeds: Sequence[int] = (0,),
     batch_size: int = 16,
     folder: Path | None = None,
-    corpus: Mapping[str, Any] | None = None,
     bar: Bar | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Measure one model. The result is JSON.
 
     Args:
-        filler: ordinary text. folder: where finished arms are kept and found again; None: nowhere.
-        corpus: what the filler's content depends on, for the same.
+        filler: ordinary text. folder: where finished pieces are kept and found again; None: nowhere.
+        workers: processes that make the pieces, for a subject that can be opened again.
 
     Raises:
         ConfigError: settings that do not fit the model. NonFiniteError: no learning rate of an arm is of use.
+        JobError: runs of workers failed.
     """
     settings.check()
-    suite = _Suite(subject, filler, settings, batch_size, folder, corpus or {}, bar)
-    arms = arms_of(settings)
-    for arm in arms:
+    for arm in arms_of(settings):
         if arm.learns:
             levels_of(arm, subject.model, [Rate(0.0, 1.0)] * len(arm.periods), settings, seed=0)
-    records: dict[str, list[Any]] = {}
-    tuned: dict[str, dict[str, Any]] = {}
-    for arm in arms:
-        tuned[arm.name] = suite.tuned(arm, tuned)
-        records[arm.name] = [suite.record(arm, tuned[arm.name], seed) for seed in seeds]
+    with ExitStack() as stack:
+        several = workers is not None and workers.count > 1
+        if several and folder is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="nestor-retention-")))
+        pieces = Pieces(subject, filler, settings, batch_size=batch_size, folder=folder, bar=bar)
+        arms = list(pieces.arms.values())
+        if workers is not None and several:
+            make_pieces(pieces, seeds, workers)
+        tuned = {arm.name: pieces.tuned(arm) for arm in arms}
+        records = {arm.name: [pieces.record(arm, seed) for seed in seeds] for arm in arms}
     return {
         "chance": settings.chance,
         "c_max": settings.slowest,
@@ -79,111 +66,15 @@ def measure_retention(
         "gaps": list(settings.gaps),
         "old_limit": settings.old_limit,
         "seeds": list(seeds),
-        "context": suite.context,
+        "context": pieces.context,
         "arms": {
             arm.name: summarise(arm, records[arm.name], tuned[arm.name], settings, records.get("frozen"))
             for arm in arms
         },
         "decisions": _decisions(arms, records, settings),
         "differences": _differences(arms, records),
-        "notes": _notes(subject, suite, arms, records, settings, seeds),
+        "notes": _notes(pieces, records, seeds),
     }
-
-
-class _Suite:
-    """One model with its streams, old text, and what is finished."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        filler: FillerText,
-        settings: RetentionSettings,
-        batch_size: int,
-        folder: Path | None,
-        corpus: Mapping[str, Any],
-        bar: Bar | None,
-    ) -> None:
-        self.subject, self.settings = subject, settings
-        self._filler, self._batch_size, self._bar = (
-            filler,
-            batch_size,
-            bar or (lambda title: nullcontext(None)),
-        )
-        limit = subject.limit or 2048
-        self.context = min(settings.context or 2048, limit)
-        passages = (settings.old_passages, settings.old_length)
-        self.old = OldKnowledge(subject, old_passages(subject, settings.old, *passages), batch_size)
-        self._fisher = lambda: old_passages(subject, settings.old, *passages, use="fisher")
-        # Arms, optimisers or seeds that are added later, and another limit, leave what is finished as it is.
-        shared = {k: v for k, v in asdict(settings).items() if k not in ("arms", "optimizers", "old_limit")}
-        depends = {
-            "format": FORMAT,
-            "settings": shared,
-            "corpus": corpus,
-            "model": fingerprint(subject.model),
-            "tokenizer": subject.describe()["tokenizer"],
-        }
-        self._kept = Kept(None if folder is None else folder / file_name(subject.name), depends)
-        self._streams: dict[tuple[int, str], TokenStream] = {}
-
-    def tuned(self, arm: Arm, others: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The trials of an arm and the learning rates that they chose, as JSON."""
-        if not arm.learns:
-            return {"trials": [], "step": None, "rates": [], "rates_of": ""}
-        if arm.rates_of:
-            return {**others[arm.rates_of], "trials": [], "rates_of": arm.rates_of}
-        tried = self._kept.get(f"{_piece(arm)}-tuning", lambda: self._tune(arm))
-        best = choose([Trial(**trial) for trial in tried["trials"]], self.settings.old_limit)
-        rates = [asdict(rate) for rate in rates_for(best.step, tried["units"])]
-        return {"trials": tried["trials"], "step": best.step, "rates": rates, "rates_of": ""}
-
-    def record(self, arm: Arm, tuned: Mapping[str, Any], seed: int) -> Any:
-        """What came of an arm on a seed's stream."""
-        rates = [Rate(**rate) for rate in tuned["rates"]]
-        step = "" if tuned["step"] is None else f"-step-{tuned['step']:g}"
-        name = f"{_piece(arm)}{step}-seed-{seed}"
-        return self._kept.get(name, lambda: self._run(arm, rates, seed, f"{arm.name}, seed {seed}"))
-
-    def _tune(self, arm: Arm) -> dict[str, Any]:
-        ids = self._stream(0, "tuning").ids
-        units = unit_steps(arm, self.subject.model, ids, self.settings, self.context)
-
-        def run(step: float) -> Any:
-            return self._run(arm, rates_for(step, units), 0, f"{arm.name}, trying {step:g}", "tuning")
-
-        return {"trials": as_json(tune(run, self.settings)), "units": units}
-
-    def _run(
-        self, arm: Arm, rates: Sequence[Rate], seed: int, title: str, stream: str = "test"
-    ) -> dict[str, Any]:
-        texts = self._stream(seed, stream)
-        with self._bar(f"retention: {self.subject.name}, {title}") as progress:
-            old = self._fisher() if arm.pull else ()
-            student = make_student(
-                arm,
-                self.subject.model,
-                rates,
-                self.settings,
-                self.context,
-                old=old,
-                seed=seed,
-                progress=progress,
-            )
-            return run_arm(
-                self.subject, student, texts, self.settings, self.old, endpoint_only=stream == "tuning",
-                batch_size=self._batch_size,
-            )  # fmt: skip
-
-    def _stream(self, seed: int, stream: str) -> TokenStream:
-        if (seed, stream) not in self._streams:
-            made = make_stream(self.settings, self._filler, self.subject.tokenizer, seed, stream)
-            self._streams[seed, stream] = made
-        return self._streams[seed, stream]
-
-
-def _piece(arm: Arm) -> str:
-    """The arm as files of pieces call it, whatever other optimisers are run."""
-    return f"{arm.base}-{'x'.join(map(str, arm.periods))}-{arm.optimizer}" if arm.learns else arm.base
 
 
 def summarise(
@@ -352,14 +243,8 @@ def _differences(arms: Sequence[Arm], records: Mapping[str, Sequence[Any]]) -> l
     return found
 
 
-def _notes(
-    subject: Subject,
-    suite: _Suite,
-    arms: Sequence[Arm],
-    records: Mapping[str, Sequence[Any]],
-    settings: RetentionSettings,
-    seeds: Sequence[int],
-) -> list[str]:
+def _notes(pieces: Pieces, records: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[str]:
+    subject, settings = pieces.subject, pieces.settings
     notes = []
     if len(seeds) < 5:
         notes.append(
@@ -368,8 +253,8 @@ def _notes(
         )
     updates = [
         level["updates"]
-        for arm in arms
-        for level in records[arm.name][0]["levels"]
+        for runs in records.values()
+        for level in runs[0]["levels"]
         if level["period"] == settings.slowest
     ]
     if updates and min(updates) < FEWEST_UPDATES:
@@ -377,11 +262,11 @@ def _notes(
             f"levels of period {settings.slowest} made {min(updates)} updates; below {FEWEST_UPDATES} they "
             f"are more a constant than a memory: read more sessions, or give shorter periods"
         )
-    items = int(suite.old.items.sum())
+    items = int(pieces.old.items.sum())
     if items < _FEWEST_ITEMS:
         notes.append(f"{items} tokens of old text were known before; {_FEWEST_ITEMS} are wanted")
     if "in-context" in records and subject.limit is not None:
-        tokens = max(len(text) for seed in seeds for text in suite._stream(seed, "test").texts)
+        tokens = max(len(text) for seed in seeds for text in pieces.stream(seed).texts)
         if tokens + len(subject.prefix) > subject.limit:
             notes.append(
                 f"{subject.name} takes {subject.limit} tokens and a session has up to {tokens}: the "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,19 +32,15 @@ def steps_of(settings: RetentionSettings) -> list[float]:
     return [float(f"{step:.3g}") for step in steps]
 
 
-def tune(run: Callable[[float], Record], settings: RetentionSettings) -> list[Trial]:
-    """A trial of each step. run: reads the tuning stream at a step, and is asked at the endpoint."""
-    trials = []
-    for step in steps_of(settings):
-        try:
-            record = run(step)
-        except NonFiniteError:
-            trials.append(Trial(step))
-            continue
-        recall = float(np.mean(np.concatenate(pooled([record], "correct", gap=ENDPOINT))))
-        margin = float(np.mean(np.concatenate(pooled([record], "margin", gap=ENDPOINT))))
-        trials.append(Trial(step, recall, margin, float(old_loss(record).mean())))
-    return trials
+def try_step(run: Callable[[float], Record], step: float) -> Trial:
+    """The trial of a step. run: reads the tuning stream at a step, and is asked at the endpoint."""
+    try:
+        record = run(step)
+    except NonFiniteError:
+        return Trial(step)
+    recall = float(np.mean(np.concatenate(pooled([record], "correct", gap=ENDPOINT))))
+    margin = float(np.mean(np.concatenate(pooled([record], "margin", gap=ENDPOINT))))
+    return Trial(step, recall, margin, float(old_loss(record).mean()))
 
 
 def choose(trials: Sequence[Trial], old_limit: float) -> Trial:
@@ -64,7 +59,3 @@ def choose(trials: Sequence[Trial], old_limit: float) -> Trial:
     if within:
         return max(within, key=lambda trial: (trial.recall, trial.margin))
     return min(finite, key=lambda trial: trial.old_loss)  # type: ignore[arg-type, return-value]
-
-
-def as_json(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    return [asdict(trial) for trial in trials]

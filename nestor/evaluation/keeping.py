@@ -20,27 +20,34 @@ class Kept:
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
-        self._folder = folder
+        self.folder, self.settings = folder, settings
         text = json.dumps(settings, sort_keys=True, default=str)
-        self._digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def __contains__(self, name: str) -> bool:
+        return self._read(name) is not None
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The piece of that name: from the folder, or made and kept there."""
-        if self._folder is None:
+        if self.folder is None:
             return make()
-        path = self._folder / f"{file_name(name)}.json"
-        found = self._read(path)
+        found = self._read(name)
         if found is None:
             # Both ways the piece is what JSON makes of it.
             found = json.loads(json.dumps(make()))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"settings": self._digest, "piece": found})
+            write_json(self._path(self.folder, name), {"settings": self.digest, "piece": found})
         return found
 
-    def _read(self, path: Path) -> Any:
+    def _read(self, name: str) -> Any:
+        if self.folder is None:
+            return None
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = json.loads(self._path(self.folder, name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        whole = isinstance(kept, dict) and kept.get("settings") == self._digest
+        whole = isinstance(kept, dict) and kept.get("settings") == self.digest
         return kept.get("piece") if whole else None
+
+    @staticmethod
+    def _path(folder: Path, name: str) -> Path:
+        return folder / f"{file_name(name)}.json"

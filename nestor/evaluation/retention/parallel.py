@@ -1,0 +1,74 @@
+"""The pieces of the retention suite made by several processes, each with the model on its own device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nestor.data.tasks import FillerText
+from nestor.evaluation.retention.pieces import Pieces, record_name, trial_name, units_name
+from nestor.evaluation.retention.settings import RetentionSettings
+from nestor.evaluation.retention.tuning import steps_of
+from nestor.evaluation.subjects import Subject
+from nestor.jobs import Job, Shared, Workers, run_jobs
+
+
+def make_pieces(pieces: Pieces, seeds: Sequence[int], workers: Workers) -> None:
+    """Put what is missing of all arms and seeds into the folder of the pieces, which must have one.
+
+    Raises:
+        ConfigError: the subject cannot be opened again. JobError: runs failed.
+    """
+    jobs = jobs_of(pieces, seeds)
+    run_jobs(jobs, workers, f"retention: {pieces.subject.name}")
+
+
+def jobs_of(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
+    """A job for each piece that is missing. Sizes of steps come first, then trials, then runs of seeds."""
+    call, kept = _shared(pieces).call, pieces.kept
+    steps = steps_of(pieces.settings)
+    units, trials, runs = [], [], []
+    for arm in pieces.arms.values():
+        # Whose learning rates are taken.
+        tuned = pieces.arms.get(arm.rates_of, arm)
+        sizes, tried = f"{tuned.name}: sizes of steps", [f"{tuned.name}: trying {step:g}" for step in steps]
+        if arm.learns and arm is tuned:
+            if units_name(arm) not in kept:
+                units.append(Job(sizes, call, ("units", arm)))
+            trials += [
+                Job(title, call, ("trial", arm, step), after=(sizes,))
+                for title, step in zip(tried, steps, strict=True)
+                if trial_name(arm, step) not in kept
+            ]
+        needed = [units_name(tuned), *(trial_name(tuned, step) for step in steps)] if tuned.learns else []
+        ready = all(name in kept for name in needed)
+        step = pieces.tuned(arm)["step"] if ready else None
+        runs += [
+            Job(f"{arm.name}: seed {seed}", call, ("record", arm, seed), after=(sizes, *tried))
+            for seed in seeds
+            if not ready or record_name(arm, step, seed) not in kept
+        ]
+    return [*units, *trials, *runs]
+
+
+def _shared(pieces: Pieces) -> Shared:
+    again = partial(
+        _open, pieces.subject.again(), pieces.filler, pieces.settings, pieces.batch_size, pieces.folder,
+        pieces.kept.settings,
+    )  # fmt: skip
+    return Shared((pieces.kept.digest, str(pieces.folder)), again)
+
+
+def _open(
+    reopen: Callable[[str], Subject],
+    filler: FillerText,
+    settings: RetentionSettings,
+    batch_size: int,
+    folder: Path | None,
+    depends: Mapping[str, Any],
+    device: str,
+) -> Pieces:
+    subject = reopen(device)
+    return Pieces(subject, filler, settings, batch_size=batch_size, folder=folder, depends=depends)
