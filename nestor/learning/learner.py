@@ -9,7 +9,7 @@ them up, and levels whose period ends make their steps, all at once (spec nested
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
@@ -25,6 +25,8 @@ from nestor.learning.levels import Level, check_levels
 from nestor.learning.readers import reader_of
 from nestor.learning.stream import Stream, Tensors, fresh_levels, take_apart
 from nestor.models.state import State
+
+AfterChunk = Callable[[State, State], State]
 
 
 class Reading(NamedTuple):
@@ -102,16 +104,7 @@ class Learner:
                 from.
             ConfigError: the loss does not depend on a parameter of a level.
         """
-        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size or input_ids.shape[1] == 0:
-            raise ShapeError(
-                f"the tokens have shape {list(input_ids.shape)}; give [{state.batch_size}, length], a row "
-                f"for each stream of the State, with at least one token"
-            )
-        if weights is not None and weights.shape != input_ids.shape:
-            raise ShapeError(f"weights have shape {list(weights.shape)}, the tokens {list(input_ids.shape)}")
-        if weights is not None and not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise ShapeError("weights of tokens must be finite and not below 0")
-        counted = torch.ones(input_ids.shape) if weights is None else weights
+        counted = self._checked(input_ids, state, weights)
         logits, states = [], []
         for number, row in enumerate(_rows(state)):
             stream = take_apart(row, self._adaptive)
@@ -119,24 +112,30 @@ class Learner:
             states.append(stream.row(self.base))
         return Reading(torch.cat(logits), _stack(states))
 
+    def study(
+        self,
+        input_ids: Tensor,
+        state: State,
+        weights: Tensor | None = None,
+        after_chunk: AfterChunk | None = None,
+    ) -> State:
+        """The State after the tokens and the end of their context: what `read` and then `close` give.
+
+        No logits are given, so no chunk is read twice, as by `read` while what follows it is not known. Takes
+        and raises what `read` does. after_chunk: of the States of one stream before and after a chunk was
+        learned from, the one to go on from.
+        """
+        counted = self._checked(input_ids, state, weights).tolist()
+        rows = zip(_rows(state), input_ids.tolist(), counted, strict=True)
+        return _stack([self._to_the_end(row, ids, own, after_chunk) for row, ids, own in rows])
+
     def close(self, state: State) -> State:
         """The State after the context is over: what was learned stays, all else begins anew.
 
         The tokens of the open chunk but the last one, which nothing followed, are learned from first. Levels
         that reset with the context forget.
         """
-        closed = []
-        for row in _rows(state):
-            stream = take_apart(row, self._adaptive)
-            if len(stream.tokens) > 1:
-                self._learn(stream, stream.tokens[:-1], stream.tokens[1:], stream.weights[1:])
-            stream.now = stream.start = self._unread
-            stream.tokens, stream.weights = [], []
-            for level in self._adaptive:
-                if level.reset == "context":
-                    _reset(level, stream.own(level.name))
-            closed.append(stream.row(self.base))
-        return _stack(closed)
+        return _stack([self._to_the_end(row, [], [], None) for row in _rows(state)])
 
     def weights(self, state: State, row: int = 0) -> Tensors:
         """The model's parameters by name, with what a stream has learned, in their own dtype."""
@@ -212,6 +211,41 @@ class Learner:
         with torch.inference_mode(False):
             return self._reader.initial_state(1)
 
+    def _checked(self, input_ids: Tensor, state: State, weights: Tensor | None) -> Tensor:
+        """The weights of tokens, if these go together with the State; raises ShapeError as `read` says."""
+        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size or input_ids.shape[1] == 0:
+            raise ShapeError(
+                f"the tokens have shape {list(input_ids.shape)}; give [{state.batch_size}, length], a row "
+                f"for each stream of the State, with at least one token"
+            )
+        if weights is None:
+            return torch.ones(input_ids.shape)
+        if weights.shape != input_ids.shape:
+            raise ShapeError(f"weights have shape {list(weights.shape)}, the tokens {list(input_ids.shape)}")
+        if not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ShapeError("weights of tokens must be finite and not below 0")
+        return weights
+
+    def _to_the_end(
+        self, row: State, tokens: list[int], weights: list[float], after_chunk: AfterChunk | None
+    ) -> State:
+        """A stream after its open chunk, these tokens, and the end of the context."""
+        stream = take_apart(row, self._adaptive)
+        tokens, weights = stream.tokens + tokens, stream.weights + weights
+        stream.tokens, stream.weights = [], []
+        while len(tokens) > 1:
+            count = min(self.base - stream.clock % self.base, len(tokens) - 1)
+            self._learn(stream, tokens[:count], tokens[1 : count + 1], weights[1 : count + 1])
+            tokens, weights = tokens[count:], weights[count:]
+            if after_chunk is not None:
+                row = after_chunk(row, stream.row(self.base))
+                stream = take_apart(row, self._adaptive)
+        stream.now = stream.start = self._unread
+        for level in self._adaptive:
+            if level.reset == "context":
+                _reset(level, stream.own(level.name))
+        return stream.row(self.base)
+
     def _read(self, stream: Stream, tokens: list[int], weights: list[float]) -> Tensor:
         """Logits ``[1, T, V]``; the stream is the one after the tokens."""
         logits = []
@@ -246,12 +280,13 @@ class Learner:
                 {i: {n: _own(x) for n, x in layer.items()} for i, layer in stream.start.layers.items()},
                 _own(stream.start.clock),
             )
+            # What waits for a device is sent to it before it has a chunk to work at.
+            wanted = torch.tensor(targets, device=start.device)
+            counted = torch.tensor(weights, dtype=torch.float64, device=start.device)
             logits, after = self._run(leaves, tokens, start)
             wide = torch.promote_types(logits.dtype, torch.float32)
-            losses = F.cross_entropy(
-                logits[0].to(wide), torch.tensor(targets, device=logits.device), reduction="none"
-            )
-            counted = torch.tensor(weights, dtype=wide, device=logits.device)
+            losses = F.cross_entropy(logits[0].to(wide), wanted, reduction="none")
+            counted = counted.to(wide)
             total = (losses * counted).sum()
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         gradients: Tensors = {}
@@ -272,8 +307,8 @@ class Learner:
             count = counted.sum()
             for level in self._adaptive:
                 kept = stream.own(level.name)
-                for name in level.parameters:
-                    kept[f"gradient/{name}"].add_(gradients[name])
+                sums = [kept[f"gradient/{name}"] for name in level.parameters]
+                torch._foreach_add_(sums, [gradients[name] for name in level.parameters])
                 kept["count"].add_(count)
             stream.clock += len(tokens)
             for level in self._adaptive:
@@ -306,9 +341,9 @@ class Learner:
         if level.largest_update is not None:
             most = level.largest_update * self._whole[level.name]
             scale = min(1.0, most / moved) if moved else 1.0
-        for name, change in changes.items():
-            kept[f"delta/{name}"].add_(change, alpha=scale)
-            kept[f"gradient/{name}"].zero_()
+        deltas = [kept[f"delta/{name}"] for name in changes]
+        torch._foreach_add_(deltas, list(changes.values()), alpha=scale)
+        torch._foreach_zero_([kept[f"gradient/{name}"] for name in changes])
         kept["count"].zero_()
         kept["updates"].add_(1)
         kept["moved"].fill_(moved * scale)

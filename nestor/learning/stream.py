@@ -65,7 +65,8 @@ class Stream:
         tokens = torch.zeros(1, chunk, dtype=torch.int64)
         weights = torch.zeros(1, chunk, dtype=torch.float64)
         used = len(self.tokens)
-        tokens[0, :used], weights[0, :used] = torch.tensor(self.tokens), torch.tensor(self.weights)
+        tokens[0, :used] = torch.tensor(self.tokens)
+        weights[0, :used] = torch.tensor(self.weights, dtype=weights.dtype)
         own = {
             "tokens": tokens,
             "weights": weights,
