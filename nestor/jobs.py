@@ -199,6 +199,7 @@ def _prepare(device: str, lifeline: Any) -> None:
     # Ctrl-C goes to all processes of a terminal; it is the first one's business, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
 
     torch.set_num_threads(1)

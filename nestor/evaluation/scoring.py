@@ -223,18 +223,43 @@ def score_rows(
     Rows of like length share a batch. `prefix` goes in front of every row. Without a prefix a range that
     starts at 0 has nan for its first token: nothing predicts it.
     """
-    found: list[tuple[Tensor, Tensor] | None] = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    for chosen in _batches(order, batch_size):
-        ids, wanted = _pad([rows[i] for i in chosen], prefix)
-        scores = stream_scores(model, ids, wanted, piece=piece, progress=progress)
-        for slot, i in enumerate(chosen):
-            here = slice(len(prefix) + rows[i].start, len(prefix) + rows[i].end)
-            found[i] = (scores.bits[slot, here], scores.correct[slot, here])
-    return [pair for pair in found if pair is not None]
+
+    def score(ids: Tensor, wanted: Tensor) -> Scores:
+        return stream_scores(model, ids, wanted, piece=piece, progress=progress)
+
+    return _in_batches(rows, batch_size, prefix, score)
 
 
 @torch.inference_mode()
+def score_after(
+    model: Any,
+    read: Sequence[int],
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    piece: int = PIECE,
+    progress: Progress | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """What `score_rows` gives for rows behind the tokens `read`, which are read once.
+
+    Their State or cache is repeated for the rows; by a model without one they are read with each row.
+
+    Raises:
+        ConfigError: `read` has less than two tokens.
+    """
+    if len(read) < 2:
+        raise ConfigError(f"{len(read)} tokens are to be read first; there must be at least two")
+    stream = Stream(model, piece, progress)
+    stream.read(torch.as_tensor([read[:-1]]))
+    if not isinstance(stream.state, State) and not hasattr(stream.state, "reorder_cache"):
+        return score_rows(model, rows, batch_size=batch_size, prefix=read, piece=piece, progress=progress)
+
+    def score(ids: Tensor, wanted: Tensor) -> Scores:
+        return _continue(stream.fork(len(ids)), ids, wanted)
+
+    return _in_batches(rows, batch_size, read[-1:], score)
+
+
 def score_choices(
     model: Any,
     prompt: Sequence[int],
@@ -245,29 +270,30 @@ def score_choices(
     piece: int = PIECE,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Bits of each choice as what follows the prompt: float64 [len(choices)].
+    """Bits of each choice as what follows the prompt, which is read once: float64 [len(choices)].
 
-    The prompt is read once and its State or cache repeated for the choices; of a model without one it is
-    read with each of them. `prefix` goes in front of the prompt.
-
-    Raises:
-        ConfigError: prefix and prompt together have less than two tokens.
+    `prefix` goes in front of the prompt. Raises as `score_after`.
     """
+    rows = [Row(choice, 0, len(choice)) for choice in choices]
     read = [*prefix, *prompt]
-    if len(read) < 2:
-        raise ConfigError(f"a prompt of {len(read)} tokens is given; it must have at least two")
-    stream = Stream(model, piece, progress)
-    stream.read(torch.as_tensor([read[:-1]]))
-    if not isinstance(stream.state, State) and not hasattr(stream.state, "reorder_cache"):
-        rows = [Row([*read, *choice], len(read), len(read) + len(choice)) for choice in choices]
-        scored = score_rows(model, rows, batch_size=batch_size, piece=piece, progress=progress)
-        return torch.stack([bits.sum() for bits, _ in scored])
-    found = []
-    for chosen in _batches(range(len(choices)), batch_size):
-        rows = [Row([read[-1], *choices[i]], 1, 1 + len(choices[i])) for i in chosen]
-        scores = _continue(stream.fork(len(rows)), *_pad(rows))
-        found += [scores.bits[slot, 1 : row.end].sum() for slot, row in enumerate(rows)]
-    return torch.stack(found)
+    scored = score_after(model, read, rows, batch_size=batch_size, piece=piece, progress=progress)
+    return torch.stack([bits.sum() for bits, _ in scored])
+
+
+def _in_batches(
+    rows: Sequence[Row], size: int, prefix: Sequence[int], score: Callable[[Tensor, Tensor], Scores]
+) -> list[tuple[Tensor, Tensor]]:
+    """`(bits, correct)` of each row's range, rows of like length together.
+
+    score: of ids and which of them are wanted, [B, T] both."""
+    found: list[tuple[Tensor, Tensor] | None] = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    for chosen in _batches(order, size):
+        scores = score(*_pad([rows[i] for i in chosen], prefix))
+        for slot, i in enumerate(chosen):
+            here = slice(len(prefix) + rows[i].start, len(prefix) + rows[i].end)
+            found[i] = (scores.bits[slot, here], scores.correct[slot, here])
+    return [pair for pair in found if pair is not None]
 
 
 def _pad(rows: Sequence[Row], prefix: Sequence[int] = ()) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ them up, and levels whose period ends make their steps, all at once (spec nested
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
@@ -26,6 +26,8 @@ from nestor.learning.readers import reader_of
 from nestor.learning.stream import Piece, Stream, Tensors, fresh_stream, take_apart
 from nestor.learning.updates import reset, tensors_of, update
 from nestor.models.state import State
+
+AfterChunk = Callable[[State, State], State]
 
 
 class Reading(NamedTuple):
@@ -106,25 +108,29 @@ class Learner:
                 from.
             ConfigError: the loss does not depend on a parameter of a level.
         """
-        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size or input_ids.shape[1] == 0:
-            raise ShapeError(
-                f"the tokens have shape {list(input_ids.shape)}; give [{state.batch_size}, length], a row "
-                f"for each stream of the State, with at least one token"
-            )
-        if weights is not None and weights.shape != input_ids.shape:
-            raise ShapeError(f"weights have shape {list(weights.shape)}, the tokens {list(input_ids.shape)}")
-        known = torch.ones(input_ids.shape) if weights is None else weights
-        known = known.to("cpu", torch.float64)
-        if not bool((known.isfinite() & (known >= 0)).all()):
-            raise ShapeError("weights of tokens must be finite and not below 0")
-        # Once for all chunks, for each move to a GPU waits for what is queued there.
-        ids, counted = input_ids.to(state.device, torch.int64), known.to(state.device)
         logits, states = [], []
-        for number, row in enumerate(_rows(state)):
+        for row, text in zip(_rows(state), self._texts(input_ids, state, weights), strict=True):
             stream = take_apart(row, self._adaptive)
-            logits.append(self._read(stream, Piece(ids[number], counted[number], known[number])))
+            logits.append(self._read(stream, text))
             states.append(stream.row(self.base))
         return Reading(torch.cat(logits), _stack(states))
+
+    def study(
+        self,
+        input_ids: Tensor,
+        state: State,
+        weights: Tensor | None = None,
+        after_chunk: AfterChunk | None = None,
+    ) -> State:
+        """The State after the tokens and the end of their context: what `read` and then `close` give.
+
+        No logits are given, so no chunk is read twice, as by `read` while what follows it is not known. Takes
+        and raises what `read` does. after_chunk: of the States of one stream before and after a chunk was
+        learned from, the one to go on from.
+        """
+        texts = self._texts(input_ids, state, weights)
+        rows = zip(_rows(state), texts, strict=True)
+        return _stack([self._to_the_end(row, text, after_chunk) for row, text in rows])
 
     def close(self, state: State) -> State:
         """The State after the context is over: what was learned stays, all else begins anew.
@@ -132,18 +138,7 @@ class Learner:
         The tokens of the open chunk but the last one, which nothing followed, are learned from first. Levels
         that reset with the context forget.
         """
-        closed = []
-        for row in _rows(state):
-            stream = take_apart(row, self._adaptive)
-            if len(stream.open) > 1:
-                self._learn(stream, stream.open)
-            stream.now = stream.start = self._unread
-            stream.open = stream.open.cut(0, 0)
-            for level in self._adaptive:
-                if level.reset == "context":
-                    reset(level, stream.own(level.name))
-            closed.append(stream.row(self.base))
-        return _stack(closed)
+        return _stack([self._to_the_end(row) for row in _rows(state)])
 
     def weights(self, state: State, row: int = 0) -> Tensors:
         """The model's parameters by name, with what a stream has learned, in their own dtype."""
@@ -218,6 +213,43 @@ class Learner:
         """The model's State of a stream that has read nothing, for which a Nestor model runs once."""
         with torch.inference_mode(False):
             return self._reader.initial_state(1)
+
+    def _texts(self, input_ids: Tensor, state: State, weights: Tensor | None) -> list[Piece]:
+        """The tokens of each stream with their weights; raises ShapeError as `read` says."""
+        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size or input_ids.shape[1] == 0:
+            raise ShapeError(
+                f"the tokens have shape {list(input_ids.shape)}; give [{state.batch_size}, length], a row "
+                f"for each stream of the State, with at least one token"
+            )
+        if weights is not None and weights.shape != input_ids.shape:
+            raise ShapeError(f"weights have shape {list(weights.shape)}, the tokens {list(input_ids.shape)}")
+        known = torch.ones(input_ids.shape) if weights is None else weights
+        known = known.to("cpu", torch.float64)
+        if not bool((known.isfinite() & (known >= 0)).all()):
+            raise ShapeError("weights of tokens must be finite and not below 0")
+        # Once for all chunks, for each move to a GPU waits for what is queued there.
+        ids, counted = input_ids.to(state.device, torch.int64), known.to(state.device)
+        return [Piece(*row) for row in zip(ids, counted, known, strict=True)]
+
+    def _to_the_end(
+        self, row: State, text: Piece | None = None, after_chunk: AfterChunk | None = None
+    ) -> State:
+        """A stream after its open chunk, this text, and the end of the context."""
+        stream = take_apart(row, self._adaptive)
+        text = stream.open if text is None else stream.open.then(text)
+        stream.open = stream.open.cut(0, 0)
+        while len(text) > 1:
+            count = min(self.base - stream.clock % self.base, len(text) - 1)
+            self._learn(stream, text.cut(0, count + 1))
+            text = text.cut(count)
+            if after_chunk is not None:
+                row = after_chunk(row, stream.row(self.base))
+                stream = take_apart(row, self._adaptive)
+        stream.now = stream.start = self._unread
+        for level in self._adaptive:
+            if level.reset == "context":
+                reset(level, stream.own(level.name))
+        return stream.row(self.base)
 
     def _read(self, stream: Stream, text: Piece) -> Tensor:
         """Logits ``[1, T, V]``; the stream is the one after the tokens."""

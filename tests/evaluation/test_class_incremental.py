@@ -114,7 +114,7 @@ def test_choices_score_as_whole_texts_do(kind, models, foreign, guesser, words) 
         torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
     # Every further token costs something, unless it is certain.
     assert whole[3] < whole[0] or kind == "guesser"
-    with pytest.raises(ConfigError, match="a prompt of 1 tokens"):
+    with pytest.raises(ConfigError, match="1 tokens are to be read first"):
         score_choices(model, prompt[:1], choices, batch_size=2)
 
 
@@ -153,14 +153,14 @@ def test_examples_in_context_are_the_nearest_that_fit_with_the_nearest_last(subj
 
 def test_a_learning_arm_reads_the_examples_and_nothing_else(subject, words) -> None:
     arm = make_arm("replay", subject, settings(replay=1.0, passes=2), learning_rate=0.1, seed=3)
-    original, calls = arm.learner.read, []
+    original, calls = arm.learner.study, []
 
-    def read(ids, state, weights):
+    def study(ids, state, weights):
         assert int(state.clock) == 0  # a context of its own
         calls.append((words.decode(ids[0].tolist()), weights[0].tolist()))
         return original(ids, state, weights)
 
-    arm.learner.read = read
+    arm.learner.study = study
     sessions = stream()
     arm.read(sessions[0])
     # Twice eight examples, and nothing of an earlier session to replay.

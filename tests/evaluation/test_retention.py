@@ -1,6 +1,7 @@
 """The retention suite on tiny models: facts are learned, asking changes nothing, a stopped run goes on."""
 
 import copy
+import inspect
 import json
 import re
 from dataclasses import replace
@@ -236,6 +237,34 @@ def test_what_is_shown_in_the_prompt_answers(copier, words):
     assert not any(a.correct for a in gone)
     with pytest.raises(ConfigError, match="more tokens than the 10"):
         ask(model, words, questions, limit=10)
+
+
+def test_material_that_questions_share_is_read_once_and_short_questions_together(foreign, words, monkeypatch):
+    session = two_facts(words).sessions[0]
+    questions = [*session.questions("seen"), *session.questions("untaught")]
+    materials = ["It rained all day, and the old man slept. " * 3] * 2 + [""]
+    alone = [
+        ask(foreign.model, words, [q], materials=[m], limit=256, batch_size=1)[0]
+        for q, m in zip(questions, materials, strict=True)
+    ]
+    shapes = []
+    forward = foreign.model.forward
+
+    def seen(input_ids, **given):
+        shapes.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **given)
+
+    seen.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(foreign.model, "forward", seen)
+    found = ask(foreign.model, words, questions, materials=materials, limit=256)
+    for one, other in zip(found, alone, strict=True):
+        assert one[:3] == other[:3] and one.margin == pytest.approx(other.margin, abs=1e-4)
+    # The material; two questions with two answers each behind it; the one without.
+    assert [rows for rows, _ in shapes] == [1, 4, 2] and shapes[0][1] > 100 > 40 > shapes[1][1]
+    # 16 ordinary texts are as long as many short questions: one call takes them all.
+    shapes.clear()
+    ask(foreign.model, words, questions * 20, limit=256)
+    assert [rows for rows, _ in shapes] == [120]
 
 
 def test_retrieval_finds_the_statement_of_the_one_who_is_asked_about(filler):

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from nestor.errors import ConfigError, NonFiniteError
-from nestor.evaluation.scoring import Branch, Row, Stream, greedy, score_branches, score_rows, stream_scores
+from nestor.evaluation.scoring import (
+    Branch,
+    Row,
+    Stream,
+    greedy,
+    score_after,
+    score_branches,
+    score_rows,
+    stream_scores,
+)
 
 
 def whole(model, ids):
@@ -54,6 +63,21 @@ def test_rows_of_many_lengths_in_a_batch_score_as_alone(models, foreign):
             alone, right = whole(subject.model, [256, *row.ids])
             torch.testing.assert_close(bits, alone[2 : len(row.ids) - 1], rtol=0, atol=2e-4)
             assert correct.tolist() == right[2 : len(row.ids) - 1].tolist()
+
+
+def test_rows_behind_what_is_read_once_score_as_with_it_in_front(models, foreign, guesser):
+    read = torch.randint(0, 256, (20,)).tolist()
+    rows = [
+        Row(torch.randint(0, 256, (n,)).tolist(), start, n) for n, start in ((9, 2), (4, 0), (1, 0), (7, 6))
+    ]
+    for model in (models[0].model, models[1].model, foreign.model, guesser(2)):
+        whole_rows = score_rows(model, rows, batch_size=1, prefix=read)
+        for size in (1, 3, 9):
+            for one, other in zip(score_after(model, read, rows, batch_size=size), whole_rows, strict=True):
+                torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=2e-4)
+                assert one[1].tolist() == other[1].tolist() and one[0].isfinite().all()
+    with pytest.raises(ConfigError, match="1 tokens are to be read first"):
+        score_after(foreign.model, read[:1], rows, batch_size=2)
 
 
 def test_a_branch_scores_as_its_trunk_read_anew_and_leaves_no_trace(models, foreign):

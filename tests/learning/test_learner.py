@@ -120,6 +120,47 @@ def test_invariant_8_calls_may_cut_a_stream_anywhere(model, cuts, optimizer, lev
     assert_close(flat(after), flat(state))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("length", [1, 2, 12, 13, 20])
+def test_to_study_is_to_read_and_close_without_reading_twice(
+    model, length, optimizer, monkeypatch, levels, stream
+) -> None:
+    ids, weights = stream(length, rows=2), torch.rand(2, length, dtype=torch.float64)
+    learner = Learner(model, levels(reset="never", optimizer=optimizer, rate=0.1))
+    # From a State with an open chunk, in the middle of a period.
+    _, begun = learner.read(stream(7, rows=2, seed=3), learner.start(2))
+    wanted = learner.close(learner.read(ids, begun, weights).state)
+    before = copy.deepcopy(begun)
+    runs, original = [], learner._learn
+    monkeypatch.setattr(
+        learner, "_learn", lambda stream, text: runs.append(len(text) - 1) or original(stream, text)
+    )
+    monkeypatch.setattr(learner, "_read", None)
+    found = learner.study(ids, begun, weights)
+    assert_close(flat(found), flat(wanted))
+    assert_close(flat(begun), flat(before))
+    # Each stream's open token and these, but the last, once.
+    assert sum(runs) == 2 * length
+    with pytest.raises(ShapeError, match="weights have shape"):
+        learner.study(ids, begun, weights[:1])
+
+
+def test_what_follows_a_chunk_is_taken_from_there_on(model, levels, stream) -> None:
+    ids = stream(14)
+    learner = Learner(model, levels())
+    seen = []
+
+    def undo(before, after):
+        seen.append(int(after.learned["fast"]["updates"] - before.learned["fast"]["updates"]))
+        return before if len(seen) == 2 else after
+
+    # The second chunk of three tokens is as if it had not been there, its context included.
+    found = learner.study(ids, learner.start(), after_chunk=undo)
+    assert seen == [1, 1, 1, 1, 0] and found.learned["stream"]["clock"] == 10
+    pulled = learner.study(ids[:, :4], learner.start(), after_chunk=lambda before, after: before)
+    assert not any(bool(x.any()) for name, x in pulled.learned["fast"].items() if name.startswith("delta"))
+
+
 def test_invariant_9_a_saved_stream_goes_on(model, tmp_path, levels, stream) -> None:
     learner = Learner(model, levels(optimizer="momentum"))
     ids = stream(20)

@@ -169,7 +169,7 @@ class Learning(Frozen):
         weights = torch.full(ids.shape, self.settings.text_weight)
         weights[0, -len(answer) :] = 1.0
         # What came before was closed, so nothing of it is in the context.
-        self.state = self.learner.close(self.learner.read(ids, self.state, weights).state)
+        self.state = self.learner.study(ids, self.state, weights)
         self.tokens += ids.numel()
         if self.progress is not None:
             self.progress(ids.numel())

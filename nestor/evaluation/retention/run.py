@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from nestor.evaluation.retention.questions import Answer, ask
 from nestor.evaluation.retention.settings import ENDPOINT, RetentionSettings
 from nestor.evaluation.retention.students import Frozen, Reader, Student
 from nestor.evaluation.subjects import Subject
+
+# The questions in words that were read.
+SEEN = ("seen",)
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,12 @@ def run_arm(
         student.study(text)
         read = number + 1
         if not endpoint_only:
-            for earlier in range(number):
-                tests.append(asker(earlier, read, 0, ("seen",)))
-            tests.append(asker(number, read, 0, KINDS))
+            earlier = dict.fromkeys(range(number), SEEN)
+            tests += asker(read, 0, {**earlier, number: KINDS})
         for gap, ids in zip(settings.gaps[1:], gaps, strict=True):
             student.study(ids)
-            if endpoint_only and gap == ENDPOINT:
-                tests.append(asker(number, read, gap, ("seen",)))
-            elif not endpoint_only:
-                tests.append(asker(number, read, gap, KINDS))
+            if not endpoint_only or gap == ENDPOINT:
+                tests += asker(read, gap, {number: SEEN if endpoint_only else KINDS})
     scores = old.measure(student.model())
     found: dict[str, Any] = {
         "tests": tests,
@@ -114,9 +114,10 @@ def run_arm(
         "localisation": {},
         "state_bytes": 0,
     }
-    everything = range(len(stream.sessions))
+    count = len(stream.sessions)
+    everything = dict.fromkeys(range(count), SEEN)
     if not endpoint_only:
-        tests += [asker(i, len(stream.sessions), "end", ("seen",)) for i in everything]
+        tests += asker(count, "end", everything)
     if isinstance(student, Reader):
         reports = student.learner.report(student.state)[0]
         found["levels"] = [
@@ -125,16 +126,15 @@ def run_arm(
         found["state_bytes"] = student.state.nbytes
         if len(reports) > 1 and not endpoint_only:
             for report in reports:
-                model = student.model(without=report.name)
+                answers = asker.answers(student.model(without=report.name), count, everything)
                 found["localisation"][report.name] = [
-                    [a.correct for a in asker.answers(model, i, len(stream.sessions), "seen")]
-                    for i in everything
+                    [a.correct for a in answers[i, kind]] for i in everything for kind in SEEN
                 ]
     return found
 
 
 class _Asker:
-    """Asks a student about a session. It sees a scratch copy and changes nothing of the student."""
+    """Asks a student about sessions. It sees a scratch copy and changes nothing of the student."""
 
     def __init__(
         self, subject: Subject, student: Student, sessions: Sequence[Session], batch_size: int
@@ -144,19 +144,40 @@ class _Asker:
         # What a model that never changes says of the same material is said once.
         self._said: dict[tuple[Any, ...], list[Answer]] = {}
 
-    def __call__(self, session: int, read: int, gap: int | str, kinds: Sequence[str]) -> dict[str, Any]:
-        model = self._student.model()
-        answers = {kind: _columns(self.answers(model, session, read, kind)) for kind in kinds}
-        return {"session": session, "after": read - 1, "gap": gap, "answers": answers}
+    def __call__(self, read: int, gap: int | str, kinds: Mapping[int, Sequence[str]]) -> list[dict[str, Any]]:
+        """A test for each session: the answers to its kinds of question, after so many sessions were read."""
+        found = self.answers(self._student.model(), read, kinds)
+        return [
+            {
+                "session": session,
+                "after": read - 1,
+                "gap": gap,
+                "answers": {kind: _columns(found[session, kind]) for kind in mine},
+            }
+            for session, mine in kinds.items()
+        ]
 
-    def answers(self, model: Any, session: int, read: int, kind: str) -> list[Answer]:
-        one = self._sessions[session]
-        questions: list[Question] = one.questions(kind)
-        materials = [self._student.material(self._sessions[:read], one, q) for q in questions]
-        key = (session, kind, tuple(materials))
-        if isinstance(self._student, Frozen) and key in self._said:
-            return self._said[key]
-        found = ask(
+    def answers(
+        self, model: Any, read: int, kinds: Mapping[int, Sequence[str]]
+    ) -> dict[tuple[int, str], list[Answer]]:
+        """By session and kind. All that is not known is asked at once."""
+        found: dict[tuple[int, str], list[Answer]] = {}
+        questions: list[Question] = []
+        materials: list[str] = []
+        places: dict[tuple[int, str], slice] = {}
+        keys: dict[tuple[int, str], tuple[Any, ...]] = {}
+        for session, kind in [(session, kind) for session, mine in kinds.items() for kind in mine]:
+            one = self._sessions[session]
+            mine = one.questions(kind)
+            shown = [self._student.material(self._sessions[:read], one, q) for q in mine]
+            keys[session, kind] = key = (session, kind, *shown)
+            if key in self._said:
+                found[session, kind] = self._said[key]
+                continue
+            places[session, kind] = slice(len(questions), len(questions) + len(mine))
+            questions += mine
+            materials += shown
+        said = ask(
             model,
             self._subject.tokenizer,
             questions,
@@ -165,8 +186,10 @@ class _Asker:
             limit=self._subject.limit,
             batch_size=self._batch_size,
         )
-        if isinstance(self._student, Frozen):
-            self._said[key] = found
+        for place, here in places.items():
+            found[place] = said[here]
+            if isinstance(self._student, Frozen):
+                self._said[keys[place]] = said[here]
         return found
 
 

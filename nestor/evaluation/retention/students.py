@@ -92,8 +92,8 @@ class Reader:
     Args:
         context: the most tokens of a window.
         replay: share of the tokens read that are read again, from windows drawn by `seed` among earlier ones.
-        elastic: a function of the States before and after a piece of text, applied after each period of the
-            fastest level; it gives the State to go on from.
+        elastic: of the States before and after each chunk that is learned from (`Learner.study`), the one to
+            go on from.
     """
 
     def __init__(
@@ -151,16 +151,9 @@ class Reader:
         return 1 + (most if first > most else first + (most - first) // base * base)
 
     def _read(self, window: list[int]) -> None:
-        device = self.state.device
-        step = self.learner.base if self._elastic is not None else len(window)
-        for start in range(0, len(window), step):
-            piece = torch.tensor([window[start : start + step]], device=device)
-            self._go(self.learner.read(piece, self.state).state)
-        self._go(self.learner.close(self.state))
+        ids = torch.tensor([window], device=self.state.device)
+        self.state = self.learner.study(ids, self.state, after_chunk=self._elastic)
         self._clock += len(window) - 1
-
-    def _go(self, after: State) -> None:
-        self.state = after if self._elastic is None else self._elastic(self.state, after)
 
     def _rehearse(self, tokens: int) -> None:
         """Read again what is owed for so many new tokens, in whole periods of the fastest level where a
