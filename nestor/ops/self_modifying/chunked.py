@@ -78,7 +78,7 @@ def self_modifying_chunks(
         carried.append((first, edges_of(grid, heads, begin)))
 
     inputs = Inputs(q, k, v, g, eta, alpha)
-    if is_fused((others, own), mu is not None, half, q):
+    if is_fused((others, own), mu is not None, q):
         biases = {name: gate.bias.repeat(batch) for name, gate in gates.items()}
         some, mem = (
             Part(group, *one, grid, biases)

@@ -14,8 +14,8 @@ from nestor.ops.self_modifying.groups import Group, Stack
 from nestor.ops.self_modifying.layout import Carried, Edges, Inputs, valid_rows
 from nestor.ops.self_modifying.spec import GATES
 
-# Narrower rows are filled up with zeros. Of wider ones products in three parts have no room.
-NARROWEST, WIDEST, WIDEST_HALF = 16, 64, 128
+# Narrower rows are filled up with zeros. Of wider ones a backward pass has no room for its products.
+NARROWEST, WIDEST = 16, 64
 # Columns of the one matrix that the gates are.
 GATE_COLUMNS = 32
 
@@ -31,15 +31,14 @@ class Part(NamedTuple):
     biases: Mapping[str, Tensor]
 
 
-def is_fused(groups: tuple[Group, ...], momentum: bool, half: bool, x: Tensor) -> bool:
-    """Whether the kernels cover all memories of a call, for rows like x ``[..., p]``; half: see below."""
+def is_fused(groups: tuple[Group, ...], momentum: bool, x: Tensor) -> bool:
+    """Whether the kernels cover all memories of a call, for rows like x ``[..., p]``."""
     spec = groups[0].spec
     for group in groups:
         gates = [width for name, width in zip(group.names, group.widths, strict=True) if name in GATES]
         if group.depth != 1 or any(width != 1 for width in gates):
             return False
-    fits = x.shape[-1] <= (WIDEST_HALF if half else WIDEST)
-    return not momentum and spec.step_cap != "soft" and fits and covered(x)
+    return not momentum and spec.step_cap != "soft" and x.shape[-1] <= WIDEST and covered(x)
 
 
 def fused_walks(

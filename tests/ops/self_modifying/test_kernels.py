@@ -178,7 +178,7 @@ def test_long_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, cover
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
-@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("case", ["plain", "every memory", "in parts, not at the ends", "tiles"])
 def test_walks_under_autocast_equal_the_chunked_form(draw_problem, flatten, covered, case, width) -> None:
     _compare(draw_problem, flatten, covered, half=True, **{**CASES[case], "width": width, **_tame(width)})

@@ -51,7 +51,8 @@ def _choices(
         "HAS_VALID": valid is not None,
         "HAS_RESETS": resets is not None,
         "PRECISION": precision,
-        "num_warps": 4 if xk.shape[-1] <= 32 else 8,
+        # Eight warps leave room for one program on a multiprocessor, which products in three parts need.
+        "num_warps": 8 if precision == "tf32x3" and xk.shape[-1] > 32 else 4,
         "num_stages": 1,
     }
 
