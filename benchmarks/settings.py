@@ -46,8 +46,8 @@ class Bars:
     """
 
     subjects: tuple[str, ...] = (
-        "neural_memory", "neural_memory-packed", "tnt", "attention", "kda", "titans-pytorch-x2",
-        "titans-pytorch-x4",
+        "neural_memory", "neural_memory-packed", "self_modifying", "tnt", "attention", "kda",
+        "titans-pytorch-x2", "titans-pytorch-x4",
     )  # fmt: skip
     shapes: tuple[str, ...] = ("8x4096", "2x16384", "1x65536")
     lengths: tuple[int, ...] = (4096, 16_384, 65_536, 262_144)

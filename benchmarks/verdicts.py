@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 OVER_KDA = {"8x4096": 1.0, "2x16384": 1.0, "1x65536": 0.7}
 TNT_OVER_KDA = {"1x65536": 1.0}
 OVER_TITANS = 6.0
+# Speed of the self-modifying memory over that of the memory.
+OVER_MEMORY = 0.5
 # Speed of titans-mag over the transformer's; from 16k on it has to be the faster one.
 OVER_TRANSFORMER = {"4096": 0.7, "16384": 1.0, "65536": 1.0}
 SCALING = 1.85
@@ -45,6 +47,10 @@ def _shapes(result: dict[str, Any]) -> Iterator[Verdict]:
         tnt = found.get("tnt", {})
         if "speed_over_kda" in tnt and shape in TNT_OVER_KDA:
             yield _least(f"{shape}: TNT's speed over KDA", TNT_OVER_KDA[shape], tnt["speed_over_kda"])
+        modifying = found.get("self_modifying", {})
+        if "speed_over_neural_memory" in modifying and shape.endswith("x4096"):
+            ratio = modifying["speed_over_neural_memory"]
+            yield _least(f"{shape}: self-modifying memory's speed over the memory's", OVER_MEMORY, ratio)
         if "speed_over_titans-pytorch-x4" in own:
             ratio = own["speed_over_titans-pytorch-x4"]
             yield _least(f"{shape}: speed over titans-pytorch", OVER_TITANS, ratio)

@@ -64,8 +64,8 @@ class Args:
     """Learning rates that are tried."""
     tune_documents: int = 2
     """Documents for it, of tune_tokens tokens each."""
-    tune_tokens: int = 8192
-    """Of each document for tuning."""
+    tune_tokens: int = 32_768
+    """Of each document for tuning: as many as are measured, for a rate can serve long and then run away."""
     limit: int | None = None
     """Documents to measure; none given: all."""
     bins: int = 16
