@@ -6,7 +6,7 @@ weights. None scales a first step down: means are corrected for how few updates 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,7 @@ from nestor.ops.multi_scale_muon import M3_SLOTS, m3_step, match_rms
 if TYPE_CHECKING:
     from nestor.learning.levels import Level
 
+Tensors = dict[str, Tensor]
 Slots = dict[str, Tensor]
 Step = Callable[["Level", Tensor, Slots, int], tuple[Tensor, Slots]]
 EPSILON = 1e-8
@@ -67,3 +68,34 @@ OPTIMIZERS: dict[str, tuple[Step, tuple[str, ...]]] = {
     "adam": (adam, ("momentum", "second_momentum")),
     "m3": (m3, M3_SLOTS),
 }
+
+
+def changes_of(
+    level: Level, gradients: Mapping[str, Tensor], slots: Mapping[str, Slots], count: float, updates: int
+) -> tuple[Tensors, dict[str, Slots]]:
+    """By parameter, the step of an update before `bounded`, and the slots after it.
+
+    Args:
+        gradients: summed over the tokens since the last update. slots: by parameter.
+        count: how many tokens these were. updates: how many were made before this one.
+    """
+    step, _ = OPTIMIZERS[level.optimizer]
+    changes: Tensors = {}
+    after: dict[str, Slots] = {}
+    for name, g in gradients.items():
+        reduced = g / count if level.reduce == "mean" else g
+        changes[name], after[name] = step(level, reduced, slots[name], updates)
+    return changes, after
+
+
+def bounded(level: Level, changes: Iterable[Tensor], whole: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Norm of an update, and the factor that keeps it within the level's `largest_update`.
+
+    whole: norm of the weights.
+    """
+    norms = [torch.linalg.vector_norm(change) for change in changes]
+    moved = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+    if level.largest_update is None:
+        return moved, torch.ones_like(moved)
+    most = torch.as_tensor(level.largest_update * whole, dtype=moved.dtype, device=moved.device)
+    return moved, most / torch.maximum(moved, most)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
 from nestor.errors import ConfigError, NonFiniteError, ShapeError
-from nestor.learning.inner import OPTIMIZERS
+from nestor.learning.inner import OPTIMIZERS, bounded, changes_of
 from nestor.learning.levels import Level, check_levels
 from nestor.learning.readers import reader_of
 from nestor.learning.stream import Stream, Tensors, fresh_levels, take_apart
@@ -287,25 +287,21 @@ class Learner:
         count, updates = float(kept["count"]), int(kept["updates"])
         if count == 0:
             return
-        step, slots = OPTIMIZERS[level.optimizer]
-        changes: Tensors = {}
-        for name in level.parameters:
-            g = kept[f"gradient/{name}"]
-            given = {slot: kept[f"{slot}/{name}"] for slot in slots}
-            if level.reduce == "mean":
-                g = g / count
-            changes[name], after = step(level, g, given, updates)
-            kept |= {f"{slot}/{name}": value for slot, value in after.items()}
-        moved = _norm(changes.values())
+        names, slots = level.parameters, OPTIMIZERS[level.optimizer][1]
+        changes, after = changes_of(
+            level,
+            {name: kept[f"gradient/{name}"] for name in names},
+            {name: {slot: kept[f"{slot}/{name}"] for slot in slots} for name in names},
+            count,
+            updates,
+        )
+        kept |= {f"{slot}/{name}": after[name][slot] for name in names for slot in slots}
+        moved, scale = torch.stack(bounded(level, changes.values(), self._whole[level.name])).tolist()
         if not moved < float("inf"):
             raise NonFiniteError(
                 f"the update of level {level.name!r} at token {clock} of the stream is {moved}; go on from "
                 f"the State before, with a lower learning rate than {level.learning_rate}"
             )
-        scale = 1.0
-        if level.largest_update is not None:
-            most = level.largest_update * self._whole[level.name]
-            scale = min(1.0, most / moved) if moved else 1.0
         for name, change in changes.items():
             kept[f"delta/{name}"].add_(change, alpha=scale)
             kept[f"gradient/{name}"].zero_()
