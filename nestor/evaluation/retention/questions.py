@@ -51,10 +51,7 @@ def ask(
         before = (materials[number] if materials is not None else "") + question.text
         asked, alone = encode_text(tokenizer, before), len(encode_text(tokenizer, question.text))
         for answer in question.answers:
-            ids = encode_text(tokenizer, before + answer)
-            # Where a tokenizer joins the question's last letters with the answer's first, those count too.
-            start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, ids, strict=False)))
-            row = Row(ids, start, len(ids))
+            row = answer_row(tokenizer, asked, before + answer)
             rows.append(_cut(row, limit, len(prefix), max(0, len(asked) - alone), question))
     scored = score_rows(model, rows, batch_size=batch_size, prefix=prefix)
     answers, place = [], 0
@@ -66,6 +63,14 @@ def ask(
         margin = nats[0] - max(nats[1:])
         answers.append(Answer(margin > 0, greedy[0], any(greedy), margin))
     return answers
+
+
+def answer_row(tokenizer: Any, asked: Sequence[int], text: str) -> Row:
+    """Tokens of a text, of which those after the question count. asked: tokens of the question by itself."""
+    ids = encode_text(tokenizer, text)
+    # Where a tokenizer joins the question's last letters with the answer's first, those count too.
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, ids, strict=False)))
+    return Row(ids, start, len(ids))
 
 
 def _cut(row: Row, limit: int | None, prefix: int, material: int, question: Question) -> Row:

@@ -17,6 +17,7 @@ from nestor.evaluation.retention.arms import (
     Arm,
     Rate,
     arms_of,
+    given_rates,
     levels_of,
     make_student,
     rates_for,
@@ -115,7 +116,10 @@ class _Suite:
         self.old = OldKnowledge(subject, old_passages(subject, settings.old, *passages), batch_size)
         self._fisher = lambda: old_passages(subject, settings.old, *passages, use="fisher")
         # Arms, optimisers or seeds that are added later, and another limit, leave what is finished as it is.
-        shared = {k: v for k, v in asdict(settings).items() if k not in ("arms", "optimizers", "old_limit")}
+        free = {"arms", "optimizers", "old_limit"}
+        if not settings.learning_rates:
+            free |= {"learning_rates", "largest_update"}
+        shared = {k: v for k, v in asdict(settings).items() if k not in free}
         depends = {
             "format": FORMAT,
             "settings": shared,
@@ -127,11 +131,13 @@ class _Suite:
         self._streams: dict[tuple[int, str], TokenStream] = {}
 
     def tuned(self, arm: Arm, others: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The trials of an arm and the learning rates that they chose, as JSON."""
+        """The trials of an arm and the learning rates that they chose, or those that are given, as JSON."""
         if not arm.learns:
             return {"trials": [], "step": None, "rates": [], "rates_of": ""}
         if arm.rates_of:
             return {**others[arm.rates_of], "trials": [], "rates_of": arm.rates_of}
+        if given := given_rates(arm, self.settings):
+            return {"trials": [], "step": None, "rates": [asdict(rate) for rate in given], "rates_of": ""}
         tried = self._kept.get(f"{_piece(arm)}-tuning", lambda: self._tune(arm))
         best = choose([Trial(**trial) for trial in tried["trials"]], self.settings.old_limit)
         rates = [asdict(rate) for rate in rates_for(best.step, tried["units"])]
