@@ -6,6 +6,7 @@ weights. None scales a first step down: means are corrected for how few updates 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ def bounded(level: Level, changes: Iterable[Tensor], whole: float | Tensor) -> t
     """
     norms = [torch.linalg.vector_norm(change) for change in changes]
     moved = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
-    if level.largest_update is None:
+    if level.largest_update is None or math.isinf(level.largest_update):
         return moved, torch.ones_like(moved)
     most = torch.as_tensor(level.largest_update * whole, dtype=moved.dtype, device=moved.device)
     return moved, most / torch.maximum(moved, most)

@@ -105,11 +105,14 @@ class Unrolled:
         self._names = sorted({name for one in self._learning for name in one.names})
         self._reach, self._caches, self._clock = reach, caches, 0
 
-    def read(self, input_ids: Tensor) -> Tensor:
+    def read(self, input_ids: Tensor, *, through: bool = True) -> Tensor:
         """Read a document and learn from all of it; afterwards its context is gone.
 
         Args:
             input_ids: int64 `[B, T]`, a row for each stream, at least 2 tokens.
+            through: False: its inner gradients and what is cached count as given, which is as cheap as a
+                reach of 0. The outer gradient still reaches the scales of its updates, and crosses them to
+                earlier ones.
 
         Returns:
             Nats of each token but the first, `[B, T - 1]`, as predicted before it changed any weight.
@@ -130,8 +133,8 @@ class Unrolled:
             wide = torch.promote_types(logits.dtype, torch.float32)
             nats = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), reduction="none")
             losses.append(nats.view_as(targets))
-            self._learn(weights, nats.sum(), targets.shape[1])
-            state = state if self._caches else state.detach()
+            self._learn(weights, nats.sum(), targets.shape[1], through and self._reach != 0)
+            state = state if self._caches and through else state.detach()
         for one in self._learning:
             if one.spec.reset == "context":
                 one.reset()
@@ -153,6 +156,12 @@ class Unrolled:
                 return ask(self._all(learned), input_ids[0])[None]
             return vmap(ask)(learned, input_ids)
 
+    def detach(self, scales: Mapping[str, Tensor] | None = None) -> None:
+        """What was learned so far counts as given from here on, as in truncated back-propagation: the streams
+        go on, with other initial weights and scales if outer training has changed them."""
+        for one in self._learning:
+            one.detach(self._begin, (scales or {}).get(one.spec.name, 1.0))
+
     def weights(self, stream: int = 0) -> Tensors:
         """Parameters by name, with what a stream has learned."""
         return self._all(self._learned(), stream)
@@ -172,11 +181,11 @@ class Unrolled:
             yield ids[:, start:end], ids[:, start + 1 : end + 1]
             start = end
 
-    def _learn(self, weights: Tensors, loss: Tensor, tokens: int) -> None:
+    def _learn(self, weights: Tensors, loss: Tensor, tokens: int, through: bool) -> None:
         """Gradients of a chunk, which levels take in; those that are due make their steps, all at once."""
         with torch.enable_grad():
             found = torch.autograd.grad(
-                loss, [weights[name] for name in self._names], create_graph=self._reach != 0,
+                loss, [weights[name] for name in self._names], create_graph=through,
                 retain_graph=True,
             )  # fmt: skip
             gradients = dict(zip(self._names, found, strict=True))
@@ -230,11 +239,11 @@ class _Unrolled:
         streams: int,
     ) -> None:
         self.spec, self.scale, self.reach, self.names = level, scale, reach, frozenset(level.parameters)
+        self.whole = _norm(begin, level)
         self.zeros = {
             name: torch.zeros_like(begin[name]).expand(streams, *begin[name].shape)
             for name in level.parameters
         }
-        self.whole = torch.stack([begin[name].detach().norm() for name in level.parameters]).norm()
         self.gradients, self.count, self.updates = dict(self.zeros), 0, 0
         self.reset()
 
@@ -242,6 +251,12 @@ class _Unrolled:
         slots = OPTIMIZERS[self.spec.optimizer][1]
         self.older, self.recent = dict(self.zeros), list[Tensors]()
         self.slots: dict[str, Slots] = {name: dict.fromkeys(slots, self.zeros[name]) for name in self.zeros}
+
+    def detach(self, begin: Mapping[str, Tensor], scale: Tensor | float) -> None:
+        self.older, self.recent = {name: self.delta(name).detach() for name in self.zeros}, []
+        self.gradients = {name: g.detach() for name, g in self.gradients.items()}
+        self.slots = _detached(self.slots)
+        self.scale, self.whole = scale, _norm(begin, self.spec)
 
     def delta(self, name: str) -> Tensor:
         """What the level has added to a parameter."""
@@ -262,9 +277,7 @@ class _Unrolled:
 
         changes, self.slots = vmap(step)(self.gradients, self.slots)
         if self.reach is not None:
-            self.slots = {
-                name: {key: x.detach() for key, x in slots.items()} for name, slots in self.slots.items()
-            }
+            self.slots = _detached(self.slots)
         self.recent.append(changes)
         if self.reach is not None and len(self.recent) > self.reach:
             oldest = self.recent.pop(0)
@@ -273,3 +286,12 @@ class _Unrolled:
         self.gradients, self.count = dict(self.zeros), 0
         if isinstance(self.spec.reset, int) and self.updates % self.spec.reset == 0:
             self.reset()
+
+
+def _norm(begin: Mapping[str, Tensor], level: Level) -> Tensor:
+    """Of the weights of a level."""
+    return torch.stack([begin[name].detach().norm() for name in level.parameters]).norm()
+
+
+def _detached(slots: Mapping[str, Slots]) -> dict[str, Slots]:
+    return {name: {key: x.detach() for key, x in kept.items()} for name, kept in slots.items()}

@@ -247,6 +247,54 @@ def test_invariant_21_a_recall_with_the_context_gone_reaches_where_levels_began(
     assert not torch.allclose(torch.autograd.grad(cut, weight)[0], by_weight, rtol=1e-3)
 
 
+def test_what_counts_as_given_is_learned_from_all_the_same(model) -> None:
+    """A document whose gradients are given, and a stream that goes on after its graph was cut."""
+    first, second, question = tokens(1, 9), tokens(1, 7).flip(1), tokens(1, 3, 6)
+    log_rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    own = model.get_parameter(FAST)
+
+    def left(log_rate, **options):
+        streams = Unrolled(model, levels(), scales={name: log_rate.exp() for name in ("fast", "slow")})
+        streams.read(first[:, :5], **options)
+        return streams
+
+    def asked(streams):
+        return streams.logits(question).square().sum()
+
+    whole, given, cut = left(log_rate), left(log_rate, through=False), left(log_rate)
+    cut.detach({name: log_rate.exp() for name in ("fast", "slow")})
+    losses = [asked(one) for one in (whole, given, cut)]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-12)
+    assert float(losses[0]) == pytest.approx(float(losses[2]), rel=1e-12)
+    by_weight = [torch.autograd.grad(loss, own, retain_graph=True)[0] for loss in losses]
+    learned = {name: x.detach() - model.get_parameter(name).detach() for name, x in cut.weights().items()}
+    moved_model = {name: p + learned[name] for name, p in model.named_parameters()}
+    expected = torch.func.functional_call(model, moved_model, (question[0],)).logits.square().sum()
+    (first_order,) = torch.autograd.grad(expected, own)
+    for g in by_weight[1:]:
+        torch.testing.assert_close(g, first_order, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(by_weight[0], first_order, rtol=1e-2)
+    # Rates get the part of the gradient that is not by way of the weights; after the cut none at all.
+    (by_rate,) = torch.autograd.grad(losses[1], log_rate)
+    single = [Level("fast", (FAST,), 4, 0.4)]
+
+    def once(log_rate):
+        streams = Unrolled(model, single, scales={"fast": log_rate.exp()})
+        streams.read(first[:, :5], through=False)
+        return asked(streams)
+
+    (alone,) = torch.autograd.grad(once(log_rate), log_rate)
+    up, down = (once(log_rate.detach() + step).detach() for step in (1e-5, -1e-5))
+    assert float(alone) == pytest.approx(float(up - down) / 2e-5, rel=1e-5) and float(by_rate) != 0
+    assert torch.autograd.grad(losses[2], log_rate, allow_unused=True)[0] is None
+    # All three go on as one.
+    for streams in (whole, given, cut):
+        streams.read(second)
+    torch.testing.assert_close(asked(whole), asked(given), rtol=1e-10, atol=0)
+    torch.testing.assert_close(asked(whole), asked(cut), rtol=1e-10, atol=0)
+    assert float(torch.autograd.grad(asked(cut), log_rate)[0]) != 0
+
+
 def test_a_scale_is_one_of_the_learning_rate(llama) -> None:
     """Also where the largest update limits it, so that the product can be given to a Learner."""
     ids = tokens(1, 12)
