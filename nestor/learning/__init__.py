@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nestor.learning.learner import Learner, LevelReport, Reading
     from nestor.learning.levels import Level
     from nestor.learning.retrofit import Retrofit
-    from nestor.learning.unrolled import unrolled_loss
+    from nestor.learning.unrolled import Unrolled, unrolled_loss
 
 _EXPORTS = {
     "Learner": "nestor.learning.learner",
@@ -21,6 +21,7 @@ _EXPORTS = {
     "LevelReport": "nestor.learning.learner",
     "Reading": "nestor.learning.learner",
     "Retrofit": "nestor.learning.retrofit",
+    "Unrolled": "nestor.learning.unrolled",
     "assign_levels": "nestor.learning.assignment",
     "continuum_blocks": "nestor.learning.assignment",
     "continuum_levels": "nestor.learning.assignment",
@@ -34,6 +35,7 @@ __all__ = [
     "LevelReport",
     "Reading",
     "Retrofit",
+    "Unrolled",
     "assign_levels",
     "continuum_blocks",
     "continuum_levels",

@@ -1,10 +1,14 @@
 """The stream of sessions: drawn by the seed, by chance alone, and with no answer in it but as a statement."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
 from nestor.data.tasks import FillerText, SessionSpec, gap_text
-from nestor.data.tasks.sessions import KINDS, RELATIONS
+from nestor.data.tasks.relations import RELATIONS, TRAIN_RELATIONS
+from nestor.data.tasks.sessions import KINDS, STREAMS
+from nestor.data.tasks.words import NOUNS, TRAIN_NOUNS
 from nestor.errors import ConfigError, DataError
 
 SPEC = SessionSpec(sessions=3, facts=12, untaught=6, repeats=(1, 3), relations=3, distractors=2, filler=500)
@@ -29,6 +33,34 @@ def test_the_seed_gives_the_stream_and_tuning_is_another(filler):
     assert gap_text(filler, 3, 0, 300) == gap_text(filler, 3, 0, 300) != gap_text(filler, 3, 1, 300)
     assert gap_text(filler, 3, 0, 300) != gap_text(filler, 3, 0, 300, "tuning")
     assert len(gap_text(filler, 3, 0, 300)) >= 300
+
+
+def test_a_stream_for_training_shares_no_word_of_a_fact_with_those_for_tests(filler):
+    asked = {stream: [SPEC.draw(filler, seed, stream) for seed in range(20)] for stream in STREAMS}
+    facts = {
+        stream: [f for sessions in drawn for s in sessions for f in s.facts + s.untaught]
+        for stream, drawn in asked.items()
+    }
+    entities = {stream: {f.entity for f in found} for stream, found in facts.items()}
+    for one, other in combinations(STREAMS, 2):
+        # Invented names of a few letters are drawn twice now and then.
+        assert len(entities[one] & entities[other]) < 0.02 * len(entities[one])
+    for part in ("relation", "value"):
+        used = {stream: {getattr(f, part) for f in found} for stream, found in facts.items()}
+        assert used["test"] & used["validation"] and not used["training"] & (
+            used["test"] | used["tuning"] | used["validation"]
+        )
+    wordings = [
+        {w for r in known.values() for w in (*r.wordings, r.reverse)}
+        for known in (RELATIONS, TRAIN_RELATIONS)
+    ]
+    assert not wordings[0] & wordings[1] and not set(NOUNS) & set(TRAIN_NOUNS)
+    # The relations of a session are drawn, and all have their turn.
+    assert {f.relation for f in facts["training"]} == set(TRAIN_RELATIONS)
+    for session in asked["training"][0]:
+        assert len({f.relation for f in session.facts}) == 3
+        assert all(q.text + q.answers[0] in session.text for q in session.questions("seen"))
+        assert not any(q.text in session.text for q in session.questions("held_out"))
 
 
 def test_answers_are_in_the_stream_as_statements_alone(filler):

@@ -16,8 +16,10 @@ from nestor.data.tasks.sessions import KINDS, Question
 from nestor.errors import ConfigError, NonFiniteError
 from nestor.evaluation import Subject
 from nestor.evaluation.keeping import Kept
+from nestor.evaluation.report import Section
 from nestor.evaluation.retention import pieces as pieces_module
 from nestor.evaluation.retention.arms import Rate, arms_of, levels_of, make_student, rates_for, unit_steps
+from nestor.evaluation.retention.drawing import retention_tables
 from nestor.evaluation.retention.measures import pooled
 from nestor.evaluation.retention.old import OldKnowledge, old_passages, written_by
 from nestor.evaluation.retention.questions import ask, statements_for
@@ -393,6 +395,46 @@ def test_other_models_learn_too(foreign, filler):
     several = replace(two, optimizers=("sgd", "adam"))
     names = [arm.name for arm in arms_of(several)]
     assert names == ["frozen", "continuum-2 sgd", "continuum-2 adam"]
+
+
+def test_given_rates_take_the_place_of_trials(subject, words, old, filler):
+    settings = replace(
+        SMALL, arms=("single-fast", "single-slow", "continuum", "equal-periods", "low-rank"), trials=1,
+        sessions=1, learning_rates=(0.02, 0.05), largest_update=0.003,
+    )  # fmt: skip
+    result = measure_retention(subject, filler, settings)
+    rates = {name: arm["tuning"]["rates"] for name, arm in result["arms"].items()}
+    fast, slow = ({"learning_rate": rate, "largest_update": 0.003} for rate in (0.02, 0.05))
+    low = rates.pop("low-rank")
+    assert rates == {
+        "single-fast": [fast], "single-slow": [slow], "continuum-2": [fast, slow],
+        "equal-periods": [fast, slow],
+    }  # fmt: skip
+    tuned = [name for name, arm in result["arms"].items() if arm["tuning"]["trials"]]
+    assert tuned == ["low-rank"] and low[0] not in (fast, slow)
+    # They are what the arms learn with.
+    arm = next(arm for arm in arms_of(settings) if arm.base == "continuum-2")
+    student = make_student(arm, subject.model, [Rate(0.02, 0.003), Rate(0.05, 0.003)], settings, 129)
+    knowledge = OldKnowledge(subject, old_passages(subject, ("self",), 3, 24))
+    record = run_arm(subject, student, make_stream(settings, filler, words, 0), settings, knowledge)
+    assert result["arms"]["continuum-2"]["levels"] == record["levels"] and record["levels"][0]["change"] > 0
+    text = write_words(result)
+    assert "Learning rates of single-fast, single-slow, continuum-2, equal-periods were given." in text
+    assert "Of the other arms the step was chosen" in text and "rates 0.02, 0.05" in text
+    for wrong, message in (
+        ({"learning_rates": (0.1,)}, "give one for each"),
+        ({"learning_rates": (), "largest_update": 0.1}, "only with learning_rates"),
+        ({"optimizers": ("sgd", "adam")}, "one inner step"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(settings, **wrong).check()
+
+
+def write_words(result):
+    """All that the report says of a model."""
+    section = Section("retention", "retention")
+    retention_tables(section, {"models": {"tiny": result}})
+    return json.dumps(section.blocks)
 
 
 def test_trials_that_all_fail_say_so(subject, filler, monkeypatch):

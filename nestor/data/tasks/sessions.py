@@ -16,7 +16,8 @@ import numpy as np
 
 from nestor.data.corpora.sources import TextSource
 from nestor.data.tasks.haystack import as_lines, breaks
-from nestor.data.tasks.words import NOUNS, invented_name
+from nestor.data.tasks.relations import RELATIONS, TRAIN_RELATIONS, Relation
+from nestor.data.tasks.words import NOUNS, TRAIN_NOUNS, invented_name
 from nestor.errors import ConfigError, DataError
 
 KINDS = ("seen", "held_out", "reversed", "untaught")
@@ -24,56 +25,9 @@ KINDS = ("seen", "held_out", "reversed", "untaught")
 _LARGEST_FILLER = 4_000_000
 # Between two statements of a session there are about so many characters of other text, where there is any.
 _FILLER_PIECE = 160
-_STREAMS = ("test", "tuning")
-
-
-@dataclass(frozen=True)
-class Relation:
-    """Wordings of a fact, all of which end before the value; the last is never stated. `reverse` asks back
-    and ends before the entity; nor is it ever stated."""
-
-    wordings: tuple[str, ...]
-    reverse: str
-
-
-RELATIONS = {
-    "emblem": Relation(
-        (
-            "The emblem of {entity} is the",
-            "On the shield of {entity} one sees the",
-            "The flag of {entity} shows the",
-            "People know {entity} by the sign of the",
-        ),
-        "The {value} is the emblem of",
-    ),
-    "gift": Relation(
-        (
-            "At the feast {entity} was given the",
-            "The gift that {entity} received is the",
-            "As a present {entity} took home the",
-            "What the guests brought for {entity} was the",
-        ),
-        "The {value} was a present for",
-    ),
-    "home": Relation(
-        (
-            "The house of {entity} stands by the",
-            "You will find {entity} beside the",
-            "For years {entity} has lived near the",
-            "To visit {entity} you walk to the",
-        ),
-        "The one who lives by the {value} is",
-    ),
-    "fear": Relation(
-        (
-            "What {entity} fears most is the",
-            "Nothing scares {entity} more than the",
-            "At night {entity} dreams in horror of the",
-            "Before anything else {entity} runs away from the",
-        ),
-        "The {value} scares nobody but",
-    ),
-}
+#: "training" has relations and values of its own; the others share theirs, and none shares an entity.
+STREAMS = ("test", "tuning", "training", "validation")
+_WORDINGS: dict[str, Relation] = {**RELATIONS, **TRAIN_RELATIONS}
 
 
 @dataclass(frozen=True)
@@ -94,7 +48,7 @@ class SessionFact:
 
     def wording(self, number: int) -> str:
         """The statement up to the value."""
-        return RELATIONS[self.relation].wordings[number].format(entity=self.entity)
+        return _WORDINGS[self.relation].wordings[number].format(entity=self.entity)
 
     @property
     def statements(self) -> list[str]:
@@ -185,7 +139,8 @@ class SessionSpec:
     Args:
         sessions: how many; facts: stated in each; untaught: entities in each that are only asked about.
         repeats: times that facts are stated, in turn.
-        relations: how many of `RELATIONS`, from the first; facts are spread evenly over them.
+        relations: how many of `RELATIONS`, from the first (in "training" any of `TRAIN_RELATIONS`); facts
+            are spread evenly over them.
         distractors: wrong answers to choose from beside the right one.
         filler: characters of ordinary text in each session, between statements.
     """
@@ -216,27 +171,35 @@ class SessionSpec:
             )
 
     def draw(self, filler: FillerText, seed: int, stream: str = "test") -> list[Session]:
-        """The sessions of a seed. "tuning" is another stream than "test": no entity is in both, but by the
-        chance of two draws of invented names being the same."""
-        rng = np.random.default_rng([_STREAMS.index(stream), 0, seed])
-        names = _names(rng, self.sessions * (self.facts + self.untaught))
-        return [self._session(rng, names, filler) for _ in range(self.sessions)]
+        """The sessions of a seed.
 
-    def _session(self, rng: np.random.Generator, names: list[str], filler: FillerText) -> Session:
-        kinds = list(RELATIONS)[: self.relations]
+        No entity is in two of `STREAMS`, but by the chance of two draws of invented names being the same. In
+        "training" relations and values are others too, and each session draws its relations.
+        """
+        rng = np.random.default_rng([STREAMS.index(stream), 0, seed])
+        names = _names(rng, self.sessions * (self.facts + self.untaught))
+        return [self._session(rng, names, filler, stream == "training") for _ in range(self.sessions)]
+
+    def _session(
+        self, rng: np.random.Generator, names: list[str], filler: FillerText, training: bool
+    ) -> Session:
+        kinds, nouns = list(RELATIONS)[: self.relations], NOUNS
+        if training:
+            known, nouns = list(TRAIN_RELATIONS), TRAIN_NOUNS
+            kinds = [known[n] for n in rng.choice(len(known), self.relations, replace=False)]
         times = [self.repeats[i % len(self.repeats)] for i in range(self.facts)]
         rng.shuffle(times)
         entities: dict[str, list[str]] = {kind: [] for kind in kinds}
         for i in range(self.facts):
             entities[kinds[i % len(kinds)]].append(names.pop())
         values = {
-            kind: [NOUNS[n] for n in rng.choice(len(NOUNS), len(entities[kind]), replace=False)]
+            kind: [nouns[n] for n in rng.choice(len(nouns), len(entities[kind]), replace=False)]
             for kind in kinds
         }
         facts = []
         for i in range(self.facts):
             kind, place = kinds[i % len(kinds)], i // len(kinds)
-            stated = len(RELATIONS[kind].wordings) - 1
+            stated = len(_WORDINGS[kind].wordings) - 1
             first = int(rng.integers(stated))
             facts.append(
                 SessionFact(
@@ -274,13 +237,13 @@ class SessionSpec:
 
 def gap_text(filler: FillerText, seed: int, session: int, characters: int, stream: str = "test") -> str:
     """The ordinary text that follows a session, at least so many characters."""
-    return filler.text(np.random.default_rng([_STREAMS.index(stream), 1, seed, session]), characters)
+    return filler.text(np.random.default_rng([STREAMS.index(stream), 1, seed, session]), characters)
 
 
 def _question(kind: str, fact: SessionFact) -> Question:
     values = tuple(f" {value}." for value in (fact.value, *fact.other_values))
     if kind == "reversed":
-        text = RELATIONS[fact.relation].reverse.format(value=fact.value)
+        text = _WORDINGS[fact.relation].reverse.format(value=fact.value)
         return Question(kind, text, tuple(f" {name}." for name in (fact.entity, *fact.other_entities)))
     if kind == "held_out":
         return Question(kind, fact.wording(-1), values)

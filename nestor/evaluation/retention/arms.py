@@ -53,10 +53,10 @@ class Arm:
 @dataclass(frozen=True)
 class Rate:
     """Of one level: its learning rate, and the norm of an update over that of the level's own weights that is
-    not exceeded."""
+    not exceeded; None: no limit."""
 
     learning_rate: float
-    largest_update: float
+    largest_update: float | None
 
 
 def arms_of(settings: RetentionSettings) -> list[Arm]:
@@ -190,6 +190,14 @@ def rates_for(step: float, units: Sequence[tuple[float, float]]) -> list[Rate]:
     if any(not effective > 0 for effective, _ in units):
         raise ConfigError("a level's weights have no gradient on the tuning stream; it cannot learn")
     return [Rate(step / effective, _LARGEST * step * own / effective) for effective, own in units]
+
+
+def given_rates(arm: Arm, settings: RetentionSettings) -> list[Rate]:
+    """Learning rates that the settings give to the levels of an arm, by period; none: it is tuned."""
+    if not settings.learning_rates or arm.rank:
+        return []
+    rates = dict(zip(settings.periods, settings.learning_rates, strict=True))
+    return [Rate(rates[period], settings.largest_update) for period in arm.periods]
 
 
 def _effective(reader: Reader, level: Level) -> float:

@@ -169,9 +169,20 @@ def _explain(section: Section, model: Mapping[str, Any]) -> None:
         f"Facts that nobody knew are read in sessions of text; then the context is closed and the model is "
         f"asked with learning off. The endpoint is the share of right answers among the candidates (chance "
         f"{100 * model['chance']:.0f} %) after {gap:,} tokens of other text, at a rise of old text's bits "
-        f"of at most {100 * model['old_limit']:g} %. Each arm's step was chosen on another stream after the "
-        f"same number of trials. Intervals resample seeds, and facts within each."
+        f"of at most {100 * model['old_limit']:g} %. {_tuned(model['arms'])} Intervals resample seeds, and "
+        f"facts within each."
     )
+
+
+def _tuned(arms: Mapping[str, Any]) -> str:
+    """Where learning rates come from."""
+    chosen = "step was chosen on another stream after the same number of trials."
+    learning = [name for name, row in arms.items() if row["tuning"]["rates"]]
+    given = [name for name in learning if arms[name]["tuning"]["step"] is None]
+    if not given:
+        return f"Each arm's {chosen}"
+    text = f"Learning rates of {', '.join(given)} were given."
+    return text if len(given) == len(learning) else f"{text} Of the other arms the {chosen}"
 
 
 def _sheet(section: Section, model: Mapping[str, Any]) -> None:
@@ -229,7 +240,9 @@ def _costs(section: Section, model: Mapping[str, Any]) -> None:
         levels = ", ".join(f"{one['updates']} ({one['change']:.1e})" for one in row["levels"]) or "-"
         loss = {key: None if value is None else 100 * value for key, value in row["old_loss"].items()
                 if key in ("estimate", "low", "high")}  # fmt: skip
-        step = "-" if row["tuning"]["step"] is None else f"{row['tuning']['step']:.2g}"
+        given = ", ".join(f"{rate['learning_rate']:.3g}" for rate in row["tuning"]["rates"])
+        given = f"rates {given}" if given else "-"
+        step = given if row["tuning"]["step"] is None else f"{row['tuning']['step']:.2g}"
         rows.append(
             [
                 name,

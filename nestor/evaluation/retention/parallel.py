@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nestor.data.tasks import FillerText
+from nestor.evaluation.retention.arms import given_rates
 from nestor.evaluation.retention.pieces import Pieces, record_name, trial_name, units_name
 from nestor.evaluation.retention.settings import RetentionSettings
 from nestor.evaluation.retention.tuning import steps_of
@@ -34,7 +35,8 @@ def jobs_of(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
         # Whose learning rates are taken.
         tuned = pieces.arms.get(arm.rates_of, arm)
         sizes, tried = f"{tuned.name}: sizes of steps", [f"{tuned.name}: trying {step:g}" for step in steps]
-        if arm.learns and arm is tuned:
+        searched = tuned.learns and not given_rates(tuned, pieces.settings)
+        if searched and arm is tuned:
             if units_name(arm) not in kept:
                 units.append(Job(sizes, call, ("units", arm)))
             trials += [
@@ -42,7 +44,7 @@ def jobs_of(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
                 for title, step in zip(tried, steps, strict=True)
                 if trial_name(arm, step) not in kept
             ]
-        needed = [units_name(tuned), *(trial_name(tuned, step) for step in steps)] if tuned.learns else []
+        needed = [units_name(tuned), *(trial_name(tuned, step) for step in steps)] if searched else []
         ready = all(name in kept for name in needed)
         step = pieces.tuned(arm)["step"] if ready else None
         runs += [

@@ -11,7 +11,15 @@ from typing import Any
 from nestor.data.tasks import FillerText
 from nestor.evaluation.figures import file_name
 from nestor.evaluation.keeping import Kept
-from nestor.evaluation.retention.arms import Arm, Rate, arms_of, make_student, rates_for, unit_steps
+from nestor.evaluation.retention.arms import (
+    Arm,
+    Rate,
+    arms_of,
+    given_rates,
+    make_student,
+    rates_for,
+    unit_steps,
+)
 from nestor.evaluation.retention.old import OldKnowledge, old_passages
 from nestor.evaluation.retention.run import TokenStream, make_stream, run_arm
 from nestor.evaluation.retention.settings import RetentionSettings
@@ -76,11 +84,13 @@ class Pieces:
         return Trial(**self.kept.get(trial_name(arm, step), lambda: asdict(try_step(run, step))))
 
     def tuned(self, arm: Arm) -> dict[str, Any]:
-        """The trials of an arm and the learning rates that they chose, as JSON."""
+        """The trials of an arm and the learning rates that they chose, or those that are given, as JSON."""
         if not arm.learns:
             return {"trials": [], "step": None, "rates": [], "rates_of": ""}
         if arm.rates_of:
             return {**self.tuned(self.arms[arm.rates_of]), "trials": [], "rates_of": arm.rates_of}
+        if given := given_rates(arm, self.settings):
+            return {"trials": [], "step": None, "rates": [asdict(rate) for rate in given], "rates_of": ""}
         trials = [self.trial(arm, step) for step in steps_of(self.settings)]
         best = choose(trials, self.settings.old_limit)
         rates = [asdict(rate) for rate in rates_for(best.step, self.units(arm))]

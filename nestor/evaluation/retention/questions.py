@@ -77,10 +77,19 @@ def _rows(tokenizer: Any, question: Question, material: str, limit: int | None, 
     alone = len(encode_text(tokenizer, question.text))
     found = []
     for ids in whole:
-        # Where a tokenizer joins the question's last letters with the answer's first, those count too.
-        row = Row(ids, _common([asked, ids]), len(ids))
+        row = _answer_row(asked, ids)
         found.append(_cut(row, limit, prefix, max(0, len(asked) - alone), question))
     return found
+
+
+def answer_row(tokenizer: Any, asked: Sequence[int], text: str) -> Row:
+    """Tokens of a text, of which those after the question count. asked: tokens of the question by itself."""
+    return _answer_row(asked, encode_text(tokenizer, text))
+
+
+def _answer_row(asked: Sequence[int], ids: list[int]) -> Row:
+    # Where a tokenizer joins the question's last letters with the answer's first, those count too.
+    return Row(ids, _common([asked, ids]), len(ids))
 
 
 def _score(

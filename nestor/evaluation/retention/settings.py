@@ -46,6 +46,11 @@ class RetentionSettings:
     equal-periods, shuffled, low-rank, replay, ewc."""
     optimizers: tuple[str, ...] = ("sgd",)
     """Inner steps; each arm that learns is run with each."""
+    learning_rates: tuple[float, ...] = ()
+    """Of the levels, one for each period, in place of trials; none given: each arm is tuned. The low-rank
+    arm, whose weights are others, always is."""
+    largest_update: float | None = None
+    """With learning_rates: the share of the norm of a level's weights that no update exceeds."""
     trials: int = 4
     """Learning rates tried for each arm, on a stream of its own."""
     smallest_step: float = 1e-4
@@ -104,6 +109,20 @@ class RetentionSettings:
             raise ConfigError(
                 f"gaps are {list(self.gaps)}; give rising numbers with 0, right after a session, and "
                 f"{ENDPOINT}, where arms are compared"
+            )
+        if self.learning_rates and len(self.learning_rates) != len(self.periods):
+            raise ConfigError(
+                f"learning_rates are {list(self.learning_rates)} for periods {list(self.periods)}; give one "
+                f"for each"
+            )
+        if self.learning_rates and len(self.optimizers) > 1:
+            raise ConfigError(
+                f"learning_rates are given for one inner step, not for {list(self.optimizers)}; name one"
+            )
+        if self.largest_update is not None and not (self.learning_rates and self.largest_update > 0):
+            raise ConfigError(
+                f"largest_update is {self.largest_update}; give a share above 0, and only with "
+                f"learning_rates (tuned arms have limits of their own)"
             )
         for name in ("trials", "old_passages", "rank"):
             if getattr(self, name) < 1:
