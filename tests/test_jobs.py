@@ -120,8 +120,10 @@ def test_the_end_of_the_first_process_ends_all(tmp_path, end):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(folder=str(Path(__file__).parent), out=str(tmp_path)))
     process = subprocess.Popen(
-        [sys.executable, str(program)], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, str(program)], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Tests that run in the background have inherited that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     marks = [tmp_path / "short", tmp_path / "long"]
     _until(lambda: all(mark.is_file() and mark.read_text() for mark in marks))
     # Ctrl-C goes to every process of the terminal, a kill to the one alone.
