@@ -116,7 +116,8 @@ class Unrolled:
                 earlier ones.
 
         Returns:
-            Nats of each token but the first, `[B, T - 1]`, as predicted before it changed any weight.
+            Nats of each token but the first, `[B, T - 1]`, as predicted before it changed any weight; without
+            a graph, if not through, so that of each chunk only what it changed stays in memory.
         """
         if input_ids.dim() != 2 or input_ids.shape[0] != self.streams or input_ids.shape[1] < 2:
             raise ShapeError(
@@ -133,7 +134,7 @@ class Unrolled:
                 logits, state = self._run(weights, chunk, state)
             wide = torch.promote_types(logits.dtype, torch.float32)
             nats = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), reduction="none")
-            losses.append(nats.view_as(targets))
+            losses.append((nats if through else nats.detach()).view_as(targets))
             self._learn(weights, nats.sum(), targets.shape[1], through and self._reach != 0)
             state = state if self._caches and through else state.detach()
         for one in self._learning:

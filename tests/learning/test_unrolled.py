@@ -264,8 +264,8 @@ def test_what_counts_as_given_is_learned_from_all_the_same(model) -> None:
     whole, given, cut = left(log_rate), left(log_rate, through=False), left(log_rate)
     cut.detach({name: log_rate.exp() for name in ("fast", "slow")})
     losses = [asked(one) for one in (whole, given, cut)]
-    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-12)
-    assert float(losses[0]) == pytest.approx(float(losses[2]), rel=1e-12)
+    for loss in losses[1:]:
+        torch.testing.assert_close(losses[0], loss, rtol=1e-12, atol=0)
     by_weight = [torch.autograd.grad(loss, own, retain_graph=True)[0] for loss in losses]
     learned = {name: x.detach() - model.get_parameter(name).detach() for name, x in cut.weights().items()}
     moved_model = {name: p + learned[name] for name, p in model.named_parameters()}
@@ -288,8 +288,12 @@ def test_what_counts_as_given_is_learned_from_all_the_same(model) -> None:
     assert float(alone) == pytest.approx(float(up - down) / 2e-5, rel=1e-5) and float(by_rate) != 0
     assert torch.autograd.grad(losses[2], log_rate, allow_unused=True)[0] is None
     # All three go on as one.
-    for streams in (whole, given, cut):
-        streams.read(second)
+    nats = [
+        streams.read(second, through=through)
+        for streams, through in zip((whole, given, cut), (True, False, True), strict=True)
+    ]
+    assert nats[0].requires_grad and not nats[1].requires_grad
+    torch.testing.assert_close(nats[0], nats[1], rtol=1e-10, atol=0)
     torch.testing.assert_close(asked(whole), asked(given), rtol=1e-10, atol=0)
     torch.testing.assert_close(asked(whole), asked(cut), rtol=1e-10, atol=0)
     assert float(torch.autograd.grad(asked(cut), log_rate)[0]) != 0
