@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nestor.evaluation.figures import file_name
 from nestor.files import write_json
+from nestor.jobs import Shared
 
 
 class Kept:
@@ -51,3 +53,26 @@ class Kept:
     @staticmethod
     def _path(folder: Path, name: str) -> Path:
         return folder / f"{file_name(name)}.json"
+
+
+def reopened(made: Any, *given: Any, **options: Any) -> Shared:
+    """For jobs of workers: another of the kind of `made`, which each opens with the subject on its device.
+
+    made: with a `subject`, a `folder` and what is `kept` there. given, options: what it is made with besides.
+
+    Raises:
+        ConfigError: the subject cannot be opened again.
+    """
+    options |= {"folder": made.folder, "depends": made.kept.settings}
+    again = partial(_open, type(made), made.subject.again(), given, options)
+    return Shared((made.kept.digest, str(made.folder)), again)
+
+
+def _open(
+    kind: Callable[..., Any],
+    reopen: Callable[[str], Any],
+    given: Sequence[Any],
+    options: Mapping[str, Any],
+    device: str,
+) -> Any:
+    return kind(reopen(device), *given, **options)

@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ PIECE = 2048
 _LOGIT_NUMBERS = 1 << 28
 
 Progress = Callable[[int], None]
+# Opens a progress bar of that title, which counts tokens.
+Bar = Callable[[str], AbstractContextManager[Progress | None]]
 
 
 @dataclass(frozen=True)

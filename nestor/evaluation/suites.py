@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from nestor.errors import ConfigError, suggest
 from nestor.evaluation import mqar, needle, perplexity, recall
 from nestor.evaluation.passages import cut_passages
 from nestor.evaluation.retention.settings import RetentionSettings
-from nestor.evaluation.scoring import PIECE, Progress
+from nestor.evaluation.scoring import PIECE, Bar
 from nestor.evaluation.subjects import Subject, check_names, same_tokenizer
 from nestor.files import write_json
 from nestor.jobs import Workers
@@ -32,9 +32,6 @@ READING = ("perplexity", "recall", "needle")
 SUITES = (*READING, "retention")
 RECALL_TASKS = ("facts", "mqar")
 _DEFAULT_LENGTH = 4096
-
-# Opens a progress bar of that title, which counts tokens.
-Bar = Callable[[str], AbstractContextManager[Progress | None]]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from nestor.layers.span import Span
 from nestor.layers.writes import recording, report_write
 from nestor.ops.fused_streams import convolved_heads
 from nestor.ops.gated_norm import gated_norm
-from nestor.ops.heads import unit_heads
+from nestor.ops.heads import to_unit
 from nestor.ops.self_modifying import (
     MEMORIES,
     Gate,
@@ -257,7 +257,7 @@ class SelfModifyingMemory(nn.Module):
                 )  # fmt: skip
                 return y
             wide = convolved(name, y).to(torch.promote_types(y.dtype, torch.float32))
-            return unit_heads(wide.unflatten(-1, (self.heads, -1))).to(dtype)
+            return to_unit(wide.unflatten(-1, (self.heads, -1))).to(dtype)
 
         gate = None if self.output_gate is None else self.output_gate(x)
         projections = [self.q_proj, self.k_proj, self.v_proj]

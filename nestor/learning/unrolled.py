@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
 
 from nestor.errors import ConfigError, ShapeError
 from nestor.learning.inner import OPTIMIZERS, Slots
@@ -306,7 +307,7 @@ class _Unrolled:
 
 def _norm(begin: Mapping[str, Tensor], level: Level) -> Tensor:
     """Of the weights of a level."""
-    return torch.stack([begin[name].detach().norm() for name in level.parameters]).norm()
+    return get_total_norm([begin[name].detach() for name in level.parameters])
 
 
 def _detached(slots: Slots) -> Slots:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nestor.errors import ShapeError
-from nestor.ops.heads import EPSILON, silu_heads, unit_heads
+from nestor.ops.heads import EPSILON, silu_heads, to_unit
 from nestor.ops.kernels import covered
 from nestor.ops.short_convolution import next_tail, short_convolution
 
@@ -62,7 +62,7 @@ def convolved_heads(
     if silu:
         return silu_heads(y, heads, unit=unit).to(dtype), after
     y = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(-1, (heads, -1))
-    return (unit_heads(y) if unit else y).to(dtype), after
+    return (to_unit(y) if unit else y).to(dtype), after
 
 
 def fuses(x: Tensor, width: int, kernel: int) -> bool:

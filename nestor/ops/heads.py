@@ -48,6 +48,6 @@ def silu_heads(x: Tensor, heads: int, *, unit: bool) -> Tensor:
     return _SiluHeads.apply(x, heads, unit)
 
 
-def unit_heads(x: Tensor) -> Tensor:
-    """x / sqrt(||x||^2 + 1e-6) over the last axis."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)
+def to_unit(x: Tensor, eps: float = EPSILON) -> Tensor:
+    """x / sqrt(||x||^2 + eps) over the last axis."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nestor.errors import ShapeError
 from nestor.layers.span import Span
 from nestor.ops.fused_streams import convolved_heads, memory_inputs
-from nestor.ops.heads import EPSILON, silu_heads, unit_heads
+from nestor.ops.heads import EPSILON, silu_heads, to_unit
 from nestor.ops.kernels import covered
 from nestor.ops.short_convolution import next_tail, short_convolution
 
@@ -82,7 +82,7 @@ def check(device, dtype, out_dtype, p, heads, tokens, kernel, unit, tail, starts
         if silu:
             y = silu_heads(y, heads, unit=unit)
         else:
-            y = unit_heads(y.unflatten(-1, (heads, -1))) if unit else y.unflatten(-1, (heads, -1))
+            y = to_unit(y.unflatten(-1, (heads, -1))) if unit else y.unflatten(-1, (heads, -1))
         return y, next_tail(x, kernel, before, clock=clock)
 
     doubles = [None if x is None else x.double() for x in inputs]

@@ -10,9 +10,9 @@ from typing import Any
 
 from nestor.data.tasks.intents import LabelledTexts
 from nestor.evaluation.class_incremental.parallel import make_runs
-from nestor.evaluation.class_incremental.runs import MEASURES, Bar, Runs, curve, measures
+from nestor.evaluation.class_incremental.runs import MEASURES, Runs, curve, measures
 from nestor.evaluation.class_incremental.settings import LEARNING, ClassIncremental
-from nestor.evaluation.scoring import PIECE
+from nestor.evaluation.scoring import PIECE, Bar
 from nestor.evaluation.statistics import mean_interval, wilson_interval
 from nestor.evaluation.subjects import Subject
 from nestor.jobs import Workers

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from nestor.data.tasks.intents import LabelledTexts
 from nestor.evaluation.class_incremental.runs import Runs, run_name, trial_name
-from nestor.evaluation.class_incremental.settings import ClassIncremental
-from nestor.evaluation.subjects import Subject
-from nestor.jobs import Job, Shared, Workers, run_jobs
+from nestor.evaluation.keeping import reopened
+from nestor.jobs import Job, Workers, run_jobs
 
 
 def make_runs(runs: Runs, seeds: Sequence[int], workers: Workers) -> None:
@@ -25,7 +20,8 @@ def make_runs(runs: Runs, seeds: Sequence[int], workers: Workers) -> None:
 
 def jobs_of(runs: Runs, seeds: Sequence[int]) -> list[Job]:
     """A job for each run that is missing, trials of learning rates first."""
-    call, kept = _shared(runs).call, runs.kept
+    again = reopened(runs, runs.data, runs.settings, batch_size=runs.batch_size, piece=runs.piece)
+    call, kept = again.call, runs.kept
     trials, found = [], []
     for arm in runs.settings.arms:
         tried = {f"{arm}: trying {rate:g}": rate for rate in runs.rates(arm)}
@@ -38,25 +34,3 @@ def jobs_of(runs: Runs, seeds: Sequence[int]) -> list[Job]:
             if missing or run_name(arm, rate, seed) not in kept
         ]
     return [*trials, *found]
-
-
-def _shared(runs: Runs) -> Shared:
-    again = partial(
-        _open, runs.subject.again(), runs.data, runs.settings, runs.batch_size, runs.piece, runs.folder,
-        runs.kept.settings,
-    )  # fmt: skip
-    return Shared((runs.kept.digest, str(runs.folder)), again)
-
-
-def _open(
-    reopen: Callable[[str], Subject],
-    data: LabelledTexts,
-    settings: ClassIncremental,
-    batch_size: int,
-    piece: int,
-    folder: Path | None,
-    depends: Mapping[str, Any],
-    device: str,
-) -> Runs:
-    subject = reopen(device)
-    return Runs(subject, data, settings, batch_size=batch_size, piece=piece, folder=folder, depends=depends)

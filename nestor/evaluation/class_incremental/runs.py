@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from nestor.evaluation.class_incremental.arms import Arm, make_arm
 from nestor.evaluation.class_incremental.settings import LEARNING, ClassIncremental
 from nestor.evaluation.figures import file_name
 from nestor.evaluation.keeping import Kept
-from nestor.evaluation.scoring import PIECE, Progress
+from nestor.evaluation.scoring import PIECE, Bar
 from nestor.evaluation.subjects import Subject
 from nestor.models.state import fingerprint
 
@@ -23,7 +23,6 @@ FORMAT = 1
 #: Of the stream on which learning rates are chosen; its texts are of the training part.
 TUNING_SEED = 0
 MEASURES = ("average", "final", "acquired", "forgetting")
-Bar = Callable[[str], AbstractContextManager[Progress | None]]
 # Settings on which the names of runs depend, or that say where the data is, which is there itself.
 _FREE = ("data", "dataset", "arms", "learning_rates")
 

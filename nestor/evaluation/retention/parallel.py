@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from nestor.data.tasks import FillerText
+from nestor.evaluation.keeping import reopened
 from nestor.evaluation.retention.arms import given_rates
 from nestor.evaluation.retention.pieces import Pieces, record_name, trial_name, units_name
-from nestor.evaluation.retention.settings import RetentionSettings
 from nestor.evaluation.retention.tuning import steps_of
-from nestor.evaluation.subjects import Subject
-from nestor.jobs import Job, Shared, Workers, run_jobs
+from nestor.jobs import Job, Workers, run_jobs
 
 
 def make_pieces(pieces: Pieces, seeds: Sequence[int], workers: Workers) -> None:
@@ -28,7 +23,8 @@ def make_pieces(pieces: Pieces, seeds: Sequence[int], workers: Workers) -> None:
 
 def jobs_of(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
     """A job for each piece that is missing. Sizes of steps come first, then trials, then runs of seeds."""
-    call, kept = _shared(pieces).call, pieces.kept
+    again = reopened(pieces, pieces.filler, pieces.settings, batch_size=pieces.batch_size)
+    call, kept = again.call, pieces.kept
     steps = steps_of(pieces.settings)
     units, trials, runs = [], [], []
     for arm in pieces.arms.values():
@@ -53,24 +49,3 @@ def jobs_of(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
             if not ready or record_name(arm, step, seed) not in kept
         ]
     return [*units, *trials, *runs]
-
-
-def _shared(pieces: Pieces) -> Shared:
-    again = partial(
-        _open, pieces.subject.again(), pieces.filler, pieces.settings, pieces.batch_size, pieces.folder,
-        pieces.kept.settings,
-    )  # fmt: skip
-    return Shared((pieces.kept.digest, str(pieces.folder)), again)
-
-
-def _open(
-    reopen: Callable[[str], Subject],
-    filler: FillerText,
-    settings: RetentionSettings,
-    batch_size: int,
-    folder: Path | None,
-    depends: Mapping[str, Any],
-    device: str,
-) -> Pieces:
-    subject = reopen(device)
-    return Pieces(subject, filler, settings, batch_size=batch_size, folder=folder, depends=depends)

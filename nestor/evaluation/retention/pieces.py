@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,13 @@ from nestor.evaluation.retention.old import OldKnowledge, old_passages
 from nestor.evaluation.retention.run import TokenStream, make_stream, run_arm
 from nestor.evaluation.retention.settings import RetentionSettings
 from nestor.evaluation.retention.tuning import Trial, choose, steps_of, try_step
-from nestor.evaluation.scoring import Progress
+from nestor.evaluation.scoring import Bar
 from nestor.evaluation.subjects import Subject
 from nestor.models.state import fingerprint
 
 FORMAT = 2
 # Settings on which the names of pieces depend, or what is made of them, or that are there as what they name.
 _FREE = ("old", "arms", "optimizers", "old_limit", "trials", "smallest_step", "largest_step")
-
-# Opens a progress bar of that title, which counts tokens.
-Bar = Callable[[str], AbstractContextManager[Progress | None]]
 
 
 class Pieces:

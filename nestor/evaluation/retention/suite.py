@@ -15,8 +15,9 @@ from nestor.evaluation.retention import measures
 from nestor.evaluation.retention.arms import Arm, Rate, arms_of, levels_of
 from nestor.evaluation.retention.decision import decide
 from nestor.evaluation.retention.parallel import make_pieces
-from nestor.evaluation.retention.pieces import Bar, Pieces
+from nestor.evaluation.retention.pieces import Pieces
 from nestor.evaluation.retention.settings import ENDPOINT, FEWEST_UPDATES, RetentionSettings
+from nestor.evaluation.scoring import Bar
 from nestor.evaluation.subjects import Subject
 from nestor.jobs import Workers
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nestor.ops.heads import to_unit
 from nestor.ops.neural_memory.layout import ChunkGrid, chunk_grid
 from nestor.ops.neural_memory.networks import Mlp
 from nestor.ops.self_modifying.fused import Part, fused_walks, is_fused
-from nestor.ops.self_modifying.gates import capped, kept_fraction, logit, unit, write_step
+from nestor.ops.self_modifying.gates import capped, kept_fraction, logit, write_step
 from nestor.ops.self_modifying.groups import Group, Inner, Stack
 from nestor.ops.self_modifying.layout import (
     Carried,
@@ -142,7 +143,7 @@ def project(group: Group, gates: Mapping[str, Gate], anchor: Stack, x: Inputs) -
         alpha = kept_fraction(group.spec, logit(gates["alpha"], made("alpha", x.g)))
     assert eta is not None and alpha is not None
     eps = group.spec.norm_eps
-    return Projected(unit(made("q", x.q), eps), unit(made("k", x.k), eps), made("v", x.v), eta, alpha)
+    return Projected(to_unit(made("q", x.q), eps), to_unit(made("k", x.k), eps), made("v", x.v), eta, alpha)
 
 
 class Written(NamedTuple):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nestor.ops.heads import to_unit
 from nestor.ops.kernels import covered
 from nestor.ops.neural_memory.layout import ChunkGrid
-from nestor.ops.self_modifying.gates import unit
 from nestor.ops.self_modifying.groups import Group, Stack
 from nestor.ops.self_modifying.layout import Carried, Edges, Inputs, valid_rows
 from nestor.ops.self_modifying.spec import GATES
@@ -56,7 +56,7 @@ def fused_walks(
     tokens = {"q": q, "k": k, "v": v, "g": g, "eta": inputs.eta, "alpha": inputs.alpha}
     after = others.state
     if "k" not in others.group.names:
-        tokens["k"] = unit(k, eps)
+        tokens["k"] = to_unit(k, eps)
     if others.group.names:
         found, after = _walk(others, tokens, p, fresh, half)
         tokens |= {name: found[name] for name in others.group.names}

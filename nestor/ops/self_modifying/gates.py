@@ -1,4 +1,4 @@
-"""Keys of unit length, bounded targets, gates that memories make, and caps of the write step (spec section
+"""Bounded targets, gates that memories make, and caps of the write step (spec section
 c.5)."""
 
 import torch
@@ -9,11 +9,6 @@ from nestor.ops.self_modifying.spec import Gate, SelfModifyingSpec
 
 # Below the square of any gradient that counts; keeps the derivative of a norm finite at 0.
 TINY = 1e-24
-
-
-def unit(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(||x||^2 + eps) over the last axis."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
 def bounded(x: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nestor.ops.heads import to_unit
 from nestor.ops.neural_memory.networks import Mlp
-from nestor.ops.self_modifying.gates import bounded, gradient_size, unit
+from nestor.ops.self_modifying.gates import bounded, gradient_size
 from nestor.ops.self_modifying.spec import SelfModifyingSpec
 
 Stack = list[Tensor]  # one or two tensors, as above
@@ -127,5 +128,5 @@ class Group:
         # An input is its unit vector times this length; the gradient keeps the length, the decay does not.
         scale = torch.sqrt(length + self.spec.norm_eps).unsqueeze(-1)
         errors = [found.deltas[0].transpose(1, 2).flatten(-2), found.deltas[1] * scale]
-        inputs = [k, unit(hidden, self.spec.norm_eps)]
+        inputs = [k, to_unit(hidden, self.spec.norm_eps)]
         return Inner(inputs, errors, gradient_size(torch.stack(squares).sum((0, 2))))

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nestor.ops.heads import to_unit
 from nestor.ops.neural_memory.functions import ACTIVATIONS
 from nestor.ops.self_modifying.gates import (
     bounded,
@@ -26,7 +27,6 @@ from nestor.ops.self_modifying.gates import (
     gradient_size,
     kept_fraction,
     logit,
-    unit,
     write_step,
 )
 from nestor.ops.self_modifying.spec import Gate, SelfModifyingSpec, SelfModifyingState
@@ -73,9 +73,9 @@ def self_modifying_reference(
             """What a projection makes of its input: the input itself if it is no memory."""
             return apply_memory(spec, x, anchor[name]) if name in anchor else x
 
-        key = unit(made("k", k[:, t]), spec.norm_eps)
+        key = to_unit(made("k", k[:, t]), spec.norm_eps)
         value = made("v", v[:, t])
-        query = unit(made("q", q[:, t]), spec.norm_eps)
+        query = to_unit(made("q", q[:, t]), spec.norm_eps)
         own = {name: logit(gates[name], made(name, g[:, t])) for name in gates if g is not None}
         step = write_step(spec, own["eta"]) if eta is None else eta[:, t]
         keep = kept_fraction(spec, own["alpha"]) if alpha is None else alpha[:, t]
@@ -157,7 +157,7 @@ def _decays(
     inputs: list[Tensor | None] = [key if spec.dgd else None]
     if len(anchor) == 2:
         z = torch.einsum("bhi,bhio->bho", key, anchor[0])
-        hidden = unit(ACTIVATIONS[spec.activation].value(z), spec.norm_eps)
+        hidden = to_unit(ACTIVATIONS[spec.activation].value(z), spec.norm_eps)
         inputs.append(hidden if spec.dgd and spec.dgd_hidden else None)
     decays = []
     for x, w in zip(inputs, anchor, strict=True):
