@@ -16,8 +16,6 @@ from nestor.ops.self_modifying.spec import GATES
 
 # Narrower rows are filled up with zeros. Of wider ones a backward pass has no room for its products.
 NARROWEST, WIDEST = 16, 64
-# Columns of the one matrix that the gates are.
-GATE_COLUMNS = 32
 
 
 class Part(NamedTuple):
@@ -126,10 +124,12 @@ def _flags(rows: list, count: int, like: Tensor) -> Tensor | None:
 
 def _widened(group: Group, stack: Stack, p: int, wide: int) -> Tensor:
     """A group's matrices ``[m, p, o]`` side by side, `wide` by `wide`, and one of its gates behind."""
+    from nestor.ops.self_modifying.kernels import calls
+
     parts = list(stack[0].split(group.widths, -1))
     gates = [w for name, w in zip(group.names, parts, strict=True) if name in GATES]
     others = [w for name, w in zip(group.names, parts, strict=True) if name not in GATES]
-    blank = [w.new_zeros(len(w), p, GATE_COLUMNS - len(gates)) for w in gates[:1]]
+    blank = [w.new_zeros(len(w), p, calls.GATES - len(gates)) for w in gates[:1]]
     if wide > p:
         others = [F.pad(w, (0, wide - p)) for w in others]
     return F.pad(torch.cat([*others, *gates, *blank], -1), (0, 0, 0, wide - p))

@@ -11,6 +11,7 @@ import triton.language as tl
 from nestor.ops.self_modifying.kernels.primitives import (
     BLOCK,
     GATES,
+    add_product,
     as_column,
     capped_backward,
     decays,
@@ -19,6 +20,7 @@ from nestor.ops.self_modifying.kernels.primitives import (
     load_rows,
     one_column,
     part_of_rows,
+    softplus,
     store_rows,
     unit_backward,
     unit_rows,
@@ -165,62 +167,46 @@ def backward_kernel(
                     if UNIT:
                         g_q = unit_backward(g_q, q, length)
                     store_rows(G_XQ, at, inside, g_q, P)
-                    gm, d, x, y, s, T, f, z, w = write_backward(
-                        gm, g_u, Wm, Am, u, k, v, used, solve, before, end, whole,
+                    gm, hm, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gm, hm, g_u, Wm, Am, u, k, v, used, solve, before, end, whole,
+                        g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
                         SAME, False, L2, TARGETS, DGD, PRECISION,
                     )  # fmt: skip
-                    hm += d
-                    if RUNNING or SAME:
-                        gm += dot(tl.trans(q), g_y, PRECISION)
-                    else:
-                        hm += dot(tl.trans(q), g_y, PRECISION)
-                    g_k, g_v, g_eta, g_T = g_k + x, g_v + y, g_eta + s, g_T + T
-                    g_before, g_end, g_whole = g_before + f, g_end + z, g_whole + w
+                    gm, hm = add_product(gm, hm, q, g_y, RUNNING or SAME, PRECISION)
                 if K >= 0:
                     u = load_part(ROWS, at, inside, K, O, P)
-                    gk, d, x, y, s, T, f, z, w = write_backward(
-                        gk, k * 0.0, Wk, Ak, u, k, v, used, solve, before, end, whole,
+                    gk, hk, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gk, hk, k * 0.0, Wk, Ak, u, k, v, used, solve, before, end, whole,
+                        g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
                         SAME, False, L2, TARGETS, DGD, PRECISION,
                     )  # fmt: skip
-                    hk += d
-                    g_k, g_v, g_eta, g_T = g_k + x, g_v + y, g_eta + s, g_T + T
-                    g_before, g_end, g_whole = g_before + f, g_end + z, g_whole + w
                 if V >= 0:
                     u = load_part(ROWS, at, inside, V, O, P)
-                    gv, d, x, y, s, T, f, z, w = write_backward(
-                        gv, k * 0.0, Wv, Av, u, k, v, used, solve, before, end, whole,
+                    gv, hv, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gv, hv, k * 0.0, Wv, Av, u, k, v, used, solve, before, end, whole,
+                        g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
                         SAME, False, L2, TARGETS, DGD, PRECISION,
                     )  # fmt: skip
-                    hv += d
-                    g_k, g_v, g_eta, g_T = g_k + x, g_v + y, g_eta + s, g_T + T
-                    g_before, g_end, g_whole = g_before + f, g_end + z, g_whole + w
                 if Q >= 0:
                     u = load_part(ROWS, at, inside, Q, O, P)
-                    gq, d, x, y, s, T, f, z, w = write_backward(
-                        gq, k * 0.0, Wq, Aq, u, k, v, used, solve, before, end, whole,
+                    gq, hq, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gq, hq, k * 0.0, Wq, Aq, u, k, v, used, solve, before, end, whole,
+                        g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
                         SAME, False, L2, TARGETS, DGD, PRECISION,
                     )  # fmt: skip
-                    hq += d
-                    g_k, g_v, g_eta, g_T = g_k + x, g_v + y, g_eta + s, g_T + T
-                    g_before, g_end, g_whole = g_before + f, g_end + z, g_whole + w
                     xq = load_rows(XQ, at, inside, P)
                     raw = dot(xq, Aq, PRECISION)
                     q, length = unit_rows(raw, eps)
                     g_q = unit_backward(load_rows(G_Q_OUT, at, inside, P), q, length)
-                    if SAME:
-                        gq += dot(tl.trans(xq), g_q, PRECISION)
-                    else:
-                        hq += dot(tl.trans(xq), g_q, PRECISION)
+                    gq, hq = add_product(gq, hq, xq, g_q, SAME, PRECISION)
                     store_rows(G_XQ, at, inside, dot(g_q, tl.trans(Aq), PRECISION), P)
                 if G >= 0:
                     u = load_part(ROWS, at, inside, G, O, GATES)
-                    gg, d, x, y, s, T, f, z, w = write_backward(
-                        gg, u * 0.0, Wg, Ag, u, k, v, used, solve, before, end, whole,
+                    gg, hg, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gg, hg, u * 0.0, Wg, Ag, u, k, v, used, solve, before, end, whole,
+                        g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
                         SAME, True, L2, TARGETS, DGD, PRECISION,
                     )  # fmt: skip
-                    hg += d
-                    g_k, g_v, g_eta, g_T = g_k + x, g_v + y, g_eta + s, g_T + T
-                    g_before, g_end, g_whole = g_before + f, g_end + z, g_whole + w
 
                 if DGD:
                     g_T = tl.where(i[:, None] > i[None, :], g_T, 0.0)
@@ -240,10 +226,7 @@ def backward_kernel(
                     eta = tl.load(ETA + at, mask=inside, other=0.0)
                 if A >= 0:
                     z = one_column(dot(xg, Ag, PRECISION), A) + bias_a
-                    la = (
-                        tl.where(inside, tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z))), 0.0)
-                        / -horizon
-                    )
+                    la = tl.where(inside, softplus(z), 0.0) / -horizon
                 else:
                     alpha = tl.maximum(tl.load(ALPHA + at, mask=inside, other=1.0), 2e-38)
                     la = tl.log(alpha)
@@ -265,29 +248,20 @@ def backward_kernel(
                     tl.store(G_ALPHA + at, g_la / alpha, mask=inside)
                 if G >= 0:
                     g_logits = as_column(g_eta, E) + as_column(g_la, A)
-                    if SAME:
-                        gg += dot(tl.trans(xg), g_logits, PRECISION)
-                    else:
-                        hg += dot(tl.trans(xg), g_logits, PRECISION)
+                    gg, hg = add_product(gg, hg, xg, g_logits, SAME, PRECISION)
                     store_rows(G_XG, at, inside, dot(g_logits, tl.trans(Ag), PRECISION), P)
 
                 if V >= 0:
                     g_v += load_rows(G_V_OUT, at, inside, P)
                     xv = load_rows(XV, at, inside, P)
-                    if SAME:
-                        gv += dot(tl.trans(xv), g_v, PRECISION)
-                    else:
-                        hv += dot(tl.trans(xv), g_v, PRECISION)
+                    gv, hv = add_product(gv, hv, xv, g_v, SAME, PRECISION)
                     g_v = dot(g_v, tl.trans(Av), PRECISION)
                 store_rows(G_XV, at, inside, g_v, P)
                 if K >= 0:
                     length = tl.load(LENGTHS + at, mask=inside, other=0.0)
                     g_k = unit_backward(g_k + load_rows(G_K_OUT, at, inside, P), k, length)
                     xk = load_rows(XK, at, inside, P)
-                    if SAME:
-                        gk += dot(tl.trans(xk), g_k, PRECISION)
-                    else:
-                        hk += dot(tl.trans(xk), g_k, PRECISION)
+                    gk, hk = add_product(gk, hk, xk, g_k, SAME, PRECISION)
                     g_k = dot(g_k, tl.trans(Ak), PRECISION)
                 store_rows(G_XK, at, inside, g_k, P)
             if HAS_RESETS:

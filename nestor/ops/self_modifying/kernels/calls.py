@@ -7,10 +7,11 @@ import triton
 from torch import Tensor
 
 from nestor.ops.operators import operator
+from nestor.ops.self_modifying.kernels import primitives
 from nestor.ops.self_modifying.kernels.backward import backward_kernel
 from nestor.ops.self_modifying.kernels.walk import walk_kernel
 
-BLOCK = 16
+BLOCK, GATES = primitives.BLOCK.value, primitives.GATES.value
 # Tiles between the stacks that are kept for the backward pass.
 TILES_KEPT = 8
 #: Columns of the kernels by name of their memory, in the order of a stack; then the gates', of their matrix.

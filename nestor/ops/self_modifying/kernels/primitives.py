@@ -153,14 +153,25 @@ def square_of(r, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def error_of(on_key, r, L2: tl.constexpr, TARGETS: tl.constexpr, SINGLE: tl.constexpr):
-    """M(k), and M(v) before it is bounded, to errors."""
+def answers(
+    W, anchor, k, v,
+    SAME: tl.constexpr, SINGLE: tl.constexpr, L2: tl.constexpr, TARGETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """k W, M(v) at the anchor before it is bounded (v itself with the targets "value"), and the errors."""
+    on_W = dot(k, W, PRECISION)
+    on_key = on_W
+    if not SAME:
+        on_key = dot(k, anchor, PRECISION)
+    r = v
+    if TARGETS != "value":
+        r = dot(v, anchor, PRECISION)
     e = -r
     if TARGETS == "bounded":
         e = -r * tl.rsqrt(tl.maximum(square_of(r, SINGLE), 1.0))
     if L2:
         e += on_key
-    return e
+    return on_W, r, e
 
 
 @triton.jit
@@ -184,14 +195,7 @@ def write(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W', the rows u and the errors ``[C, N]``. SAME: the anchor is W."""
-    on_W = dot(k, W, PRECISION)
-    on_key = on_W
-    if not SAME:
-        on_key = dot(k, anchor, PRECISION)
-    r = v
-    if TARGETS != "value":
-        r = dot(v, anchor, PRECISION)
-    e = error_of(on_key, r, L2, TARGETS, SINGLE)
+    on_W, _r, e = answers(W, anchor, k, v, SAME, SINGLE, L2, TARGETS, PRECISION)
     if DGD:
         u = -dot(solve, eta[:, None] * (before[:, None] * on_W + e), PRECISION)
     else:
@@ -206,40 +210,41 @@ def written(W, k, u, end, whole, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(g_W, h, x, g, SAME: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of W and of the anchor, with x^T g added to that of the anchor."""
+    if SAME:
+        g_W += dot(tl.trans(x), g, PRECISION)
+    else:
+        h += dot(tl.trans(x), g, PRECISION)
+    return g_W, h
+
+
+@triton.jit
 def write_backward(
-    g_W, g_u, W, anchor, u, k, v, eta, solve, before, end, whole,
+    g_W, h, g_u, W, anchor, u, k, v, eta, solve, before, end, whole,
+    g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
     SAME: tl.constexpr, SINGLE: tl.constexpr, L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of W, the anchor, k, v, eta, the triangle, A-, D_end and A_end, from those of W' and of the
-    rows u where they are read. That of the anchor is in that of W if they are the SAME."""
-    on_W = dot(k, W, PRECISION)
-    on_key = on_W
-    if not SAME:
-        on_key = dot(k, anchor, PRECISION)
-    r = v
-    if TARGETS != "value":
-        r = dot(v, anchor, PRECISION)
-    x = error_of(on_key, r, L2, TARGETS, SINGLE)
+    """The gradient of W, from those of W' and of the rows u where they are read; and those of the anchor h,
+    k, v, eta, the triangle, A-, D_end and A_end, added to what they were."""
+    on_W, r, x = answers(W, anchor, k, v, SAME, SINGLE, L2, TARGETS, PRECISION)
     if DGD:
         x += before[:, None] * on_W
     z = dot(k, g_W, PRECISION)
-    g_end = tl.sum(u * z, 1)
-    g_whole = tl.sum(tl.sum(W * g_W, 1), 0)
-    g_k = dot(end[:, None] * u, tl.trans(g_W), PRECISION)
+    g_end += tl.sum(u * z, 1)
+    g_whole += tl.sum(tl.sum(W * g_W, 1), 0)
+    g_k += dot(end[:, None] * u, tl.trans(g_W), PRECISION)
     g_u += end[:, None] * z
-    g_T = solve * 0.0
-    g_before = eta * 0.0
     if DGD:
         g_u = dot(tl.trans(solve), g_u, PRECISION)
-        g_T = -dot(g_u, tl.trans(u), PRECISION)
-    g_eta = -tl.sum(g_u * x, 1)
+        g_T -= dot(g_u, tl.trans(u), PRECISION)
+    g_eta -= tl.sum(g_u * x, 1)
     g_e = -eta[:, None] * g_u
     g_W = whole * g_W
-    g_anchor = 0.0
     along = g_e * 0.0
     if DGD:
-        g_before = tl.sum(g_e * on_W, 1)
+        g_before += tl.sum(g_e * on_W, 1)
         along = before[:, None] * g_e
     if SAME:
         if L2:
@@ -247,20 +252,18 @@ def write_backward(
         g_k += dot(along, tl.trans(W), PRECISION)
         g_W += dot(tl.trans(k), along, PRECISION)
     else:
-        g_anchor = W * 0.0
         if DGD:
             g_k += dot(along, tl.trans(W), PRECISION)
             g_W += dot(tl.trans(k), along, PRECISION)
         if L2:
             g_k += dot(g_e, tl.trans(anchor), PRECISION)
-            g_anchor += dot(tl.trans(k), g_e, PRECISION)
-    g_v = -g_e
-    if TARGETS != "value":
-        if TARGETS == "bounded":
-            g_v = bounded_backward(g_v, r, SINGLE)
-        if SAME:
-            g_W += dot(tl.trans(v), g_v, PRECISION)
-        else:
-            g_anchor += dot(tl.trans(v), g_v, PRECISION)
-        g_v = dot(g_v, tl.trans(anchor), PRECISION)
-    return g_W, g_anchor, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole
+            h += dot(tl.trans(k), g_e, PRECISION)
+    g_r = -g_e
+    if TARGETS == "bounded":
+        g_r = bounded_backward(g_r, r, SINGLE)
+    if TARGETS == "value":
+        g_v += g_r
+    else:
+        g_W, h = add_product(g_W, h, v, g_r, SAME, PRECISION)
+        g_v += dot(g_r, tl.trans(anchor), PRECISION)
+    return g_W, h, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole

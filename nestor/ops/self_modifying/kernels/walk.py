@@ -70,6 +70,21 @@ def store_stack(
 
 
 @triton.jit
+def write_and_keep(
+    W, anchor, k, v, eta, solve, before, end, whole, rows, inside,
+    SAME: tl.constexpr, SINGLE: tl.constexpr, L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`write`; the rows u are kept at the places `rows`."""
+    W, u, e = write(
+        W, anchor, k, v, eta, solve, before, end, whole, SAME, SINGLE, L2, TARGETS, DGD, PRECISION
+    )
+    if KEEP:
+        tl.store(rows, u, mask=inside[:, None])
+    return W, u, e
+
+
+@triton.jit
 def walk_kernel(
     XQ, XK, XV, XG, ETA, ALPHA, VALID, RESETS, CLOSES, START, WEIGHTS, ANCHOR, BIAS_E, BIAS_A,
     Q_OUT, K_OUT, V_OUT, ETA_OUT, ALPHA_OUT, Y, STRENGTH, AFTER, ANCHOR_AFTER,
@@ -166,11 +181,10 @@ def walk_kernel(
                     y = before[:, None] * dot(q, Wm, PRECISION)
                 else:
                     y = dot(q, Am, PRECISION)
-                Wm, u, error = write(
-                    Wm, Am, k, v, eta, solve, before, end, whole, SAME, False, L2, TARGETS, DGD, PRECISION
-                )
-                if KEEP:
-                    tl.store(part_of_rows(ROWS, at, M, O, P), u, mask=inside[:, None])
+                Wm, u, error = write_and_keep(
+                    Wm, Am, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, M, O, P),
+                    inside, SAME, False, L2, TARGETS, DGD, KEEP, PRECISION,
+                )  # fmt: skip
                 if RUNNING:
                     y += dot(D * dot(q, tl.trans(k), PRECISION), u, PRECISION)
                 store_rows(Y, at, inside, tl.where(there[:, None], y, 0.0), P)
@@ -179,29 +193,25 @@ def walk_kernel(
             if Q >= 0:
                 q, length = unit_rows(dot(load_rows(XQ, at, inside, P), Aq, PRECISION), eps)
                 store_rows(Q_OUT, at, inside, q, P)
-                Wq, u, error = write(
-                    Wq, Aq, k, v, eta, solve, before, end, whole, SAME, False, L2, TARGETS, DGD, PRECISION
-                )
-                if KEEP:
-                    tl.store(part_of_rows(ROWS, at, Q, O, P), u, mask=inside[:, None])
+                Wq, u, error = write_and_keep(
+                    Wq, Aq, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, Q, O, P),
+                    inside, SAME, False, L2, TARGETS, DGD, KEEP, PRECISION,
+                )  # fmt: skip
             if K >= 0:
-                Wk, u, error = write(
-                    Wk, Ak, k, v, eta, solve, before, end, whole, SAME, False, L2, TARGETS, DGD, PRECISION
-                )
-                if KEEP:
-                    tl.store(part_of_rows(ROWS, at, K, O, P), u, mask=inside[:, None])
+                Wk, u, error = write_and_keep(
+                    Wk, Ak, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, K, O, P),
+                    inside, SAME, False, L2, TARGETS, DGD, KEEP, PRECISION,
+                )  # fmt: skip
             if V >= 0:
-                Wv, u, error = write(
-                    Wv, Av, k, v, eta, solve, before, end, whole, SAME, False, L2, TARGETS, DGD, PRECISION
-                )
-                if KEEP:
-                    tl.store(part_of_rows(ROWS, at, V, O, P), u, mask=inside[:, None])
+                Wv, u, error = write_and_keep(
+                    Wv, Av, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, V, O, P),
+                    inside, SAME, False, L2, TARGETS, DGD, KEEP, PRECISION,
+                )  # fmt: skip
             if G >= 0:
-                Wg, u, error = write(
-                    Wg, Ag, k, v, eta, solve, before, end, whole, SAME, True, L2, TARGETS, DGD, PRECISION
-                )
-                if KEEP:
-                    tl.store(part_of_rows(ROWS, at, G, O, GATES), u, mask=inside[:, None])
+                Wg, u, error = write_and_keep(
+                    Wg, Ag, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, G, O, GATES),
+                    inside, SAME, True, L2, TARGETS, DGD, KEEP, PRECISION,
+                )  # fmt: skip
         if OPEN:
             if tl.load(CLOSES + m * chunks + n) != 0:
                 Ak, Av, Aq, Ag, Am = Wk, Wv, Wq, Wg, Wm
