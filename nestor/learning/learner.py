@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from nestor.errors import ConfigError, ShapeError
+from nestor.errors import ConfigError, ShapeError, suggest
 from nestor.learning.chunks import Chunk, adapted
 from nestor.learning.graphed import step_of
 from nestor.learning.levels import Level, check_levels
@@ -139,6 +139,24 @@ class Learner:
         that reset with the context forget.
         """
         return _stack([self._to_the_end(row) for row in _rows(state)])
+
+    def forget(self, state: State, level: str) -> State:
+        """The State in which one level is as at the beginning: its weights are the model's own, and its
+        optimiser's state is nothing. Its clock and gradients that wait stay. The State given stays as it was.
+
+        Raises:
+            ConfigError: there is no such level that learns.
+        """
+        known = {one.name: one for one in self._adaptive}
+        if level not in known:
+            raise ConfigError(
+                f"no level {level!r} learns; those that do are {', '.join(known)}. "
+                f"{suggest(level, known)}".rstrip()
+            )
+        streams = [take_apart(row, self._adaptive) for row in _rows(state)]
+        for stream in streams:
+            reset(known[level], stream.own(level))
+        return _stack([stream.row(self.base) for stream in streams])
 
     def weights(self, state: State, row: int = 0) -> Tensors:
         """The model's parameters by name, with what a stream has learned, in their own dtype."""

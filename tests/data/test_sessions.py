@@ -63,6 +63,24 @@ def test_a_stream_for_training_shares_no_word_of_a_fact_with_those_for_tests(fil
         assert not any(q.text in session.text for q in session.questions("held_out"))
 
 
+def test_related_text_speaks_alike_of_nobody_and_nothing_that_is_asked_about(filler):
+    asked = SPEC.draw(filler, 0)
+    related = SPEC.draw(filler, 0, "related", beside=asked)
+    text = "".join(session.text for session in related)
+    facts = [fact for session in asked for fact in session.facts + session.untaught]
+    assert (
+        {f.relation for s in related for f in s.facts}
+        == {f.relation for f in facts}
+        == set(RELATIONS) - {"fear"}
+    )
+    assert not any(fact.entity in text or f" {fact.value}." in text for fact in facts)
+    # A name that the draw gives by itself is left out where it is taken.
+    free = SPEC.draw(filler, 0, "related")
+    again = SPEC.draw(filler, 0, "related", beside=free)
+    names = [{f.entity for s in drawn for f in s.facts + s.untaught} for drawn in (free, again)]
+    assert not any(one in other or other in one for one in names[0] for other in names[1])
+
+
 def test_answers_are_in_the_stream_as_statements_alone(filler):
     sessions = SPEC.draw(filler, 0)
     stream = "".join(s.text for s in sessions)

@@ -18,6 +18,7 @@ from nestor.evaluation import Subject
 from nestor.evaluation.keeping import Kept
 from nestor.evaluation.report import Section
 from nestor.evaluation.retention import pieces as pieces_module
+from nestor.evaluation.retention import suite as suite_module
 from nestor.evaluation.retention.arms import Rate, arms_of, levels_of, make_student, rates_for, unit_steps
 from nestor.evaluation.retention.drawing import retention_tables
 from nestor.evaluation.retention.measures import pooled
@@ -66,7 +67,7 @@ def two_facts(words, times=20, gap=256):
     lines = [fact.statements[n] for n in range(times) for fact in facts]
     session = Session(facts, untaught, tuple(lines))
     after = words.encode("It rained. " * 40)[: gap + 1]
-    return TokenStream([session], [words.encode(session.text)], [[after]])
+    return TokenStream([session], [words.encode(session.text)], [[after]], after)
 
 
 def test_a_two_fact_stream_is_learned_and_known_with_the_context_closed(subject, words, old):
@@ -85,7 +86,7 @@ def test_a_two_fact_stream_is_learned_and_known_with_the_context_closed(subject,
     assert measured_rise(learned) > 0 == measured_rise(plain)
     assert set(learned["localisation"]) == {"every 16", "every 32"} and plain["localisation"] == {}
     # With a level restored, the scratch copy is the plain model but for the other level.
-    restored = dict(student.model(without="every 16").named_parameters())
+    restored = dict(student.without("every 16").model().named_parameters())
     for level in student.learner.levels:
         for name in level.parameters:
             same = torch.equal(restored[name], subject.model.get_parameter(name))
@@ -140,6 +141,100 @@ def test_the_step_that_is_asked_for_is_the_step_that_is_made(subject, words):
         rates_for(1e-3, [(0.0, 0.0)])
 
 
+class ReadsAhead(Frozen):
+    """Is shown a session before it was read."""
+
+    def material(self, read, session, question):
+        return session.text
+
+
+def test_who_knows_a_session_before_it_is_read_is_found_out(subject, copier, words, old, filler):
+    stream = make_stream(SMALL, filler, words, seed=0)
+    copying = replace(subject, model=copier())
+    students = {
+        "frozen": Frozen(copying.model, 64),
+        "in-context": Frozen(copying.model, 64, "session"),
+        "retrieval": Frozen(copying.model, 64, "statements"),
+        "ahead": ReadsAhead(copying.model, 64, "session"),
+    }
+    found = {name: run_arm(copying, who, stream, SMALL, old) for name, who in students.items()}
+    for name, record in found.items():
+        before = [test for test in record["tests"] if test["gap"] == "before"]
+        assert [(test["session"], test["after"], list(test["answers"])) for test in before] == [
+            (1, 0, ["seen"])
+        ]
+        # All that are shown it know it when it was read; one knew it before.
+        assert pooled([record], "correct", gap=0)[0].all() == (name != "frozen"), name
+        assert all(before[0]["answers"]["seen"]["correct"]) == (name == "ahead")
+    nothing, closed = (pooled([found[name]], "margin", gap="before")[0] for name in ("frozen", "in-context"))
+    assert nothing.tolist() == closed.tolist()
+    several = {name: [record] * 8 for name, record in found.items()}
+    (note,) = suite_module._leaks(several, SMALL.chance)
+    assert note.startswith("ahead knows facts before it has read them, 50 points above chance")
+    # A learner that has read it all is found out as well.
+    settings = replace(SMALL, optimizers=("adam",))
+    arm = next(arm for arm in arms_of(settings) if arm.base == "single-fast")
+    honest, cheat = (make_student(arm, subject.model, [Rate(0.01, 1.0)], settings, 129) for _ in range(2))
+    for _ in range(12):
+        cheat.study(stream.texts[1])
+    before = {}
+    for name, who in (("honest", honest), ("cheat", cheat)):
+        record = run_arm(subject, who, stream, settings, old)
+        before[name] = pooled([record], "margin", gap="before")[0]
+    assert before["cheat"].mean() > 2 > before["honest"].mean()
+
+
+def test_the_fastest_level_is_put_back_and_learns_again_from_related_text(subject, words, old, filler):
+    stream = make_stream(SMALL, filler, words, seed=0)
+    settings = replace(SMALL, optimizers=("adam",))
+    arm = next(arm for arm in arms_of(settings) if arm.base == "continuum-2")
+    rates = [Rate(0.01, 1.0)] * 2
+    student = make_student(arm, subject.model, rates, settings, 129)
+    record = run_arm(subject, student, stream, settings, old)
+    back = record["loop_back"]
+    assert back["level"] == "every 32" and back["tokens"] == len(stream.related) - 1 == 64
+    assert (
+        record["tokens"]
+        == student.tokens
+        == len(stream.ids) - len(stream.texts) - sum(len(gaps) for gaps in stream.gaps)
+    )
+    # By hand: read everything, put the level back, read on, ask.
+    reader = make_student(arm, subject.model, rates, settings, 129)
+    for text, gaps in zip(stream.texts, stream.gaps, strict=True):
+        for ids in (text, *gaps):
+            reader.study(ids)
+    same(student.state, reader.state)
+    reader.state = reader.learner.forget(reader.state, "every 32")
+    fast, slow = (level.parameters for level in reader.learner.levels)
+    kept = {name: tensor.clone() for name, tensor in reader.learner.weights(reader.state).items()}
+    assert all(torch.equal(kept[name], subject.model.get_parameter(name)) for name in fast)
+    reader.study(stream.related)
+    now = reader.learner.weights(reader.state)
+    assert not any(torch.equal(now[name], kept[name]) for name in (*fast, *slow))
+    asked = [ask(reader.model(), words, session.questions("seen")) for session in stream.sessions]
+    assert back["correct"] == [[a.correct for a in answers] for answers in asked]
+    # One level has none that is faster than another.
+    single = next(arm for arm in arms_of(SMALL) if arm.base == "single-fast")
+    student = make_student(single, subject.model, rates[:1], SMALL, 129)
+    assert run_arm(subject, student, stream, SMALL, old)["loop_back"] == {}
+
+
+def test_what_related_text_brings_back_counts_as_a_gain():
+    def test(session, correct):
+        return {"session": session, "after": 1, "gap": "end", "answers": {"seen": {"correct": correct}}}
+
+    one = {
+        "tests": [test(0, [1, 1, 1, 1]), test(1, [1, 1, 1, 0])],
+        "localisation": {"slow": [[False] * 4] * 2, "fast": [[True, False, False, False]] * 2},
+        "loop_back": {"level": "fast", "tokens": 64, "correct": [[True, True, True, False]] * 2},
+    }
+    found = suite_module._loop_back([one] * 3)
+    estimates = {key: found[key]["estimate"] for key in ("before", "restored", "after", "recovered")}
+    assert estimates == {"before": 0.875, "restored": 0.25, "after": 0.75, "recovered": 0.5}
+    assert 0 < found["recovered"]["low"] < 0.5 < found["recovered"]["high"] and found["level"] == "fast"
+    assert suite_module._loop_back([{"loop_back": {}}]) == {}
+
+
 def test_all_arms_adapt_the_same_weights(subject):
     wanted = {name for layer in feed_forward_weights(subject.model) for name in layer}
     for arm in arms_of(SMALL):
@@ -170,7 +265,7 @@ def test_asking_never_changes_what_was_learned(subject, words, old, filler):
         for ids in (text, *gaps):
             before = reader.state.clone()
             ask(reader.model(), words, stream.sessions[0].questions("seen"))
-            reader.model(without="every 32")
+            reader.without("every 32").study(stream.related)
             same(reader.state, before)
             reader.study(ids)
     same(asked, hardly)
@@ -197,6 +292,12 @@ def test_answers_are_read_as_statements_alone(filler, words):
         assert sum(text.count(f"{fact.entity}") for fact in session.facts) == stated
     for gaps in stream.gaps:
         assert [len(ids) - 1 for ids in gaps] == [4 * 64]
+    # Nor is anything of what is asked in the related text, which is of the same kind.
+    long = make_stream(replace(SMALL, periods=(32, 512)), filler, words, seed=1)
+    related = words.decode(long.related)
+    facts = [fact for session in long.sessions for fact in session.facts + session.untaught]
+    assert len(long.related) - 1 == 512 and "The emblem of " in related and "Rain fell" in related
+    assert not any(fact.entity in related or fact.value in related for fact in facts)
 
 
 def test_windows_cover_a_document_once_and_end_at_updates(subject, words):
@@ -340,6 +441,20 @@ def test_the_suite_measures_every_arm_and_decides(measured):
     assert [row["repeats"] for row in several["by_repeats"]] == [1, 2]
     assert np.array(several["matrix"], dtype=float).shape == (2, 3) and several["matrix"][1][0] is None
     assert set(several["localisation"]) == {"every 32", "every 64"}
+    assert several["forward_transfer"]["n"] == 2 * 2 and frozen["loop_back"] == {}
+    back = several["loop_back"]
+    lost = several["localisation"]["every 32"]["all"]
+    assert back["before"]["estimate"] - back["restored"]["estimate"] == pytest.approx(lost)
+    assert back["before"]["estimate"] == pytest.approx(several["accuracy"])
+    assert back["recovered"]["estimate"] == pytest.approx(
+        back["after"]["estimate"] - back["restored"]["estimate"]
+    )
+    page = write_words(result)
+    assert (
+        "FWT" in page
+        and "after related text" in page
+        and "read 64 tokens of sentences of the same kinds" in page
+    )
     held = {c["condition"]: c["holds"] for c in result["decisions"]["sgd"]["conditions"]}
     assert list(held) == list("abcd") and held["b"] is None and held["a"] is not None
     assert any("2 seeds" in note for note in result["notes"])

@@ -12,8 +12,9 @@ from nestor.evaluation.retention.tuning import Trial, choose, steps_of, try_step
 GAPS = (0, 4)
 
 
-def record(at_once, later, end=None, loss=0.0, old_bits=(100.0, 300.0), middle=None):
-    """A record of a run: answers by session right after it, after the gap, and at the end."""
+def record(at_once, later, end=None, loss=0.0, old_bits=(100.0, 300.0), middle=None, before=()):
+    """A record of a run: answers by session right after it, after the gap, and at the end; before: of the
+    second session and those after it, just before they are read."""
     end = later if end is None else end
 
     def test(session, after, gap, correct):
@@ -25,6 +26,7 @@ def record(at_once, later, end=None, loss=0.0, old_bits=(100.0, 300.0), middle=N
         tests += [test(i, i, 0, first), test(i, i, 4, after), test(i, len(end) - 1, "end", last)]
         for j in range(i + 1, len(end)):
             tests.append(test(i, j, 0, (middle or {}).get((i, j), last)))
+    tests += [test(i, i - 1, "before", correct) for i, correct in enumerate(before, 1)]
     old = {"before": list(old_bits), "after": [b * (1 + loss) for b in old_bits], "bytes": [100, 100]}
     return {"tests": tests, "old": {**old, "items": [10, 30], "right": [10, 20]}}
 
@@ -48,6 +50,25 @@ def test_the_matrix_and_what_follows_from_it():
     assert [v.tolist() for v in measures.answers(made, "correct", gap=4)][1] == [1, 0, 0, 0]
     with pytest.raises(DataError, match="session 1 was not asked"):
         measures.transfer([[1.0, 1.0], [None, None]], [1.0, 1.0])
+
+
+def test_forward_transfer_is_what_is_known_before_it_is_read_less_chance():
+    known = [record(right(0.5, 3), right(0.5, 3), before=right(share, 2)) for share in (0.2, 0.4)]
+    found = measures.forward_transfer(known, 0.25)
+    assert found.estimate == pytest.approx(0.05) and found.n == 2 * 2 * 20
+    assert found.low < 0.05 < found.high and found.low > -0.25
+    # The matrix is of what was read, and has none of it.
+    assert measures.retention_matrix(known[0]) == measures.retention_matrix(
+        record(right(0.5, 3), right(0.5, 3))
+    )
+    # Who is always right leaks beyond doubt, and who is right by chance does not.
+    leak = measures.forward_transfer([record(right(1), right(1), before=right(1, 1))], 0.25)
+    assert leak.estimate == 0.75 and leak.low > 0.3
+    assert measures.forward_transfer([record(right(1), right(1), before=right(0.25, 1))], 0.25).low < 0
+    wide = measures.forward_transfer(known, 0.25, level=0.99)
+    assert wide.low < found.low and wide.high > found.high and wide.level == 0.99
+    # Before one session alone nothing is read.
+    assert measures.forward_transfer([record([[1]], [[1]])], 0.25).estimate is None
 
 
 def test_old_knowledge_is_a_rise_of_bits_and_items_that_are_lost():

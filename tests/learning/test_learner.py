@@ -240,6 +240,28 @@ def test_invariant_25_a_level_put_back_behaves_as_before(model, levels, stream) 
     torch.testing.assert_close(learner.read(ids, fresh).logits[:, 0], untouched.logits[:, 0])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_one_level_forgets_and_the_others_keep_what_they_learned(model, levels, stream, optimizer) -> None:
+    learner = Learner(model, levels(optimizer=optimizer))
+    state = learner.study(stream(14, rows=2), learner.start(2))
+    before = state.clone()
+    after = learner.forget(state, "fast")
+    assert_close(flat(state), flat(before))
+    gone = {name for name, tensor in flat(after).items() if not torch.equal(tensor, flat(state)[name])}
+    moments = ("momentum", "second_momentum") if optimizer == "adam" else ()
+    assert gone == {f"fast/{part}/{FAST}" for part in ("delta", *moments)}
+    assert not any(flat(after)[name].any() for name in gone)
+    for row in range(2):
+        weights = learner.weights(after, row)
+        assert torch.equal(weights[FAST], model.get_parameter(FAST))
+        assert torch.equal(weights[SLOW], learner.weights(state, row)[SLOW])
+        assert not torch.equal(weights[SLOW], model.get_parameter(SLOW))
+    # It learns again from there.
+    assert learner.study(stream(7, rows=2), after).learned["fast"][f"delta/{FAST}"].any()
+    with pytest.raises(ConfigError, match="no level 'fats' learns.*Did you mean 'fast'"):
+        learner.forget(state, "fats")
+
+
 def test_adaptation_lowers_the_loss_on_a_stream_that_repeats(model, levels, stream) -> None:
     ids = stream(8).repeat(1, 40)
     with torch.no_grad():

@@ -8,7 +8,7 @@ text, the same for every tokenizer (spec nested-learning, i.1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +25,9 @@ KINDS = ("seen", "held_out", "reversed", "untaught")
 _LARGEST_FILLER = 4_000_000
 # Between two statements of a session there are about so many characters of other text, where there is any.
 _FILLER_PIECE = 160
-#: "training" has relations and values of its own; the others share theirs, and none shares an entity.
-STREAMS = ("test", "tuning", "training", "validation")
+#: "training" has relations and values of its own, "related" the relations of the others and the values of
+#: "training"; the others share theirs, and none shares an entity.
+STREAMS = ("test", "tuning", "training", "validation", "related")
 _WORDINGS: dict[str, Relation] = {**RELATIONS, **TRAIN_RELATIONS}
 
 
@@ -170,22 +171,30 @@ class SessionSpec:
                 f"other facts of the same relation, and at most {len(NOUNS)}"
             )
 
-    def draw(self, filler: FillerText, seed: int, stream: str = "test") -> list[Session]:
+    def draw(
+        self, filler: FillerText, seed: int, stream: str = "test", beside: Sequence[Session] = ()
+    ) -> list[Session]:
         """The sessions of a seed.
 
         No entity is in two of `STREAMS`, but by the chance of two draws of invented names being the same. In
-        "training" relations and values are others too, and each session draws its relations.
+        "training" relations and values are others too, and each session draws its relations; in "related"
+        values are others.
+
+        Args:
+            beside: sessions of which no entity is drawn, nor a name that is in one of theirs.
         """
         rng = np.random.default_rng([STREAMS.index(stream), 0, seed])
-        names = _names(rng, self.sessions * (self.facts + self.untaught))
-        return [self._session(rng, names, filler, stream == "training") for _ in range(self.sessions)]
+        taken = [fact.entity for session in beside for fact in session.facts + session.untaught]
+        names = _names(rng, self.sessions * (self.facts + self.untaught), taken)
+        return [self._session(rng, names, filler, stream) for _ in range(self.sessions)]
 
     def _session(
-        self, rng: np.random.Generator, names: list[str], filler: FillerText, training: bool
+        self, rng: np.random.Generator, names: list[str], filler: FillerText, stream: str
     ) -> Session:
-        kinds, nouns = list(RELATIONS)[: self.relations], NOUNS
-        if training:
-            known, nouns = list(TRAIN_RELATIONS), TRAIN_NOUNS
+        kinds = list(RELATIONS)[: self.relations]
+        nouns = TRAIN_NOUNS if stream in ("training", "related") else NOUNS
+        if stream == "training":
+            known = list(TRAIN_RELATIONS)
             kinds = [known[n] for n in rng.choice(len(known), self.relations, replace=False)]
         times = [self.repeats[i % len(self.repeats)] for i in range(self.facts)]
         rng.shuffle(times)
@@ -255,11 +264,12 @@ def _others(rng: np.random.Generator, items: list[str], place: int, count: int) 
     return tuple(rest[i] for i in rng.choice(len(rest), count, replace=False))
 
 
-def _names(rng: np.random.Generator, count: int) -> list[str]:
-    """Different invented names of four letters or more, none of which is in another."""
+def _names(rng: np.random.Generator, count: int, taken: Sequence[str]) -> list[str]:
+    """Different invented names of four letters or more, none of which is in another or in one that is taken,
+    or has it in itself."""
     names: list[str] = []
     while len(names) < count:
         name = invented_name(rng)
-        if len(name) >= 4 and not any(name in other or other in name for other in names):
+        if len(name) >= 4 and not any(name in other or other in name for other in (*taken, *names)):
             names.append(name)
     return names

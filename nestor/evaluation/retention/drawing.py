@@ -187,7 +187,8 @@ def _tuned(arms: Mapping[str, Any]) -> str:
 
 def _sheet(section: Section, model: Mapping[str, Any]) -> None:
     arms = model["arms"]
-    columns = ["arm", "at once", "after the gap", "at the end", "forgotten", "BWT", "half-life (tokens)"]
+    columns = ["arm", "at once", "after the gap", "at the end", "forgotten", "BWT", "FWT"]
+    columns += ["half-life (tokens)"]
     rows = [
         [
             name,
@@ -196,13 +197,19 @@ def _sheet(section: Section, model: Mapping[str, Any]) -> None:
             percent(row["accuracy"]),
             percent(row["forgetting"]),
             percent(row["backward"]),
+            with_interval(row["forward_transfer"], as_percent=True),
             f"{row['half_life']['tokens']:,.0f}"
             if row["half_life"]["tokens"]
             else row["half_life"]["reason"],
         ]
         for name, row in arms.items()
     ]
-    section.table(columns, rows, "Right among the candidates.", left=(0, 6))
+    section.table(
+        columns, rows,
+        "Right among the candidates. FWT is what is right of a session just before it is read, less chance: "
+        "above 0, answers leak.",
+        left=(0, 7),
+    )  # fmt: skip
     columns = ["arm", "held-out wording", "reversed", "untaught", "false recall", "exact", "margin (nats)"]
     rows = [
         [
@@ -287,5 +294,24 @@ def _places(section: Section, model: Mapping[str, Any]) -> None:
             rows,
             "Where it is kept: recall at the end that is lost when one level is as it was before. If "
             "restoring slow levels costs nothing, they keep nothing.",
+            left=(0, 1),
+        )
+    rows = [
+        [
+            name,
+            back["level"],
+            *(with_interval(back[key], as_percent=True) for key in ("before", "restored", "after")),
+            with_interval(back["recovered"], as_percent=True),
+        ]
+        for name, row in model["arms"].items()
+        if (back := row["loop_back"])
+    ]
+    if rows:
+        section.table(
+            ["arm", "level restored", "before", "right after", "after related text", "recovered"],
+            rows,
+            f"Loop-back: recall at the end, with the fastest level as it was before, and after all levels "
+            f"have read {model['c_max']:,} tokens of sentences of the same kinds, of other entities and "
+            f"values. What comes back without the facts was kept by slower levels.",
             left=(0, 1),
         )

@@ -37,10 +37,11 @@ class HalfLife(NamedTuple):
 
 def answers(record: Record, what: str, *, gap: int | str, kind: str = "seen") -> list[NDArray]:
     """By session, a column ("correct", "exact", "margin", "recalled") of the answers at a gap: right after
-    the session (0) or so long after it, of the session's own questions; or at the "end"."""
+    the session (0) or so long after it, of the session's own questions; "before" it was read; or at the
+    "end"."""
     found: dict[int, NDArray] = {}
     for test in record["tests"]:
-        if test["gap"] == gap and (gap == "end" or test["after"] == test["session"]):
+        if test["gap"] == gap and (gap in ("before", "end") or test["after"] == test["session"]):
             found[test["session"]] = np.asarray(test["answers"][kind][what], dtype=np.float64)
     return [found[i] for i in sorted(found)]
 
@@ -79,6 +80,19 @@ def transfer(matrix: Sequence[Sequence[float | None]], end: Sequence[float]) -> 
         float(np.mean([e - f for e, f in zip(end, first, strict=True)])),
         float(np.mean([b - e for b, e in zip(best, end, strict=True)])),
     )
+
+
+def forward_transfer(records: Sequence[Record], chance: float, level: float = LEVEL) -> Interval:
+    """Recall of a session's facts just before it is read less chance (FWT), over all sessions but the first,
+    before which nothing was read; no estimate of one session.
+
+    Facts are drawn by chance alone, so no earlier session helps: above 0, answers leak.
+    """
+    if any(not answers(record, "correct", gap="before") for record in records):
+        return Interval(None, None, None, level, "bootstrap-seeds-items", 0)
+    found = seeds_interval(pooled(records, "correct", gap="before"), level=level)
+    estimate, low, high = (None if x is None else x - chance for x in (found.estimate, found.low, found.high))
+    return Interval(estimate, low, high, level, found.method, found.n)
 
 
 def half_life(

@@ -28,7 +28,7 @@ from nestor.evaluation.scoring import Bar
 from nestor.evaluation.subjects import Subject
 from nestor.models.state import fingerprint
 
-FORMAT = 2
+FORMAT = 3
 # Settings on which the names of pieces depend, or what is made of them, or that are there as what they name.
 _FREE = ("old", "arms", "optimizers", "old_limit", "trials", "smallest_step", "largest_step")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +24,20 @@ SEEN = ("seen",)
 @dataclass(frozen=True)
 class TokenStream:
     """A stream in a model's tokens: for each session its text, and one document for each gap after it that is
-    not 0, up to which the next is counted from the one before."""
+    not 0, up to which the next is counted from the one before.
+
+    related: what is read at the end by who has lost a level: sentences of the same kinds, of other entities
+    and values, and other text behind them.
+    """
 
     sessions: list[Session]
     texts: list[list[int]]
     gaps: list[list[list[int]]]
+    related: list[int]
 
     @property
     def ids(self) -> list[int]:
-        """All tokens in order."""
+        """All tokens of sessions and gaps in order."""
         return [
             i
             for text, gaps in zip(self.texts, self.gaps, strict=True)
@@ -43,26 +49,33 @@ class TokenStream:
 def make_stream(
     settings: RetentionSettings, filler: FillerText, tokenizer: Any, seed: int, stream: str = "test"
 ) -> TokenStream:
-    """The stream of a seed. A gap of g has exactly g periods of the slowest level in predicted tokens.
+    """The stream of a seed. A gap of g has exactly g periods of the slowest level in predicted tokens, and
+    the related text one, in which every level learns.
 
     Raises:
         DataError: a gap's text is shorter than its tokens, with a tokenizer of more than 16 letters a token.
     """
-    sessions = settings.spec().draw(filler, seed, stream)
+    spec = settings.spec()
+    sessions = spec.draw(filler, seed, stream)
     texts = [encode_text(tokenizer, session.text) for session in sessions]
     lengths = [(b - a) * settings.slowest for a, b in zip(settings.gaps, settings.gaps[1:], strict=False)]
+
+    def other(number: int, length: int, stream: str, before: str = "") -> list[int]:
+        ids = encode_text(tokenizer, before + gap_text(filler, seed, number, 16 * length, stream))
+        if len(ids) < length + 1:
+            raise DataError(f"the text of a gap has {len(ids)} tokens, and {length + 1} are wanted")
+        return ids[: length + 1]
+
     gaps = []
     for number in range(len(sessions)):
-        text = gap_text(filler, seed, number, 16 * sum(lengths), stream)
-        ids = encode_text(tokenizer, text)
-        if len(ids) < sum(lengths) + 1:
-            raise DataError(f"the text of a gap has {len(ids)} tokens, and {sum(lengths) + 1} are wanted")
+        ids = other(number, sum(lengths), stream)
         documents, start = [], 0
         for length in lengths:
             documents.append(ids[start : start + length + 1])
             start += length
         gaps.append(documents)
-    return TokenStream(sessions, texts, gaps)
+    alike = "".join(session.text for session in spec.draw(filler, seed, "related", beside=sessions))
+    return TokenStream(sessions, texts, gaps, other(0, settings.slowest, "related", alike))
 
 
 def run_arm(
@@ -81,12 +94,15 @@ def run_arm(
         endpoint_only: ask only what tuning needs: the stated wordings, after the gap of the endpoint.
 
     The result has `tests`: sessions (from 0) asked `after` a session at a `gap` (in periods of the slowest
-    level), or at the "end", with the answers by kind of question; `old`; `levels`; `localisation`, right
-    answers at the end with one level restored; and what it cost.
+    level), "before" they are read, or at the "end", with the answers by kind of question; `old`; `levels`;
+    `localisation`, right answers at the end with one level restored; `loop_back`, those after the fastest was
+    restored and the related text was read; and what it cost.
     """
     asker = _Asker(subject, student, stream.sessions, batch_size)
     tests: list[dict[str, Any]] = []
     for number, (text, gaps) in enumerate(zip(stream.texts, stream.gaps, strict=True)):
+        if number and not endpoint_only:
+            tests += asker(number, "before", {number: SEEN})
         student.study(text)
         read = number + 1
         if not endpoint_only:
@@ -112,6 +128,7 @@ def run_arm(
         "seconds": student.seconds,
         "levels": [],
         "localisation": {},
+        "loop_back": {},
         "state_bytes": 0,
     }
     count = len(stream.sessions)
@@ -125,11 +142,19 @@ def run_arm(
         ]
         found["state_bytes"] = student.state.nbytes
         if len(reports) > 1 and not endpoint_only:
+
+            def right(reader: Reader) -> list[list[bool]]:
+                answers = asker.answers(reader.model(), count, everything)
+                return [[a.correct for a in answers[i, kind]] for i in everything for kind in SEEN]
+
             for report in reports:
-                answers = asker.answers(student.model(without=report.name), count, everything)
-                found["localisation"][report.name] = [
-                    [a.correct for a in answers[i, kind]] for i in everything for kind in SEEN
-                ]
+                found["localisation"][report.name] = right(student.without(report.name))
+            fastest = min(reports, key=lambda report: report.period or math.inf).name
+            again = student.without(fastest)
+            again.study(stream.related)
+            found["loop_back"] = {
+                "level": fastest, "tokens": again.tokens - student.tokens, "correct": right(again),
+            }  # fmt: skip
     return found
 
 

@@ -34,13 +34,13 @@ class Student(Protocol):
         """Read a document of at least two tokens; afterwards its context is gone."""
         ...
 
-    def model(self, without: str | None = None) -> Any:
-        """The model to ask, as it is now; `without` restores the level of that name to what it was at first.
-        It is one scratch copy: the next call writes over it."""
+    def model(self) -> Any:
+        """The model to ask, as it is now. It is one scratch copy: the next call writes over it."""
         ...
 
     def material(self, read: Sequence[Session], session: Session, question: Question) -> str:
-        """What is put in front of a question about a session. read: the sessions so far."""
+        """What is put in front of a question about a session. read: the sessions so far; nothing of others
+        is shown."""
         ...
 
 
@@ -71,12 +71,12 @@ class Frozen:
         self.tokens += len(ids) - 1
         self.seconds += time.perf_counter() - begin
 
-    def model(self, without: str | None = None) -> Any:
+    def model(self) -> Any:
         return self._model
 
     def material(self, read: Sequence[Session], session: Session, question: Question) -> str:
         if self._shows == "session":
-            return session.text
+            return session.text if session in read else ""
         if self._shows == "statements":
             stated = [line for one in read for fact in one.facts for line in fact.statements]
             return "".join(statements_for(question.text, stated))
@@ -130,16 +130,19 @@ class Reader:
                 self._progress(len(window) - 1)
         self.seconds += time.perf_counter() - begin
 
-    def model(self, without: str | None = None) -> Any:
+    def model(self) -> Any:
         if self._scratch is None:
             self._scratch = copy.deepcopy(self.learner.model).requires_grad_(False)
-        own = dict(self.learner.model.named_parameters())
-        restored = {n for level in self.learner.levels if level.name == without for n in level.parameters}
         self.learner.write(self.state, self._scratch)
-        with torch.no_grad():
-            for name in restored:
-                self._scratch.get_parameter(name).copy_(own[name])
         return self._scratch
+
+    def without(self, level: str) -> Reader:
+        """Another reader that goes on from here with the level of that name as it was at first; this one
+        stays as it is."""
+        other = copy.copy(self)
+        other.state = self.learner.forget(self.state, level)
+        other._rng, other._earlier = copy.deepcopy(self._rng), list(self._earlier)
+        return other
 
     def material(self, read: Sequence[Session], session: Session, question: Question) -> str:
         return ""

@@ -18,6 +18,7 @@ from nestor.evaluation.retention.parallel import make_pieces
 from nestor.evaluation.retention.pieces import Pieces
 from nestor.evaluation.retention.settings import ENDPOINT, FEWEST_UPDATES, RetentionSettings
 from nestor.evaluation.scoring import Bar
+from nestor.evaluation.statistics import LEVEL
 from nestor.evaluation.subjects import Subject
 from nestor.jobs import Workers
 
@@ -129,6 +130,7 @@ def summarise(
             [[max(v for v in row if v is not None) - e for row, e in zip(*t, strict=True)] for t in tables],
             axis=0,
         ).tolist(),
+        "forward_transfer": measures.forward_transfer(records, settings.chance).as_dict(),
         "matrix": _mean_matrix(tables),
         "half_life": life._asdict(),
         "old_loss": loss.as_dict(),
@@ -136,6 +138,7 @@ def summarise(
         "old_items": int(sum(records[0]["old"]["items"])),
         "old_items_lost": float(np.mean([measures.old_items_lost(record) for record in records])),
         "localisation": _localisation(records),
+        "loop_back": _loop_back(records),
         "seconds": seconds,
         "time_over_frozen": _over(seconds, frozen) if arm.learns else None,
         "state_bytes": records[0]["state_bytes"],
@@ -204,6 +207,25 @@ def _localisation(records: Sequence[Any]) -> dict[str, dict[str, float]]:
     return found
 
 
+def _loop_back(records: Sequence[Any]) -> dict[str, Any]:
+    """Recall at the end, then with the fastest level restored, then after the related text, and what that
+    text brought back; empty for an arm without several levels."""
+    if not records[0]["loop_back"]:
+        return {}
+    level = records[0]["loop_back"]["level"]
+    steps = {
+        "before": measures.pooled(records, "correct", gap="end"),
+        "restored": [np.concatenate(record["localisation"][level]).astype(float) for record in records],
+        "after": [np.concatenate(record["loop_back"]["correct"]).astype(float) for record in records],
+    }
+    steps["recovered"] = [b - a for a, b in zip(steps["restored"], steps["after"], strict=True)]
+    return {
+        "level": level,
+        "tokens": records[0]["loop_back"]["tokens"],
+        **{name: measures.seeds_interval(values).as_dict() for name, values in steps.items()},
+    }
+
+
 def _decisions(
     arms: Sequence[Arm], records: Mapping[str, Sequence[Any]], settings: RetentionSettings
 ) -> dict[str, Any]:
@@ -244,9 +266,23 @@ def _differences(arms: Sequence[Arm], records: Mapping[str, Sequence[Any]]) -> l
     return found
 
 
+def _leaks(records: Mapping[str, Sequence[Any]], chance: float) -> list[str]:
+    """A note on each arm that knows facts before it reads them, at 95 % for all arms together."""
+    level = 1 - (1 - LEVEL) / len(records)
+    notes = []
+    for name, runs in records.items():
+        found = measures.forward_transfer(runs, chance, level)
+        if found.low is not None and found.low > 0:
+            notes.append(
+                f"{name} knows facts before it has read them, {100 * (found.estimate or 0.0):.0f} points "
+                f"above chance: answers leak into what it reads or is shown, and its recall says nothing"
+            )
+    return notes
+
+
 def _notes(pieces: Pieces, records: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[str]:
     subject, settings = pieces.subject, pieces.settings
-    notes = []
+    notes = _leaks(records, settings.chance)
     if len(seeds) < 5:
         notes.append(
             f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: the protocol wants at least 5, and fewer say "
