@@ -77,5 +77,6 @@ def match_rms(update: Tensor, size: float = 0.2) -> Tensor:
     0.2 is about that of AdamW's (Liu et al., arXiv 2502.16982), so that a learning rate serves both. Scaled
     so, a step does not depend on the size of gradients, whatever the second moments are of.
     """
-    norm = torch.linalg.vector_norm(update)
-    return update * (size * math.sqrt(update.numel()) / norm.clamp(min=torch.finfo(update.dtype).tiny))
+    norm = torch.linalg.vector_norm(update).clamp(min=torch.finfo(update.dtype).tiny)
+    # In this order, or zeros would be multiplied by infinity.
+    return update / norm * (size * math.sqrt(update.numel()))

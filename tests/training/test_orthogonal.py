@@ -216,7 +216,8 @@ def test_pitfall_zeros_make_no_step_and_no_nan() -> None:
     for make in (M3, AdaMuon):
         still = moves(lambda p, make=make: make(p, 1.0, weight_decay=0.0), [torch.zeros(4, 3)] * 3)
         assert not any(m.any() for m in still)
-    assert not match_rms(torch.zeros(2, 3)).any()
+    # Of many numbers: a size over the least number there is would be infinite.
+    assert torch.equal(match_rms(torch.zeros(64, 172)), torch.zeros(64, 172))
 
 
 @pytest.mark.parametrize("sign", [True, False])
