@@ -13,6 +13,8 @@ from nestor.errors import ConfigError
 _WINDOWED = {"sliding_attention", "memory_as_gate", "memory_as_layer", "lact"}
 _SEGMENTED = {"memory_as_context"}
 _FULL = {"full_attention"}
+# Tokens that are read together where neither the model nor anybody else says.
+_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Subject:
             if isinstance(value, int) and value > 0:
                 return value
         return None
+
+    def context(self, wanted: int | None = None) -> int:
+        """Tokens that are read together: as many as are wanted, or 2,048, and no more than the model can."""
+        most = wanted or _CONTEXT
+        return most if self.limit is None else min(most, self.limit)
 
     @property
     def prefix(self) -> list[int]:

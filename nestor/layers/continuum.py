@@ -7,19 +7,15 @@ it a memory is that a `nestor.learning.Learner` updates each block once in its o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nestor.errors import ConfigError, suggest
+from nestor.layers.continuum_settings import check_blocks, check_continuum
 from nestor.layers.feed_forward import SwiGLU
 from nestor.layers.norm import RMSNorm
 from nestor.layers.registry import register_feed_forward
-
-WIRINGS = ("sequential", "independent", "nested")
-SETTINGS = ("periods", "wiring")
 
 
 class ContinuumFeedForward(nn.Module):
@@ -41,12 +37,7 @@ class ContinuumFeedForward(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_wiring(wiring)
-        if blocks < 1 or intermediate_size % blocks:
-            raise ConfigError(
-                f"intermediate_size is {intermediate_size} and the continuum has {blocks} blocks; make it a "
-                f"multiple of their number"
-            )
+        check_blocks(blocks, wiring, intermediate_size)
         self.wiring = wiring
         self.blocks = nn.ModuleList(SwiGLU(hidden_size, intermediate_size // blocks) for _ in range(blocks))
         norms = 1 if wiring == "independent" else blocks
@@ -65,41 +56,10 @@ class ContinuumFeedForward(nn.Module):
         return x
 
 
-def check_continuum(settings: Mapping[str, Any]) -> tuple[tuple[int | None, ...], str]:
-    """Periods, from the shortest to the longest (None: never, last), and wiring of the configuration.
-
-    Raises:
-        ConfigError: unknown settings, or periods that do not rise.
-    """
-    for name in settings:
-        if name not in SETTINGS:
-            raise ConfigError(
-                f"continuum has {name!r}; known are {', '.join(SETTINGS)}. {suggest(name, SETTINGS)}".rstrip()
-            )
-    periods = tuple(settings.get("periods", ()))
-    finite = [period for period in periods if period is not None]
-    rising = finite == sorted(set(finite)) and periods[len(finite) :] in ((), (None,))
-    if not finite or not rising or any(type(period) is not int or period < 1 for period in finite):
-        raise ConfigError(
-            f"continuum has periods {list(periods)}; give rising numbers of tokens, the last may be None: "
-            f"the block that never learns from the stream"
-        )
-    wiring = settings.get("wiring", "sequential")
-    _check_wiring(wiring)
-    return periods, wiring
-
-
-def _check_wiring(wiring: str) -> None:
-    if wiring not in WIRINGS:
-        raise ConfigError(
-            f"wiring is {wiring!r}; known are {', '.join(WIRINGS)}. {suggest(str(wiring), WIRINGS)}".rstrip()
-        )
-
-
 @register_feed_forward("continuum")
 def build_continuum(config: Any, layer_index: int) -> ContinuumFeedForward:
     """The blocks of the configuration's `continuum`, which share its `intermediate_size`."""
-    periods, wiring = check_continuum(config.continuum or {})
+    periods, wiring = check_continuum(config.continuum or {}, config.intermediate_size)
     return ContinuumFeedForward(
         config.hidden_size, config.intermediate_size, len(periods), wiring, config.rms_norm_eps
     )

@@ -135,6 +135,10 @@ def parts_of(level: Level) -> tuple[str, ...]:
     return ("delta", "gradient", *OPTIMIZERS[level.optimizer][1])
 
 
+# What the numbers of `settings_of` are; of "m3" there is one more.
+_SETTINGS = ("period", "phase", "reduction", "reset")
+
+
 def settings_of(level: Level) -> Tensor:
     """What a level must have in common with what was learned before."""
     reset = {"never": -1, "context": 0}.get(str(level.reset), level.reset)
@@ -185,6 +189,12 @@ def take_apart(state: State, levels: Sequence[Level]) -> Stream:
     )
     for level, found_settings in zip(levels, settings, strict=True):
         before, now = [int(x) for x in found_settings], settings_of(level).tolist()
+        if len(before) < len(_SETTINGS):
+            raise StateMismatchError(
+                f"the State's level {level.name!r} has the settings {before}, as older versions of Nestor "
+                f"wrote them; wanted are {len(_SETTINGS)} numbers or more: {', '.join(_SETTINGS)}. Begin "
+                f"with Learner.start, or with another memory file, and read the texts again"
+            )
         if before != now:
             raise StateMismatchError(
                 f"the State's level {level.name!r} has {_described(before)}; this Learner's has "

@@ -22,6 +22,7 @@ from nestor.learning.inner import OPTIMIZERS, Slots
 from nestor.learning.levels import Level, check_levels
 from nestor.learning.readers import reader_of
 from nestor.learning.stream import Tensors
+from nestor.learning.updates import step_of
 from nestor.models.decoder import NestorForCausalLM
 from nestor.models.state import State
 
@@ -100,7 +101,7 @@ class Unrolled:
         self._base = check_levels(levels, self._begin)
         self._reader = reader_of(model)
         self._learning = [
-            _Unrolled(level, self._begin, (scales or {}).get(level.name, 1.0), reach, streams)
+            _Unrolled(level, self._begin, (scales or {}).get(level.name), reach, streams)
             for level in levels
             if level.period is not None
         ]
@@ -163,7 +164,7 @@ class Unrolled:
         """What was learned so far counts as given from here on, as in truncated back-propagation: the streams
         go on, with other initial weights and scales if outer training has changed them."""
         for one in self._learning:
-            one.detach(self._begin, (scales or {}).get(one.spec.name, 1.0))
+            one.detach(self._begin, (scales or {}).get(one.spec.name))
 
     def weights(self, stream: int = 0) -> Tensors:
         """Parameters by name, with what a stream has learned."""
@@ -237,7 +238,7 @@ class _Unrolled:
         self,
         level: Level,
         begin: Mapping[str, Tensor],
-        scale: Tensor | float,
+        scale: Tensor | None,
         reach: int | None,
         streams: int,
     ) -> None:
@@ -255,7 +256,7 @@ class _Unrolled:
         self.older, self.recent = dict(self.zeros), list[Tensors]()
         self.slots: Slots = {slot: list(self.zeros.values()) for slot in slots}
 
-    def detach(self, begin: Mapping[str, Tensor], scale: Tensor | float) -> None:
+    def detach(self, begin: Mapping[str, Tensor], scale: Tensor | None) -> None:
         self.older, self.recent = {name: self.delta(name).detach() for name in self.zeros}, []
         self.gradients = {name: g.detach() for name, g in self.gradients.items()}
         self.slots = _detached(self.slots)
@@ -290,19 +291,12 @@ class _Unrolled:
             self.reset()
 
     def _step(self, stream: int) -> tuple[list[Tensor], Slots]:
-        step, _ = OPTIMIZERS[self.spec.optimizer]
         gradients = [g[stream] for g in self.gradients.values()]
-        if self.spec.reduce == "mean":
-            gradients = [g / self.count for g in gradients]
         slots = {slot: [x[stream] for x in kept] for slot, kept in self.slots.items()}
-        changes, after = step(self.spec, gradients, slots, self.updates)
-        factor = self.scale
-        if self.spec.largest_update is not None:
-            moved = torch.stack([change.norm() for change in changes]).norm()
-            # Where nothing moved, infinite, and so 1.
-            limit = self.spec.largest_update * self.whole / (self.scale * moved)
-            factor = self.scale * limit.clamp(max=1)
-        return [change * factor for change in changes], after
+        step = step_of(self.spec, gradients, self.count, slots, self.updates, self.whole, self.scale)
+        # PyTorch's product of many tensors with one has no gradient for that one.
+        changes = step.changes if step.factor is None else [x * step.factor for x in step.changes]
+        return changes, step.slots
 
 
 def _norm(begin: Mapping[str, Tensor], level: Level) -> Tensor:

@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
-from nestor.learning.inner import OPTIMIZERS
+from nestor.learning.inner import OPTIMIZERS, Slots
 from nestor.learning.levels import Level
 from nestor.learning.stream import Stream, Tensors
+
+
+class Step(NamedTuple):
+    """A level's step: `changes`, each times `factor` (None: 1), are added to its weights.
+
+    slots: what the optimiser keeps. moved: norm of what is added.
+    """
+
+    changes: list[Tensor]
+    factor: Tensor | None
+    slots: Slots
+    moved: Tensor
+
+
+def step_of(
+    level: Level,
+    gradients: Sequence[Tensor],
+    count: float,
+    slots: Slots,
+    updates: int,
+    whole: Tensor | float,
+    scale: Tensor | None = None,
+) -> Step:
+    """The step of a level, which can be differentiated; what is given stays as it is.
+
+    Args:
+        gradients: summed over so many tokens. updates: how many were made before.
+        whole: norm of the model's own weights in the level. scale: of its learning rate; None: 1.
+    """
+    step, _ = OPTIMIZERS[level.optimizer]
+    given = list(gradients)
+    if level.reduce == "mean":
+        given = list(torch._foreach_div(given, count))
+    changes, after = step(level, given, slots, updates)
+    # PyTorch's norm of many tensors has no gradient.
+    moved = torch.stack(torch._foreach_norm(changes)).norm()
+    if scale is not None:
+        moved = scale * moved
+    factor = scale
+    if level.largest_update is not None:
+        # Where nothing moved, infinite, and so 1.
+        limit = (level.largest_update * whole / moved).clamp(max=1.0)
+        factor = limit if scale is None else scale * limit
+        moved = moved * limit
+    return Step(changes, factor, after, moved)
 
 
 def update(level: Level, stream: Stream, whole: float) -> None:
@@ -23,26 +70,18 @@ def update(level: Level, stream: Stream, whole: float) -> None:
     kept, count = stream.levels[level.name], stream.counts[level.name]
     if count == 0:
         return
-    step, slots = OPTIMIZERS[level.optimizer]
     gradients = tensors_of(level, kept, "gradient")
-    if level.reduce == "mean":
-        # In place, for they are zeros in the end.
-        torch._foreach_div_(gradients, count)
-    given = {slot: tensors_of(level, kept, slot) for slot in slots}
-    changes, after = step(level, gradients, given, stream.updates[level.name])
+    slots = {slot: tensors_of(level, kept, slot) for slot in OPTIMIZERS[level.optimizer][1]}
+    changes, factor, after, moved = step_of(level, gradients, count, slots, stream.updates[level.name], whole)
     for slot, tensors in after.items():
         kept |= {f"{slot}/{name}": x for name, x in zip(level.parameters, tensors, strict=True)}
-    moved = get_total_norm(changes)
     stream.checks.add(
         moved,
         f"the norm of the update of level {level.name!r} at token {stream.clock} of the stream",
         f"with a lower learning rate than {level.learning_rate}",
     )
-    if level.largest_update is not None:
-        # Where nothing moved, infinite, and so 1.
-        scale = (level.largest_update * whole / moved).clamp(max=1.0)
-        torch._foreach_mul_(changes, scale)
-        moved = moved * scale
+    if factor is not None:
+        torch._foreach_mul_(changes, factor)
     torch._foreach_add_(tensors_of(level, kept, "delta"), changes)
     torch._foreach_zero_(gradients)
     kept["moved"] = moved.double()

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from nestor.errors import ConfigError, suggest
+from nestor.layers.continuum_settings import check_continuum
 from nestor.layers.registry import feed_forward_names, mixer_names
 
 NEEDS_WINDOW = {"sliding_attention", "memory_as_gate", "memory_as_layer", "lact"}
@@ -138,21 +139,6 @@ class NestorConfig(PreTrainedConfig):
                 f"set num_key_value_heads to a divisor such as {_nearest_divisor(heads, groups)}"
             )
 
-    def _check_continuum(self) -> None:
-        # Known here, since a configuration is read without loading the layers, which need torch.
-        periods = (self.continuum or {}).get("periods")
-        if not periods:
-            raise ConfigError(
-                "feed-forward type 'continuum' needs continuum={'periods': [...]}, tokens from update to "
-                "update of each block, for example [64, 512, 4096, None]"
-            )
-        assert self.intermediate_size is not None
-        if self.intermediate_size % len(periods):
-            raise ConfigError(
-                f"intermediate_size is {self.intermediate_size} and the continuum has {len(periods)} blocks; "
-                f"make it a multiple of their number"
-            )
-
     def _check_layers(self) -> None:
         for name, known in (("layer_types", mixer_names()), ("feed_forward_types", feed_forward_names())):
             kinds = getattr(self, name)
@@ -169,7 +155,8 @@ class NestorConfig(PreTrainedConfig):
         _needs(self.layer_types, NEEDS_WINDOW, "sliding_window", self.sliding_window)
         _needs(self.layer_types, NEEDS_SEGMENT, "segment_size", self.segment_size)
         if "continuum" in (self.feed_forward_types or ()):
-            self._check_continuum()
+            assert self.intermediate_size is not None
+            check_continuum(self.continuum or {}, self.intermediate_size)
 
 
 # The names that a configuration takes as settings of its own.

@@ -66,7 +66,7 @@ class Run:
         self.args = args
         model, self.tokenizer = load_model(args.model, args.device, "float32")
         self.subject = Subject("untuned", model.requires_grad_(False), self.tokenizer)
-        context = min(args.context or 2048, self.subject.limit or 2048)
+        context = self.subject.context(args.context)
         shipped = all(name in shipped_corpora() for name in args.corpus)
         filler = FillerText(open_corpus(list(args.corpus), split="train" if shipped else "all"))
         self.drawer = Drawer(
@@ -93,7 +93,7 @@ class Run:
             args.keep,
             args.clip,
         )
-        self.tuner = Tuner(model, self.levels, names, outer, control=args.control)
+        self.tuner = Tuner(self.subject, self.levels, names, outer, control=args.control)
         self.old = self._old(args.old_passages, _OLD_TRAINING)
         self.beginnings = args.beginnings()
         self.held_out = self._old(64, _OLD_HELD_OUT)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from nestor.errors import ConfigError, NonFiniteError
+from nestor.evaluation.subjects import Subject
 from nestor.files import read_tensors, write_tensors
 from nestor.learning import Level, Unrolled
 
@@ -42,20 +43,17 @@ class Tuner:
     """Initial weights, and learning rates of levels, with their AdamW.
 
     Args:
-        model: stays as it is, and says what old text was to it.
+        subject: whose model stays as it is, and says what old text was to it.
         levels: with the learning rates to begin with.
         names: parameters whose beginning is learned. control: next-token loss in place of recall.
     """
 
     def __init__(
-        self, model: Any, levels: Sequence[Level], names: Sequence[str], outer: Outer, *, control: bool
+        self, subject: Subject, levels: Sequence[Level], names: Sequence[str], outer: Outer, *, control: bool
     ) -> None:
-        self.model, self.levels, self.outer, self.control = (
-            model.requires_grad_(False),
-            levels,
-            outer,
-            control,
-        )
+        model = subject.model.requires_grad_(False)
+        self.model, self.levels, self.outer, self.control = model, levels, outer, control
+        self._context = subject.context()
         self._own = dict(model.named_parameters())
         self.values = {name: self._own[name].detach().clone().requires_grad_() for name in names}
         self.scales = {
@@ -148,12 +146,9 @@ class Tuner:
             answers = part.answers[row].long().flip(-1).cummax(-1).values.flip(-1).bool()
             asked = part.questions[row][answers]
             text = torch.cat([*(one[row, :-1] for one in part.session), asked])
-            text = text[-self._limit() :][None]
+            text = text[-self._context :][None]
             losses.append(F.cross_entropy(self._logits(text[None])[0, 0, :-1], text[0, 1:]))
         return torch.stack(losses).mean(), self._divergence(self._logits(old), old)
-
-    def _limit(self) -> int:
-        return getattr(self.model.config, "max_position_embeddings", None) or 2048
 
     def _logits(self, texts: Tensor) -> Tensor:
         """Of texts int64 `[B, N, T]` with the weights that streams begin with."""

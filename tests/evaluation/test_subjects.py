@@ -52,6 +52,9 @@ def test_windows_carry_across_the_edges_of_segments():
 def test_a_foreign_model_has_a_limit_and_a_first_token(foreign, models):
     assert (foreign.limit, foreign.prefix, foreign.stateful) == (256, [256], False)
     assert (models[0].limit, models[0].prefix, models[0].stateful) == (None, [], True)
+    # What is read together is what is wanted, as far as it fits.
+    assert [foreign.context(wanted) for wanted in (None, 100, 300)] == [256, 100, 256]
+    assert [models[0].context(wanted) for wanted in (None, 100, 5000)] == [2048, 100, 5000]
     assert foreign.reach.tokens is None and models[1].describe()["attention_reach"] == 2 * 15 + 1
 
 

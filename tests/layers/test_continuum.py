@@ -141,6 +141,8 @@ def test_hope_attention_spends_what_a_transformer_does_and_learns() -> None:
     [
         ({"periods": [4, 2]}, "rising numbers of tokens"),
         ({"periods": [None, 4]}, "rising numbers of tokens"),
+        ({"periods": ["2", 4]}, "rising numbers of tokens"),
+        ({"periods": [None]}, "rising numbers of tokens"),
         ({"periods": [2, 4], "wires": 1}, "Did you mean 'wiring'"),
         ({"periods": [2, 4], "wiring": "series"}, "known are sequential"),
         ({"periods": [2, 4, 8, 16, 32]}, "multiple of their number"),
@@ -150,7 +152,7 @@ def test_hope_attention_spends_what_a_transformer_does_and_learns() -> None:
 def test_a_continuum_that_cannot_be(choices, message) -> None:
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 18}
     with pytest.raises(ConfigError, match=message):
-        NestorForCausalLM(NestorConfig(**sizes, feed_forward_types=["continuum"], continuum=choices))
+        NestorConfig(**sizes, feed_forward_types=["continuum"], continuum=choices)
 
 
 def test_levels_that_do_not_fit_the_blocks() -> None:

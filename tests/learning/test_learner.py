@@ -331,6 +331,22 @@ def test_states_of_others_are_refused(model, levels, stream) -> None:
         learner.read(stream(3), state, torch.ones(1, 2))
 
 
+def test_a_state_of_an_older_version_says_what_to_do(model, levels, stream, tmp_path) -> None:
+    learner = Learner(model, levels())
+    state = learner.study(stream(7), learner.start())
+    period = int(state.learned["fast"]["settings"][0, 0])
+    state.learned["fast"]["settings"] = state.learned["fast"]["settings"][:, :3]
+    state.save(tmp_path / "old.safetensors", model)
+    older = State.load(tmp_path / "old.safetensors", model=model)
+    for use in (learner.report, learner.close, learner.weights, lambda state: learner.read(stream(3), state)):
+        with pytest.raises(StateMismatchError) as caught:
+            use(older)
+        said = str(caught.value)
+        assert f"level 'fast' has the settings [{period}, 0, 0]" in said
+        assert "wanted are 4 numbers or more: period, phase, reduction, reset" in said
+        assert "another memory file, and read the texts again" in said
+
+
 def test_weights_belong_to_the_tokens_that_are_predicted(model, stream) -> None:
     ids, weights = stream(8), torch.tensor([[9.0, 1.0, 0.0, 2.0, 0.5, 0.0, 3.0, 7.0]], dtype=torch.float64)
     learner = Learner(model, [Level("all", (FAST,), 3, 0.3)])

@@ -292,12 +292,13 @@ def test_the_kernels_compile_for_a_gpu(tail, starts):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nestor.ops.kernels import streams
+    from nestor.ops.kernels.streams.backward import streams_backward_kernel
+    from nestor.ops.kernels.streams.forward import streams_kernel
 
     shape = {"K": 4, "WIDTH": 64, "P": 64, "HB": 1, "UNITS": 2, "SILU": True, "STREAMS": 3, "HAS_TAIL": tail}
     for kernel, own in (
-        (streams.streams_kernel, {"BT": 32}),
-        (streams.streams_backward_kernel, {"S": 8, "L": 16}),
+        (streams_kernel, {"BT": 32}),
+        (streams_backward_kernel, {"S": 8, "L": 16}),
     ):
         constants = {**shape, **own, "STARTS": starts}
         kinds = {"eps": "fp32", "WEIGHT": "*fp32", "PARTS": "*fp32", "POSITION": "*i64"}

@@ -30,9 +30,6 @@ from nestor.evaluation.scoring import PIECE, Progress, score_choices
 from nestor.evaluation.subjects import Subject
 from nestor.learning import Learner, assign_levels
 
-#: Tokens of the context of a model without a limit of its own.
-_CONTEXT = 2048
-
 
 class Arm(Protocol):
     """One arm on one stream."""
@@ -83,8 +80,7 @@ class Frozen:
         self.batch_size, self.piece, self.progress = batch_size, piece, progress
         self.model = subject.model
         self.examples: list[Labelled] = []
-        limit = subject.limit or _CONTEXT
-        self.context = min(limit, settings.context or _CONTEXT)
+        self.context = subject.context(settings.context)
 
     def read(self, session: Session) -> None:
         if self.in_context:

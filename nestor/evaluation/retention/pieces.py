@@ -55,7 +55,7 @@ class Pieces:
         self.subject, self.filler, self.settings = subject, filler, settings
         self.batch_size, self.folder = batch_size, folder
         self.arms = {arm.name: arm for arm in arms_of(settings)}
-        self.context = min(settings.context or 2048, subject.limit or 2048)
+        self.context = subject.context(settings.context)
         self._bar = bar or (lambda title: nullcontext(None))
         self._streams: dict[tuple[int, str], TokenStream] = {}
         kept = None if folder is None else folder / file_name(subject.name)

@@ -1,262 +1,23 @@
-"""Short convolution, SiLU, heads and unit length in one pass over memory (see ../fused_streams.py).
-
-    z_t = sum_{i<K} w_i x_{t-i}     s = z sigmoid(z)     y = s / sqrt(|s|^2 + eps), per head
-
-Of one stream, or of the three of a memory, which then lie side by side in x, with its gates behind them. With
-the position of each token in its document, none sees an earlier document: x_{t-i} counts where position >= i.
-
-A program has HB heads next to each other, so that the rows of its tile ``[tokens, HB, P]`` are long enough.
-The forward loads its tile once a lag, all but the first time from cache. In the backward each gradient of x
-needs K gradients of z, and each of those a head's whole row: its programs walk S segments of L tokens side by
-side, keep in registers what the last tokens left, and write ``dx_{t-3}`` where they read x_t. A shorter
-convolution has taps of zero.
-"""
+"""The kernels of this folder as two PyTorch operators with their gradients."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from nestor.ops.kernels.streams.backward import streams_backward_kernel
+from nestor.ops.kernels.streams.forward import streams_kernel
+from nestor.ops.kernels.streams.gates import gates_backward_kernel, gates_kernel
 from nestor.ops.operators import operator
 
 # Elements of a program's tile, forward and backward, of four warps each; tokens of a segment.
 TILES = (2048, 512)
 SEGMENT = 16
 ROW = 64
-
-
-@triton.jit
-def _inputs(X, TAIL, t, channel, inside, stride, tokens, channels, K: tl.constexpr, HAS_TAIL: tl.constexpr):
-    """x at the tokens t; before the first those of the tail or zero."""
-    x = tl.load(X + t * stride + channel, mask=inside & (t >= 0) & (t < tokens), other=0.0).to(tl.float32)
-    if HAS_TAIL:
-        row = t + (K - 1)
-        before = inside & (t < 0) & (row >= 0)
-        x += tl.load(TAIL + row * channels + channel, mask=before, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _tap(WEIGHT, channel, inside, LAG: tl.constexpr, K: tl.constexpr):
-    return tl.load(WEIGHT + channel * K + (K - 1 - LAG), mask=inside & (LAG < K), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _position(POSITION, t, tokens, STARTS: tl.constexpr):
-    """Tokens of the document before the token; many where no document starts."""
-    position = t * 0 + 4
-    if STARTS:
-        position = tl.load(POSITION + t, mask=(t >= 0) & (t < tokens), other=0)
-    return position
-
-
-@triton.jit
-def _of(stream, Q, K, V, STREAMS: tl.constexpr):
-    """The tensor of a stream."""
-    chosen = Q
-    if STREAMS > 1:
-        if stream == 1:
-            chosen = K
-        if stream == 2:
-            chosen = V
-    return chosen
-
-
-@triton.jit
-def streams_kernel(
-    X, WEIGHT, TAIL_Q, TAIL_K, TAIL_V, POSITION, Q, K_, V, AFTER_Q, AFTER_K, AFTER_V,
-    xb, xt, tokens, heads, eps,
-    K: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr,
-    HAS_TAIL: tl.constexpr, STARTS: tl.constexpr, UNITS: tl.constexpr, SILU: tl.constexpr,
-    STREAMS: tl.constexpr,
-):  # fmt: skip
-    """The first UNITS streams are scaled to unit length."""
-    block, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    stream = tl.program_id(1) // (heads // HB)
-    h = tl.program_id(1) % (heads // HB) * HB + tl.arange(0, HB)[None, :, None]
-    c = tl.arange(0, P)[None, None, :]
-    channel, inside = h * WIDTH + c, (h >= 0) & (c < WIDTH)
-    channels = heads * WIDTH
-    x_at, weight_at = X + b * xb + stream * channels, WEIGHT + stream * channels * K
-    y_to = _of(stream, Q, K_, V, STREAMS)
-    after_to, tail_at = _of(stream, AFTER_Q, AFTER_K, AFTER_V, STREAMS), TAIL_Q
-    if HAS_TAIL:
-        tail_at = _of(stream, TAIL_Q, TAIL_K, TAIL_V, STREAMS) + b * (K - 1) * channels
-    t = (block * BT + tl.arange(0, BT)[:, None, None]).to(tl.int64)
-    z = tl.zeros((BT, HB, P), tl.float32)
-    position = _position(POSITION + b * tokens, t, tokens, STARTS)
-    for lag in tl.static_range(K):
-        seen = inside & (position >= lag)
-        x = _inputs(x_at, tail_at, t - lag, channel, seen, xt, tokens, channels, K, HAS_TAIL)
-        z += _tap(weight_at, channel, inside, lag, K) * x
-    y = z
-    if SILU:
-        y = z / (1.0 + tl.exp(-z))
-    if UNITS:
-        unit = y * (1.0 / tl.sqrt(tl.sum(y * y, 2, keep_dims=True) + eps))
-        y = tl.where(stream < UNITS, unit, y)
-    y_at = y_to + (b * tokens + t) * channels + channel
-    tl.store(y_at, y.to(Q.dtype.element_ty), mask=inside & (t < tokens))
-    if block == tl.num_programs(0) - 1:
-        for row in tl.static_range(K - 1):
-            end = tl.zeros((1, 1, 1), tl.int64) + tokens
-            within = inside & (_position(POSITION + b * tokens, end - 1, tokens, STARTS) >= K - 2 - row)
-            last = end + (row + 1 - K)
-            kept = _inputs(x_at, tail_at, last, channel, within, xt, tokens, channels, K, HAS_TAIL)
-            after_at = after_to + (b * (K - 1) + row) * channels + channel
-            tl.store(after_at, kept.to(AFTER_Q.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def streams_backward_kernel(
-    X, WEIGHT, TAIL_Q, TAIL_K, TAIL_V, POSITION, G_Q, G_K, G_V, G_X, G_TAIL_Q, G_TAIL_K, G_TAIL_V, PARTS,
-    xb, xt, ob, ot, gb, gt, gh, tokens, heads, eps,
-    K: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, S: tl.constexpr,
-    L: tl.constexpr, HAS_TAIL: tl.constexpr, STARTS: tl.constexpr, UNITS: tl.constexpr, SILU: tl.constexpr,
-    STREAMS: tl.constexpr,
-):  # fmt: skip
-    """PARTS ``[programs of a head, K, streams x d]``: each program's part of the gradient of the weight."""
-    block, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    stream = tl.program_id(1) // (heads // HB)
-    h = tl.program_id(1) % (heads // HB) * HB + tl.arange(0, HB)[None, :, None]
-    c = tl.arange(0, P)[None, None, :]
-    channel, inside = h * WIDTH + c, (h >= 0) & (c < WIDTH)
-    channels = heads * WIDTH
-    x_at, weight_at = X + b * xb + stream * channels, WEIGHT + stream * channels * K
-    g_x_at = G_X + b * ob + stream * channels
-    tail_at, g_tail_at = TAIL_Q, G_TAIL_Q
-    if HAS_TAIL:
-        tail_at = _of(stream, TAIL_Q, TAIL_K, TAIL_V, STREAMS) + b * (K - 1) * channels
-        g_tail_at = _of(stream, G_TAIL_Q, G_TAIL_K, G_TAIL_V, STREAMS) + b * (K - 1) * channels
-    g_at = _of(stream, G_Q, G_K, G_V, STREAMS) + b * gb + h.to(tl.int64) * gh + c
-    begin = (block * S * L + tl.arange(0, S)[:, None, None] * L).to(tl.int64)
-    w0, w1 = _tap(weight_at, channel, inside, 0, K), _tap(weight_at, channel, inside, 1, K)
-    w2, w3 = _tap(weight_at, channel, inside, 2, K), _tap(weight_at, channel, inside, 3, K)
-    x1 = _inputs(x_at, tail_at, begin - 1, channel, inside, xt, tokens, channels, K, HAS_TAIL)
-    x2 = _inputs(x_at, tail_at, begin - 2, channel, inside, xt, tokens, channels, K, HAS_TAIL)
-    x3 = _inputs(x_at, tail_at, begin - 3, channel, inside, xt, tokens, channels, K, HAS_TAIL)
-    # Each its own zeros: names that begin as one value and trade it, Triton takes for one that never changes.
-    d1, d2 = tl.zeros((S, HB, P), tl.float32), tl.zeros((S, HB, P), tl.float32)
-    d3 = tl.zeros((S, HB, P), tl.float32)
-    sum0, sum1 = tl.zeros((S, HB, P), tl.float32), tl.zeros((S, HB, P), tl.float32)
-    sum2, sum3 = tl.zeros((S, HB, P), tl.float32), tl.zeros((S, HB, P), tl.float32)
-    # What a token needs is under way while the one before is worked on.
-    r1, r2 = begin * 0, begin * 0
-    here = inside & (begin < tokens)
-    next_x = tl.load(x_at + begin * xt + channel, mask=here, other=0.0)
-    next_g = tl.load(g_at + begin * gt, mask=here, other=0.0)
-    for step in range(L + 3):
-        t = begin + step
-        x0, g = next_x.to(tl.float32), next_g.to(tl.float32)
-        here = inside & (t + 1 < tokens)
-        next_x = tl.load(x_at + (t + 1) * xt + channel, mask=here, other=0.0)
-        next_g = tl.load(g_at + (t + 1) * gt, mask=here, other=0.0)
-        y1, y2, y3 = x1, x2, x3
-        r0 = _position(POSITION + b * tokens, t, tokens, STARTS)
-        if STARTS:
-            y1, y2 = tl.where(r0 >= 1, x1, 0.0), tl.where(r0 >= 2, x2, 0.0)
-            y3 = tl.where(r0 >= 3, x3, 0.0)
-        z = w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
-        s = z
-        if SILU:
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
-            s = z * sigmoid
-        if UNITS:
-            inverse = 1.0 / tl.sqrt(tl.sum(s * s, 2, keep_dims=True) + eps)
-            y = s * inverse
-            g = tl.where(stream < UNITS, (g - y * tl.sum(g * y, 2, keep_dims=True)) * inverse, g)
-        d0 = g
-        if SILU:
-            d0 = g * (sigmoid + s * (1.0 - sigmoid))
-        e2, e1, e0 = d2, d1, d0
-        if STARTS:
-            e2, e1 = tl.where(r2 >= 1, d2, 0.0), tl.where(r1 >= 2, d1, 0.0)
-            e0 = tl.where(r0 >= 3, d0, 0.0)
-        g_x = w0 * d3 + w1 * e2 + w2 * e1 + w3 * e0
-        u = t - 3
-        x_out = g_x_at + u * ot + channel
-        tl.store(x_out, g_x.to(G_X.dtype.element_ty), mask=inside & (step >= 3) & (u < tokens))
-        if HAS_TAIL:
-            row = u + (K - 1)
-            tail_out = g_tail_at + row * channels + channel
-            tl.store(tail_out, g_x.to(G_TAIL_Q.dtype.element_ty), mask=inside & (u < 0) & (row >= 0))
-        own = tl.where(step < L, d0, 0.0)
-        sum0 += own * x0
-        sum1 += own * y1
-        sum2 += own * y2
-        sum3 += own * y3
-        x3, x2, x1 = x2, x1, x0
-        d3, d2, d1 = d2, d1, d0
-        r2, r1 = r1, r0
-    every = STREAMS * channels
-    part_at = PARTS + (b * tl.num_programs(0) + block) * K * every + stream * channels + channel
-    tl.store(part_at + (K - 1) * every, tl.sum(sum0, 0, keep_dims=True), mask=inside)
-    tl.store(part_at + (K - 2) * every, tl.sum(sum1, 0, keep_dims=True), mask=inside)
-    if K > 2:
-        tl.store(part_at + (K - 3) * every, tl.sum(sum2, 0, keep_dims=True), mask=inside)
-    if K > 3:
-        tl.store(part_at, tl.sum(sum3, 0, keep_dims=True), mask=inside)
-
-
-@triton.jit
-def gates_kernel(
-    X, BIAS, Y, xb, xt, tokens, heads,
-    SCALES: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, BT: tl.constexpr, COUPLED: tl.constexpr,
-):  # fmt: skip
-    """Y ``[GATES, B, T, H]``: each gate's scale times the sigmoid of x ``[B, T, GATES H]`` and its bias; the
-    first one, COUPLED, times what the second lacks to 1."""
-    t, h = tl.program_id(0) * BT + tl.arange(0, BT)[:, None], tl.arange(0, H)[None, :]
-    b, inside = tl.program_id(1).to(tl.int64), (t < tokens) & (h < heads)
-    x_at = X + b * xb + t.to(tl.int64) * xt + h
-    y_at = Y + (b * tokens + t) * heads + h
-    rest = 1.0
-    if COUPLED:
-        rest = 1.0 - tl.sigmoid(_logit(x_at, BIAS, h, heads, inside, 1))
-    for gate in tl.static_range(GATES):
-        y = SCALES[gate] * tl.sigmoid(_logit(x_at, BIAS, h, heads, inside, gate))
-        if gate == 0:
-            y = y * rest
-        tl.store(y_at + gate * tl.num_programs(1).to(tl.int64) * tokens * heads, y, mask=inside)
-
-
-@triton.jit
-def _logit(x_at, BIAS, h, heads, inside, gate):
-    x = tl.load(x_at + gate * heads, mask=inside, other=0.0).to(tl.float32)
-    return x + tl.load(BIAS + gate * heads + h, mask=h < heads, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def gates_backward_kernel(
-    X, BIAS, G_Y, G_X, PARTS, xb, xt, ob, ot, tokens, heads,
-    SCALES: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, BT: tl.constexpr, COUPLED: tl.constexpr,
-):  # fmt: skip
-    """PARTS ``[programs, GATES H]``: each program's part of the gradient of the bias."""
-    t, h = tl.program_id(0) * BT + tl.arange(0, BT)[:, None], tl.arange(0, H)[None, :]
-    b, inside = tl.program_id(1).to(tl.int64), (t < tokens) & (h < heads)
-    x_at = X + b * xb + t.to(tl.int64) * xt + h
-    g_x_at = G_X + b * ob + t.to(tl.int64) * ot + h
-    g_at = G_Y + (b * tokens + t) * heads + h
-    part_at = PARTS + (b * tl.num_programs(0) + tl.program_id(0)) * GATES * heads + h
-    rest, first = 1.0, 0.0
-    if COUPLED:
-        rest = 1.0 - tl.sigmoid(_logit(x_at, BIAS, h, heads, inside, 1))
-        y = SCALES[0] * tl.sigmoid(_logit(x_at, BIAS, h, heads, inside, 0))
-        first = y * tl.load(g_at, mask=inside, other=0.0)
-    for gate in tl.static_range(GATES):
-        s = tl.sigmoid(_logit(x_at, BIAS, h, heads, inside, gate))
-        g = SCALES[gate] * tl.load(
-            g_at + gate * tl.num_programs(1).to(tl.int64) * tokens * heads, mask=inside, other=0.0
-        )
-        if gate == 0:
-            g = g * rest
-        if gate == 1 and COUPLED:
-            g = g - first
-        g = tl.where(inside, g * s * (1.0 - s), 0.0)
-        tl.store(g_x_at + gate * heads, g.to(G_X.dtype.element_ty), mask=inside)
-        tl.store(part_at + gate * heads, tl.sum(g, 0, keep_dims=True), mask=h < heads)
+# Rows of a program of gates.
+GATE_ROWS = 128
 
 
 def _shape(channels: int, heads: int) -> dict[str, int]:
@@ -401,10 +162,6 @@ def _backward(ctx: Any, g_y: Tensor | None, g_after: Tensor | None) -> tuple[Any
 
 
 convolved_heads.register_autograd(_backward, setup_context=_setup)
-
-
-# Rows of a program.
-GATE_ROWS = 128
 
 
 @operator("memory_inputs")
