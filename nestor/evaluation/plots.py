@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
 
 from nestor.errors import DataError
 from nestor.files import atomic_write
@@ -209,6 +209,10 @@ def _draw_curves(series: Sequence[Series | Point], axes: Axes, theme: Theme) -> 
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+        low, high = ax.get_xlim()
+        if high >= 10_000:
+            # Thousands are 1,024: other places than multiples of a power of two have no short names.
+            ax.xaxis.set_major_locator(MultipleLocator(2 ** round(np.log2((high - low) / 8))))
     if axes.percent:
         ax.set_yticks(np.linspace(0, 1, 6))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
