@@ -1,4 +1,4 @@
-// What the CUDA kernels of nestor/ops/neural_memory/kernels/tiled need, on a CPU: the language's names, and
+// What the CUDA kernels of nestor/ops need, on a CPU: the language's names, and
 // in the place of functions in PTX what they mean. Threads of a group of blocks take turns, one after the
 // other runs to its next barrier, shuffle or wait, so that a missing one is mostly a wrong result. Copies and
 // products are done when they begin: what a kernel leaves to them too early or too late is not found here.
@@ -63,6 +63,9 @@ inline int min(int a, int b) {
 inline long min(long a, long b) {
     return a < b ? a : b;
 }
+inline int max(int a, int b) {
+    return a > b ? a : b;
+}
 template <typename T>
 T __ldcs(const T* p) {
     return *p;
@@ -78,7 +81,10 @@ struct Place {
     int x, y;
 };
 static Place threadIdx, blockIdx;
-static const int BLOCK = 256, WARP = 32;
+#ifndef THREADS_OF_BLOCK
+#define THREADS_OF_BLOCK 256
+#endif
+static const int BLOCK = THREADS_OF_BLOCK, WARP = 32;
 static const int PATIENCE = 100;  // rounds in which all only look
 static const long ROOM = 232 * 1024, STACK = 128 * 1024;
 
@@ -124,6 +130,9 @@ inline void meet(Meeting& m) {
 inline void __syncthreads() {
     meet(blocks[block_of()]);
 }
+inline void __syncwarp() {
+    meet(warps[running->number / WARP]);
+}
 inline unsigned exchanged(unsigned x, int other) {
     Meeting& warp = warps[running->number / WARP];
     slots[running->number] = x;
@@ -137,6 +146,9 @@ inline float __shfl_xor_sync(unsigned, float x, int d) {
 }
 inline int __shfl_sync(unsigned, int x, int lane) {
     return (int)exchanged((unsigned)x, lane);
+}
+inline float __shfl_sync(unsigned, float x, int lane) {
+    return __uint_as_float(exchanged(__float_as_uint(x), lane));
 }
 inline unsigned atomicAdd(unsigned* p, unsigned x) {
     unsigned y = *p;

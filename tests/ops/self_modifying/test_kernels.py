@@ -42,6 +42,19 @@ CASES = {
     "segments": {"length": 11, "chunk_size": 1, "projection_chunk_size": 1, "documents": True},
     "rows of a whole tile": {"width": 16},
 }
+EMULATED = {
+    **{name: choices for name, choices in CASES.items() if name != "rows of a whole tile"},
+    "every memory, whole chunks": {"memories": ALL, "length": 12},
+    "every memory, values as targets": {"memories": ("k", "v", "q", "mem"), "length": 12, "targets": "value"},
+    "bfloat16": {"memories": ALL, "length": 12, "dtype": torch.bfloat16},
+    "bfloat16, no keys and values of their own": {"memories": ("alpha", "mem"), "dtype": torch.bfloat16},
+    "segments of tiles": {"length": 176, "chunk_size": 64, "projection_chunk_size": 16, "documents": True},
+    "anchors of tiles, no delta rule": {
+        "length": 160, "chunk_size": 160, "projection_chunk_size": 32, "read_mode": "anchor", "dgd": False,
+    },
+}  # fmt: skip
+LATE = ("every memory", "documents", "segments of tiles")
+TINY = {"width": 64, "heads": 1, "batch": 1}
 # The interpreter, which is slow, computes these in every run of the tests.
 QUICK = ("masked documents, in parts", "anchor reads, no cap")
 
@@ -77,6 +90,14 @@ def _to(problem, dtype, device):
     return problem.replace(**changes)
 
 
+def _with_inputs(problem, change):
+    """With other inputs of projections."""
+    inputs = {name: x for name in ("q", "k", "v", "g") if (x := getattr(problem, name)) is not None}
+    return problem.replace(
+        **{name: change(x.detach()).requires_grad_(x.requires_grad) for name, x in inputs.items()}
+    )
+
+
 def _results(problem, flatten, parts):
     """Outputs, state, strengths, and gradients of a fixed function of all but the strengths."""
     outputs, strengths, state, first = [], [], None, 0
@@ -97,14 +118,21 @@ def _results(problem, flatten, parts):
     return found
 
 
-def _compare(draw_problem, flatten, covered, seed=0, parts=(), half=False, **choices):
+def _compare(
+    draw_problem, flatten, covered, seed=0, parts=(), half=False, tolerance=None, dtype=torch.float32, **choices
+):
+    """half: under autocast. dtype: of the inputs."""
+    rounded = half or dtype != torch.float32
+    tolerance = tolerance or (ROUNDED if rounded else TOLERANCE)
     problem = draw_problem(seed, **{"targets": "bounded", **choices})
+    problem = _with_inputs(problem, lambda x: x.to(dtype).double())
     expected = _results(_to(problem, torch.float64, "cpu"), flatten, parts)
     plain = _results(_to(problem, torch.float32, "cpu"), flatten, parts)
     assert covered["count"] == 0
     covered["on"] = True
     with torch.autocast(DEVICE, enabled=half):
-        found = _results(_to(problem, torch.float32, DEVICE), flatten, parts)
+        given = _with_inputs(_to(problem, torch.float32, DEVICE), lambda x: x.to(dtype))
+        found = _results(given, flatten, parts)
     assert covered["count"] >= 1
     for name, wanted in expected.items():
         if wanted is None:
@@ -116,7 +144,7 @@ def _compare(draw_problem, flatten, covered, seed=0, parts=(), half=False, **cho
                 (x.detach().double().cpu() - wanted).norm() / wanted.detach().double().norm().clamp_min(1e-3)
             )
 
-        assert error(found[name]) < max(ROUNDED if half else TOLERANCE, WORSE * error(plain[name])), (
+        assert error(found[name]) < max(tolerance, WORSE * error(plain[name])), (
             f"{name}: relative error {error(found[name]):.1e}, in the chunked form {error(plain[name]):.1e}"
         )
 
@@ -128,6 +156,20 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="for Triton's interpret
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_walks_equal_the_chunked_form(draw_problem, flatten, covered, case) -> None:
     _compare(draw_problem, flatten, covered, **CASES[case])
+
+
+@interpreted
+@pytest.mark.parametrize("case", EMULATED)
+def test_emulated_walks_backward_equal_the_chunked_form(
+    draw_problem, flatten, covered, emulation, monkeypatch, case
+) -> None:
+    """The kernel in CUDA, compiled as C++."""
+    ran = emulation.install_walk(monkeypatch, late=case in LATE)
+    choices = {**TINY, **EMULATED[case], **_tame(64)}
+    tolerance = ROUNDED if "dtype" in choices else TOLERANCE
+    _compare(draw_problem, flatten, covered, half=True, tolerance=tolerance, **choices)
+    print("RAN", case, [(c["HAS_M"], c["HAS_Q"], c["STAGES"], c["OPEN"], c["SHARED"], c["HALF_Q"], c["TILES"]) for c in ran], covered)
+    assert ran
 
 
 @interpreted
