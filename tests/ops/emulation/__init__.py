@@ -215,26 +215,26 @@ def install(monkeypatch, slices: int = 1, lanes: int = 0) -> list[str]:
 
 
 @functools.cache
-def build_walk(definitions: tuple[tuple[str, int], ...], late: bool):
+def build_walk(definitions: tuple[tuple[str, int], ...], late: bool, tf32: bool):
     """`run` of the walk backward of self-modifying memories."""
     from nestor.ops.self_modifying.kernels import tiled
 
     code = (FOLDER / "instructions.h").read_text()
     code += "".join((tiled.FOLDER / source).read_text() for source in tiled.SOURCES[1:])
     threads = 32 * (tiled.slices(dict(definitions)) + 1)
-    source = program(code, "backward", {**dict(definitions), "THREADS_OF_BLOCK": threads, "LATE": int(late)})
-    return compiled("backward", source)
+    own = {"THREADS_OF_BLOCK": threads, "LATE": int(late), "TF32": int(tf32)}
+    return compiled("backward", program(code, "backward", {**dict(definitions), **own}))
 
 
-def install_walk(monkeypatch, late: bool = False) -> list[dict[str, int]]:
+def install_walk(monkeypatch, late: bool = False, tf32: bool = False) -> list[dict[str, int]]:
     """Let self-modifying memories take their kernel in CUDA on the CPU; it returns a list to which the
-    definitions of each that runs are appended. late: copies are done when they are waited for."""
+    definitions of each that runs are appended. late, tf32: see instructions.h."""
     from nestor.ops.self_modifying.kernels import tiled
 
     ran = []
 
     def prepare(chosen, tensors, integers, numbers, device):
-        run = build_walk(tuple(sorted(chosen.items())), late)
+        run = build_walk(tuple(sorted(chosen.items())), late, tf32)
         pointers = (ctypes.c_void_p * len(tensors))(*[0 if t is None else t.data_ptr() for t in tensors])
         ints, floats = (ctypes.c_int * len(integers))(*integers), (ctypes.c_float * len(numbers))(*numbers)
 

@@ -1,12 +1,16 @@
 // In the place of instructions.cuh of nestor/ops/self_modifying/kernels/tiled. Products take numbers as they
-// are, so that what differs from the chunked form is wrong. Copies are done when they begin or, with LATE,
-// when they are waited for: both may happen.
+// are, so that what differs from the chunked form is wrong; with TF32 they are to be rounded.
+// Copies are done when they begin or, with LATE, when they are waited for: both may happen.
 
 typedef unsigned int u32;
 typedef unsigned short bf16;
 
 inline float rounded(float x) {
-    return x;
+    return TF32 ? __uint_as_float(__float_as_uint(x) + 0x1000 & 0xffffe000) : x;
+}
+// What is not rounded is no operand, and no number.
+inline float operand(float x) {
+    return TF32 && __float_as_uint(x) & 0x1fff ? NAN : x;
 }
 inline u32 half(float x) {
     u32 w = __float_as_uint(x);
@@ -22,7 +26,8 @@ struct Operands {
 static Operands operands[BLOCK];
 inline void multiply_add(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
     Meeting& warp = warps[running->number / WARP];
-    operands[running->number] = {a0, a1, a2, a3, b0, b1};
+    operands[running->number] = {operand(a0), operand(a1), operand(a2),
+                                 operand(a3), operand(b0), operand(b1)};
     meet(warp);
     const Operands* all = operands + running->number / WARP * WARP;
     int lane = running->number % WARP;

@@ -22,6 +22,7 @@ TOLERANCE, WORSE = 1e-4, 5.0
 ROUNDED = 3e-2
 
 ALL = ("k", "v", "q", "eta", "alpha", "mem")
+ALL_BUT_GATES = ("k", "v", "q", "mem")
 CASES = {
     "plain": {},
     "paper's targets, dot product": {"targets": "self", "inner_loss": "dot_product"},
@@ -42,21 +43,26 @@ CASES = {
     "segments": {"length": 11, "chunk_size": 1, "projection_chunk_size": 1, "documents": True},
     "rows of a whole tile": {"width": 16},
 }
+# The kernel in CUDA.
 EMULATED = {
     **{name: choices for name, choices in CASES.items() if name != "rows of a whole tile"},
+    "masked documents": {"masked": True, "documents": True},
     "every memory, whole chunks": {"memories": ALL, "length": 12},
-    "every memory, values as targets": {"memories": ("k", "v", "q", "mem"), "length": 12, "targets": "value"},
-    "bfloat16": {"memories": ALL, "length": 12, "dtype": torch.bfloat16},
-    "bfloat16, no keys and values of their own": {"memories": ("alpha", "mem"), "dtype": torch.bfloat16},
-    "segments of tiles": {"length": 176, "chunk_size": 64, "projection_chunk_size": 16, "documents": True},
+    "every memory, values as targets": {"memories": ALL_BUT_GATES, "length": 12, "targets": "value"},
+    "segments of tiles": {"length": 176, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0},
     "anchors of tiles, no delta rule": {
         "length": 160, "chunk_size": 160, "projection_chunk_size": 32, "read_mode": "anchor", "dgd": False,
     },
+    "TF32": {"memories": ALL, "length": 12},
+    "TF32, tiles": {"length": 64, "chunk_size": 32, "projection_chunk_size": 16},
+    "bfloat16": {"memories": ALL, "length": 12, "dtype": torch.bfloat16},
+    "bfloat16, no keys and values of their own": {"memories": ("alpha", "mem"), "dtype": torch.bfloat16},
 }  # fmt: skip
+# Of these, copies in the background are done as late as they may be.
 LATE = ("every memory", "documents", "segments of tiles")
-TINY = {"width": 64, "heads": 1, "batch": 1}
 # The interpreter, which is slow, computes these in every run of the tests.
 QUICK = ("masked documents, in parts", "anchor reads, no cap")
+QUICK_EMULATED = ("masked documents", "TF32, tiles")
 
 
 @pytest.fixture
@@ -119,7 +125,15 @@ def _results(problem, flatten, parts):
 
 
 def _compare(
-    draw_problem, flatten, covered, seed=0, parts=(), half=False, tolerance=None, dtype=torch.float32, **choices
+    draw_problem,
+    flatten,
+    covered,
+    seed=0,
+    parts=(),
+    half=False,
+    tolerance=None,
+    dtype=torch.float32,
+    **choices,
 ):
     """half: under autocast. dtype: of the inputs."""
     rounded = half or dtype != torch.float32
@@ -160,16 +174,16 @@ def test_interpreted_walks_equal_the_chunked_form(draw_problem, flatten, covered
 
 @interpreted
 @pytest.mark.parametrize("case", EMULATED)
-def test_emulated_walks_backward_equal_the_chunked_form(
+def test_interpreted_walks_with_cuda_backward(
     draw_problem, flatten, covered, emulation, monkeypatch, case
 ) -> None:
-    """The kernel in CUDA, compiled as C++."""
-    ran = emulation.install_walk(monkeypatch, late=case in LATE)
-    choices = {**TINY, **EMULATED[case], **_tame(64)}
-    tolerance = ROUNDED if "dtype" in choices else TOLERANCE
+    """The kernel in CUDA, compiled as C++, after the walk forward in Triton."""
+    choices, tf32 = EMULATED[case], case.startswith("TF32")
+    ran = emulation.install_walk(monkeypatch, case in LATE, tf32)
+    tolerance = ROUNDED if tf32 or "dtype" in choices else TOLERANCE
+    choices = {"width": 64, "batch": 1, **choices, **_tame(64)}
     _compare(draw_problem, flatten, covered, half=True, tolerance=tolerance, **choices)
-    print("RAN", case, [(c["HAS_M"], c["HAS_Q"], c["STAGES"], c["OPEN"], c["SHARED"], c["HALF_Q"], c["TILES"]) for c in ran], covered)
-    assert ran
+    assert len(ran) >= len(choices.get("parts", ())) + 1
 
 
 @interpreted
@@ -191,6 +205,9 @@ def test_the_walks_in_tritons_interpreter(some) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
     name = f"{Path(__file__)}::test_interpreted_walks"
     chosen = [f"{name}_equal_the_chunked_form[{case}]" for case in CASES if not some or case in QUICK]
+    chosen += [
+        f"{name}_with_cuda_backward[{case}]" for case in EMULATED if not some or case in QUICK_EMULATED
+    ]
     done = subprocess.run(
         [*command, *chosen, f"{name}_have_no_second_derivative"],
         env=env, capture_output=True, text=True, check=False,
@@ -209,18 +226,34 @@ def test_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, c
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
-@pytest.mark.parametrize("width", [32, 64])
-def test_long_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, width) -> None:
-    choices = {"length": 777, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0}
-    _compare(draw_problem, flatten, covered, width=width, heads=3, **choices, **_tame(width))
+@pytest.mark.parametrize(("width", "half"), [(32, False), (64, False), (64, True)])
+@pytest.mark.parametrize("length", [768, 777])
+def test_long_walks_on_a_gpu_equal_the_chunked_form(
+    draw_problem, flatten, covered, length, width, half
+) -> None:
+    choices = {"length": length, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0}
+    _compare(draw_problem, flatten, covered, width=width, heads=3, half=half, **choices, **_tame(width))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
-@pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("case", ["plain", "every memory", "in parts, not at the ends", "tiles"])
-def test_walks_under_autocast_equal_the_chunked_form(draw_problem, flatten, covered, case, width) -> None:
-    _compare(draw_problem, flatten, covered, half=True, **{**CASES[case], "width": width, **_tame(width)})
+def test_walks_under_autocast_equal_the_chunked_form(draw_problem, flatten, covered, case) -> None:
+    _compare(draw_problem, flatten, covered, half=True, **{**CASES[case], "width": 32, **_tame(32)})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("case", EMULATED)
+def test_walks_with_cuda_backward_equal_the_chunked_form(
+    draw_problem, flatten, covered, monkeypatch, case
+) -> None:
+    from nestor.ops.self_modifying.kernels import tiled
+
+    ran, prepare = [], tiled.prepare
+    monkeypatch.setattr(tiled, "prepare", lambda *given: ran.append(given) or prepare(*given))
+    _compare(draw_problem, flatten, covered, half=True, **{**EMULATED[case], "width": 64, **_tame(64)})
+    assert ran or tiled.cuda.obstacle(torch.device(DEVICE, 0))
 
 
 def _tame(width):

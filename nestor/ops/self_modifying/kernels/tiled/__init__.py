@@ -1,8 +1,8 @@
 """The walk of `backward.py` again in CUDA, for memories of 64 x 64 whose products are of TF32.
 
-Triton's programs exchange each product through shared memory and have no registers for all that they keep
-from tile to tile. Here a warp has the columns of its own from the first tile to the last (see backward.cu). On
-the same tensors; what only the kernel reads lies as it wants it.
+Triton's programs exchange each product through shared memory, and have no registers for all that they keep
+from tile to tile. Here a warp has columns of its own from the first tile to the last (see backward.cu). The
+tensors are the same, but for the scratch memory.
 """
 
 import functools
@@ -17,7 +17,9 @@ from nestor.ops import cuda
 
 WIDTH = 64
 FOLDER = Path(__file__).parent
-SOURCES = ("instructions.cuh", "rows.cuh", "program.cuh", "gradients.cuh", "backward.cu")
+SOURCES = (
+    "instructions.cuh", "rows.cuh", "program.cuh", "targets.cuh", "tokens.cuh", "made.cuh", "backward.cu",
+)  # fmt: skip
 TARGETS = ("self", "bounded", "value")
 CHOICES = ("L2", "DGD", "CAP", "RUNNING", "UNIT", "OPEN", "HAS_VALID", "HAS_RESETS")
 # Bytes: a slice of 16 columns or the rows of a tile; numbers of 16 x 16, in rows of 20 or not; of 16 tokens.
@@ -60,7 +62,9 @@ def backward(
     assert xk is not None and start is not None
     chosen = definitions(sizes, choices, {"Q": xq, "K": xk, "V": xv, "G": xg})
     count, programs = slices(chosen), len(start)
-    tiles, anchors = (programs * n * count * NUMBERS for n in (sizes["SEGMENT"] * sizes["TILES"], sizes["SEGMENT"]))
+    tiles, anchors = (
+        programs * n * count * NUMBERS for n in (sizes["SEGMENT"] * sizes["TILES"], sizes["SEGMENT"])
+    )
     scratch = start.new_empty(tiles), start.new_empty(anchors if _anchored(chosen) else 0)
     tensors = [*inputs, *kept, *gradients, *scratch, *found]
     queue = prepare(chosen, tensors, (*xk.shape[1:3], chunks), numbers, xk.device)
@@ -87,9 +91,7 @@ def definitions(
 ) -> dict[str, int]:
     """What the kernel is compiled with. inputs: xk, xv, xq and xg by the letter of what is made of them."""
     found = _flags(sizes, choices)
-    found |= {
-        f"HALF_{name}": int(x is not None and x.dtype == torch.bfloat16) for name, x in inputs.items()
-    }
+    found |= {f"HALF_{name}": int(x is not None and x.dtype == torch.bfloat16) for name, x in inputs.items()}
     # The inputs of the next tile come while one is worked on, where there is room for both.
     stages = 2 if _room(found | {"STAGES": 2}) <= cuda.SHARED_MEMORY else 1
     return found | {"STAGES": stages, "SHARED": _room(found | {"STAGES": stages})}

@@ -24,26 +24,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // As a value that the compiler knows to be the warp's.
     const int warp = __shfl_sync(ALL, threadIdx.x >> 5, 0);
     const bool has_slice = warp < SLICES, has_gates = HAS_G && warp == GATES;
+    const bool makes_queries = HAS_Q && warp >= FIRST_Q && warp < GATES;
     const long m = blockIdx.x, sequence = m / heads * tokens * heads + m % heads;
     const long stack = m * WIDTH * COLUMNS + 16 * warp;
     const int segments = (chunks + SEGMENT - 1) / SEGMENT;
     float* scratch = SCRATCH + (m * SEGMENT * TILES * SLICES + warp) * NUMBERS;
     float* scratch_anchors = SCRATCH_ANCHORS + (m * SEGMENT * SLICES + warp) * NUMBERS;
 
-    float* const key_parts = (float*)(shared + AT_KEY_PARTS);
-    float* const value_parts = (float*)(shared + AT_VALUE_PARTS);
-    float* const query_parts = (float*)(shared + AT_QUERY_PARTS);
-    float* const triangles = (float*)(shared + AT_TRIANGLES);
-    float* const reads = (float*)(shared + AT_READS);
-    float* const between = (float*)(shared + AT_BETWEEN);
-    float* const scores_of_reads = (float*)(shared + AT_SCORES);
-    float* const sums = (float*)(shared + AT_SUMS);
-    float* const norms = (float*)(shared + AT_NORMS);
-    float* const query_norms = (float*)(shared + AT_QUERY_NORMS);
-    float* const g_gates = (float*)(shared + AT_GATES);
-    float* const logits = g_gates + 2 * TILE;
-    float* const g_squares = logits + TILE;
-    float* const own_sums = g_squares + TILE;
+    const Parts parts = parts_at(shared);
+    const Gates gates = {
+        HAS_E ? ETA_OUT : ETA, ALPHA, BIAS_A + m, G_ETA_OUT, G_ALPHA_OUT, G_ETA, G_ALPHA, max_step, horizon};
 
     auto tile_of = [&](int first, int f) {
         Tile x;
@@ -90,28 +80,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         TILE);
         }
     };
-    // What each token has, by the last warp.
-    auto describe = [&](int f, int turn) {
-        const Tile x = tile_of(first, f);
-        const int token = lane() & 15;
-        const bool inside = token < x.rows;
-        const long at = x.first + (long)token * heads;
-        float* to = tokens_of(turn) + token;
-        float decay = inside ? DECAYS[at] : 0.f, through = decay;
-        float step = inside ? STEPS[at] : 0.f, length = HAS_K && inside ? LENGTHS[at] : 0.f;
-        bool there = inside;
-        if (HAS_VALID) there = inside && VALID[at];
-#pragma unroll
-        for (int d = 1; d < TILE; d *= 2) {
-            float before = __shfl_sync(ALL, through, (lane() - d) & 31);
-            if (token >= d) through += before;
-        }
-        float total = __shfl_sync(ALL, through, 15);
-        if (lane() >= TILE) return;
-        to[STEP * TILE] = step, to[LENGTH * TILE] = length, to[THERE * TILE] = there ? 1.f : 0.f;
-        to[THROUGH * TILE] = through, to[EARLIER * TILE] = through - decay;
-        to[BEFORE * TILE] = expf(through - decay), to[END * TILE] = expf(total - through);
-        to[WHOLE * TILE] = expf(total);
+    auto describe_tokens = [&](int f, int turn) {
+        describe(tokens_of(turn), tile_of(first, f), STEPS, DECAYS, LENGTHS, VALID);
     };
     // Tile f is there, and if there is room the next one under way. alone: none was under way.
     auto begin = [&](int f, int next, bool alone, bool all) {
@@ -119,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             __syncthreads();
             bring(f, turn, all);
         }
-        if (alone && !has_slice) describe(f, turn);
+        if (alone && !has_slice) describe_tokens(f, turn);
         end_copies();
         const Inputs x = inputs_of(turn);
         round_rows(x.k, CAP && all ? x.key_squares : nullptr);
@@ -134,11 +104,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
         if (next < 0) return;
         if (STAGES == 2) bring(next, turn ^ 1, all);
-        if (!has_slice) describe(next, turn ^ 1);
+        if (!has_slice) describe_tokens(next, turn ^ 1);
     };
 
     // Gradients of the memory after a tile, and of its anchor.
-    Quad g[8] = {}, h[8] = {};
+    Quad g[8] = {}, h[8] = {}, (&of_anchor)[8] = ANCHORED ? h : g;
     float g_bias_e = 0.f, g_bias_a = 0.f;
     if (has_slice) {
         load_slice(g, G_AFTER + stack);
@@ -182,9 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 u = rounded(times(u, of_columns(token + END * TILE)));
                 EACH_OF_SLICE w[j].f[r] *= whole;
                 add_columns(w, u, at.k);
-                if (OPEN)
-                    if (x.number == TILES - 1 && CLOSES[m * chunks + x.chunk])
-                        EACH_OF_SLICE anchor[j].f[r] = w[j].f[r];
+                if (OPEN && x.number == TILES - 1 && CLOSES[m * chunks + x.chunk])
+                    EACH_OF_SLICE anchor[j].f[r] = w[j].f[r];
             }
             turn ^= 1;
         }
@@ -196,20 +165,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const float* token = tokens_of(turn);
             const float *weights = weights_of(turn), *anchors = anchors_of(turn, x);
             const float *own = weights + warp * NUMBERS, *own_anchor = anchors + warp * NUMBERS;
-            float* const part = key_parts + warp * NUMBERS;
+            const float* rows = at.u + warp * TILE * PITCH;
+            float* const key_part = parts.keys + warp * NUMBERS;
+            float* const sums = parts.sums + warp * SUMS * TILE;
             const float whole = token[WHOLE * TILE];
-            if (ANCHORED)
-                if (x.number == TILES - 1 && (!OPEN || CLOSES[m * chunks + x.chunk]))
-                    EACH_OF_SLICE g[j].f[r] += h[j].f[r], h[j].f[r] = 0.f;
+            if (ANCHORED && x.number == TILES - 1 && (!OPEN || CLOSES[m * chunks + x.chunk]))
+                EACH_OF_SLICE g[j].f[r] += h[j].f[r], h[j].f[r] = 0.f;
 
-            // Of the thread's columns, a name "turned" where they are rows: gradients of u, before and after
-            // the triangle; what key and value make of memory and anchor; the reads and their gradients.
+            // Of the slice's columns, "turned" where they are rows: gradients of u, before and after the
+            // triangle; what keys make of memory and anchor; targets; what queries make.
             Square g_u = {}, g_u_turned = {}, on_w = {}, on_anchor = {}, target = {}, target_turned = {};
-            Square g_y = {}, g_y_turned = {}, on_query = {}, raw = {}, g_raw = {};
-            // The last warp's.
-            Square overlap = {}, decays = {}, scores = {};
+            Square on_query = {};
+            Queries made = {};
+            Between between = {};
             if (has_slice) {
-                Square z = {}, by_reads = {};
+                Square z = {}, products = {};
                 float product_of_both = 0.f;
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
@@ -217,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int r = 0; r < 4; ++r) product_of_both += g[j].f[r] * w.f[r];
                     // To be read along columns.
-                    put_columns(part, j, after);
+                    put_columns(key_part, j, after);
                     add_product(z, after, k);
                     if (DGD || !ANCHORED) add_product(on_w, k, w);
                     const Quad a = ANCHORED ? columns_of(own_anchor, j) : w;
@@ -230,135 +200,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (MAKES_READS) {
                         const Quad q = columns_of(at.xq, j);
                         add_product(on_query, q, w);
-                        add_product(by_reads, k, q);
+                        add_product(products, k, q);
                     }
                 }
                 if (!ANCHORED) on_anchor = on_w;
-                if (has_gates) {
-                    Square made = {};
-#pragma unroll
-                    for (int j = 0; j < 8; ++j)
-                        add_product(made, columns_of(at.xg, j), columns_of(own_anchor, j));
-                    if ((lane() & 3) == 0 && HAS_A)
-                        logits[own_row()] = made.q[0].f[GATE_A], logits[own_row() + 8] = made.q[0].f[2 + GATE_A];
-                }
-                if (HAS_Q && warp >= FIRST_Q && warp < GATES) {
-#pragma unroll
-                    for (int j = 0; j < 8; ++j)
-                        add_product(raw, columns_of(at.xq, j), columns_of(own_anchor, j));
-                    EACH {
-                        int row = own_row() + 8 * (r >> 1), column = 8 * s + own_column() + (r & 1);
-                        long from = (x.first + (long)row * heads) * WIDTH + 16 * (warp - FIRST_Q) + column;
-                        g_raw.q[s].f[r] = row < x.rows ? G_Q_OUT[from] : 0.f;
-                    }
-                    float* to = query_norms + (warp - FIRST_Q) * 2 * TILE;
-                    put(to, row_sums(times(raw, raw)));
-                    put(to + TILE, row_sums(times(g_raw, raw)));
-                }
-                if (HAS_M) {
-                    g_y = times(part_of(at.g_y, warp), of_rows(token + THERE * TILE));
-                    g_y_turned = times(part_turned(at.g_y, warp), of_columns(token + THERE * TILE));
-                }
+                if (TARGETS == VALUE) target = part_of(at.v, warp & 3);
+                if (HAS_A && has_gates) leave_logits(parts.logits, at.xg, own_anchor);
+                if (HAS_Q && makes_queries)
+                    made = make_queries(at.xq, own_anchor, warp - FIRST_Q, G_Q_OUT, parts.query_norms, x);
                 if (MAKES_READS) {
-                    // Rows are the tokens that are written, columns those that read.
-                    const OfRows through = of_rows(token + THROUGH * TILE);
-                    const OfColumns earlier = of_columns(token + EARLIER * TILE);
-                    OfColumns inverse = {1.f, 1.f, 1.f, 1.f};
-                    if (UNIT) inverse = inverse_lengths(of_columns(at.query_squares), eps);
-                    EACH {
-                        int written = own_row() + 8 * (r >> 1), reads = 8 * s + own_column() + (r & 1);
-                        float decay = written < reads ? expf(earlier.of[s][r & 1] - through.of[r >> 1]) : 0.f;
-                        by_reads.q[s].f[r] = rounded(by_reads.q[s].f[r] * inverse.of[s][r & 1] * decay);
-                    }
-                    g_u_turned = product(g_y_turned, by_reads);
+                    const Square g_y = times(part_turned(at.g_y, warp), of_columns(token + THERE * TILE));
+                    g_u_turned = product(g_y, rounded(seen_by_reads(products, token, at.query_squares, eps)));
                 }
-
-                const float* rows = at.u + warp * TILE * PITCH;
-                float* to = sums + warp * SUMS * TILE;
-                put(to + TO_END * TILE, column_sums(times(square_turned(rows), z)));
+                put(sums + TO_END * TILE, column_sums(times(square_turned(rows), z)));
                 product_of_both = over_lanes(product_of_both, 1, 32);
-                if (lane() == 0) to[TO_WHOLE * TILE] = product_of_both;
+                if (lane() == 0) sums[TO_WHOLE * TILE] = product_of_both;
                 g_u_turned = plus(g_u_turned, times(z, of_columns(token + END * TILE)));
-                Square solve;
-                if (DGD)
-                    solve = rounded(square_turned(at.solve));
-                else
-                    EACH solve.q[s].f[r] =
-                        own_row() + 8 * (r >> 1) == 8 * s + own_column() + (r & 1) ? 1.f : 0.f;
+                const Square solve = DGD ? rounded(square_turned(at.solve)) : identity();
                 const Square g_u_rounded = rounded(g_u_turned);
                 g_u = product(solve, g_u_rounded);
                 if (DGD) g_u_turned = product(g_u_rounded, solve);
-
-                if (TARGETS == VALUE) target = part_of(at.v, warp & 3);
                 if (TARGETS == BOUNDED && !has_gates) {
-                    float* to = norms + warp * 2 * TILE;
+                    float* to = parts.norms + warp * 2 * TILE;
                     put(to, row_sums(times(target, target)));
                     put(to + TILE, row_sums(times(times(g_u, target), of_rows(token + STEP * TILE))));
                 }
             } else {
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const Quad k = columns_of(at.k, j);
-                    if (DGD) add_product(overlap, k, k);
-                    if (MAKES_READS) add_product(scores, columns_of(at.xq, j), k);
-                }
-                const OfRows earlier = of_rows(token + EARLIER * TILE);
-                const OfColumns through = of_columns(token + THROUGH * TILE);
-                EACH {
-                    int row = own_row() + 8 * (r >> 1), column = 8 * s + own_column() + (r & 1);
-                    decays.q[s].f[r] = row > column ? expf(earlier.of[r >> 1] - through.of[s][r & 1]) : 0.f;
-                }
-                if (MAKES_READS && UNIT)
-                    scores = times(scores, inverse_lengths(of_rows(at.query_squares), eps));
+                between = between_tokens(token, at, eps);
             }
             if (MEETS_FOR_NORMS) __syncthreads();
 
             float4 g_keys[ROUNDS] = {}, g_values[ROUNDS] = {};
             if (has_slice) {
-#pragma unroll
-                for (int round = 0; round < ROUNDS; ++round) {
-                    int row = (threadIdx.x >> 4) + round * 2 * SLICES;
-                    long from = (x.first + (long)row * heads) * WIDTH + (threadIdx.x & 15) * 4;
-                    if (HAS_K && row < x.rows) g_keys[round] = four(G_K_OUT + from);
-                    if (HAS_V && row < x.rows) g_values[round] = four(G_V_OUT + from);
-                }
-                const OfRows before = of_rows(token + BEFORE * TILE), end = of_rows(token + END * TILE);
-                const OfColumns before_turned = of_columns(token + BEFORE * TILE);
+                const OfRows before = of_rows(token + BEFORE * TILE);
                 const Square g_e = negative(times(g_u, of_rows(token + STEP * TILE)));
                 const Square g_e_turned = negative(times(g_u_turned, of_columns(token + STEP * TILE)));
-                Square e = {}, g_target = negative(g_e), g_target_turned = negative(g_e_turned);
+                Square e = {}, g_target = negative(g_e), g_target_turned = negative(g_e_turned), g_y = {};
                 if (L2) e = on_anchor;
-                if (TARGETS != BOUNDED) {
+                if (TARGETS == BOUNDED)
+                    bound_targets(e, g_target, g_target_turned, target, target_turned, has_gates,
+                                  parts.norms + (warp & ~3) * 2 * TILE);
+                else
                     e = plus(e, negative(target));
-                } else if (has_gates) {
-                    EACH {
-                        float x = target.q[s].f[r], y = target_turned.q[s].f[r];
-                        e.q[s].f[r] -= x * bound(x * x);
-                        if (x * x > 1.f) g_target.q[s].f[r] = 0.f;
-                        if (y * y > 1.f) g_target_turned.q[s].f[r] = 0.f;
-                    }
-                } else {
-                    OfRows square = {}, along = {};
-                    OfColumns square_turned = {}, along_turned = {};
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const float* from = norms + ((warp & ~3) + i) * 2 * TILE;
-                        add(square, of_rows(from)), add(along, of_rows(from + TILE));
-                        add(square_turned, of_columns(from)), add(along_turned, of_columns(from + TILE));
-                    }
-                    EACH {
-                        float a = square.of[r >> 1], b = square_turned.of[s][r & 1];
-                        e.q[s].f[r] -= target.q[s].f[r] * bound(a);
-                        g_target.q[s].f[r] =
-                            through_bound(g_target.q[s].f[r], target.q[s].f[r], a, along.of[r >> 1]);
-                        g_target_turned.q[s].f[r] =
-                            through_bound(g_target_turned.q[s].f[r], target_turned.q[s].f[r], b,
-                                          along_turned.of[s][r & 1]);
-                    }
-                }
+                if (HAS_M) g_y = times(part_of(at.g_y, warp), of_rows(token + THERE * TILE));
 
                 // What the last warp waits for.
-                float* to = sums + warp * SUMS * TILE;
                 OfRows to_before = {};
                 if (DGD) {
                     e = plus(e, times(on_w, before));
@@ -369,189 +255,106 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (UNIT) read = times(read, inverse_lengths(of_rows(at.query_squares), eps));
                     add(to_before, row_sums(read));
                 }
-                put(to + TO_BEFORE * TILE, to_before);
-                put(to + TO_STEP * TILE, row_sums(negative(times(g_u, e))));
-                const Square u = square_of(at.u + warp * TILE * PITCH), u_rounded = rounded(u);
-                if (DGD) store_square(triangles, warp, product(rounded(g_u), u_rounded));
-                if (MAKES_READS) store_square(reads, warp, product(g_y, u_rounded));
+                put(sums + TO_BEFORE * TILE, to_before);
+                put(sums + TO_STEP * TILE, row_sums(negative(times(g_u, e))));
+                const Square u = rounded(square_of(rows));
+                if (DGD) store_square(parts.triangles, warp, product(rounded(g_u), u));
+                if (MAKES_READS) store_square(parts.reads, warp, product(g_y, u));
                 come(1, THREADS);
-
-                // Parts of the gradients of keys, values and queries.
-                Square along = {}, along_turned = {};
-                if (DGD) along = times(g_e, before), along_turned = times(g_e_turned, before_turned);
-                if (!ANCHORED && L2) along = plus(along, g_e), along_turned = plus(along_turned, g_e_turned);
-                Quad sum[8] = {};
-                __syncwarp();
-                add_columns(sum, rounded(times(u, end)), part);
-                if (DGD || !ANCHORED) add_columns(sum, rounded(along), own);
-                if (ANCHORED && L2) add_columns(sum, rounded(g_e), own_anchor);
-                __syncwarp();
-                put_block(part, sum);
-                g_target = rounded(g_target);
-                if (TARGETS == VALUE) {
-                    float* values = value_parts + (warp >> 2) * NUMBERS;
-                    put_columns(values, 2 * (warp & 3), g_target.q[0]);
-                    put_columns(values, 2 * (warp & 3) + 1, g_target.q[1]);
-                } else {
-                    Quad sum[8] = {};
-                    add_columns(sum, g_target, own_anchor);
-                    put_block(value_parts + warp * NUMBERS, sum);
-                }
-                if (HAS_M) {
-                    Quad sum[8] = {};
-                    if (RUNNING) g_y = times(g_y, before), g_y_turned = times(g_y_turned, before_turned);
-                    add_columns(sum, rounded(g_y), RUNNING ? own : own_anchor);
-                    put_block(query_parts + warp * NUMBERS, sum);
+#pragma unroll
+                for (int round = 0; round < ROUNDS; ++round) {
+                    const Row row = row_of_turn(round, x);
+                    if (HAS_K && row.inside) g_keys[round] = four(G_K_OUT + row.place);
+                    if (HAS_V && row.inside) g_values[round] = four(G_V_OUT + row.place);
                 }
 
                 // The memory and its anchor.
+                const OfColumns before_turned = of_columns(token + BEFORE * TILE);
+                Square along = {}, along_turned = {};
+                if (DGD) along = times(g_e, before), along_turned = times(g_e_turned, before_turned);
+                if (!ANCHORED && L2) along = plus(along, g_e), along_turned = plus(along_turned, g_e_turned);
                 EACH_OF_SLICE g[j].f[r] *= whole;
                 if (DGD || !ANCHORED) add_columns(g, rounded(along_turned), at.k);
-                if (ANCHORED && L2) add_columns(of_anchor(g, h), rounded(g_e_turned), at.k);
-                if (TARGETS != VALUE) add_columns(of_anchor(g, h), rounded(g_target_turned), at.v);
+                if (ANCHORED && L2) add_columns(of_anchor, rounded(g_e_turned), at.k);
+                if (TARGETS != VALUE) add_columns(of_anchor, rounded(g_target_turned), at.v);
                 if (HAS_M) {
-                    if (UNIT)
-                        g_y_turned = times(g_y_turned, inverse_lengths(of_columns(at.query_squares), eps));
-                    if (RUNNING)
-                        add_columns(g, rounded(g_y_turned), at.xq);
-                    else
-                        add_columns(of_anchor(g, h), rounded(g_y_turned), at.xq);
+                    Square g_y = times(part_turned(at.g_y, warp), of_columns(token + THERE * TILE));
+                    if (RUNNING) g_y = times(g_y, before_turned);
+                    if (UNIT) g_y = times(g_y, inverse_lengths(of_columns(at.query_squares), eps));
+                    add_columns(RUNNING ? g : of_anchor, rounded(g_y), at.xq);
                 }
-                if (HAS_Q && warp >= FIRST_Q && warp < GATES) {
-                    OfRows square = {}, along = {};
+
+                // Parts of the gradients of keys, values and queries.
+                __syncwarp();
+                const Square by_end = rounded(times(square_of(rows), of_rows(token + END * TILE)));
+                const Square g_e_rounded = rounded(g_e);
+                along = rounded(along), g_target = rounded(g_target);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        add(square, of_rows(query_norms + i * 2 * TILE));
-                        add(along, of_rows(query_norms + i * 2 * TILE + TILE));
+                for (int half = 0; half < 8; half += 4) {
+                    Quad sum[4] = {};
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        add_columns(sum[j], by_end, key_part, half + j);
+                        if (DGD || !ANCHORED) add_columns(sum[j], along, own, half + j);
+                        if (ANCHORED && L2) add_columns(sum[j], g_e_rounded, own_anchor, half + j);
                     }
-                    const OfRows inverse = inverse_lengths(square, eps);
-                    EACH {
-                        float by = inverse.of[r >> 1];
-                        g_raw.q[s].f[r] =
-                            rounded(by * (g_raw.q[s].f[r] - raw.q[s].f[r] * along.of[r >> 1] * by * by));
-                    }
-                    put_columns(query_parts, 2 * (warp - FIRST_Q), g_raw.q[0]);
-                    put_columns(query_parts, 2 * (warp - FIRST_Q) + 1, g_raw.q[1]);
+                    __syncwarp();
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) put_columns(key_part, half + j, sum[j]);
                 }
+                if (TARGETS == VALUE)
+                    put_part(parts.values + (warp >> 2) * NUMBERS, warp & 3, g_target);
+                else
+                    leave_product(parts.values + warp * NUMBERS, g_target, own_anchor);
+                if (HAS_M) {
+                    if (RUNNING) g_y = times(g_y, before);
+                    leave_product(parts.queries + warp * NUMBERS, rounded(g_y), RUNNING ? own : own_anchor);
+                }
+                if (HAS_Q && makes_queries)
+                    leave_queries(parts.queries, made, warp - FIRST_Q, parts.query_norms, eps);
             } else {
-                // Rows are tokens; what each has alone lies with the lane of its number.
-                const int own_token = lane() & 15;
-                const bool inside = own_token < x.rows, there = token[THERE * TILE + own_token] != 0.f;
-                const long place = x.first + (long)own_token * heads;
-                float eta = 0.f, alpha = 1.f, g_eta_out = 0.f, g_alpha_out = 0.f;
-                if (inside) {
-                    eta = HAS_E ? ETA_OUT[place] : ETA[place];
-                    if (!HAS_A) alpha = fmaxf(ALPHA[place], 2e-38f);
-                    if (HAS_E) g_eta_out = G_ETA_OUT[place];
-                    if (HAS_A) g_alpha_out = G_ALPHA_OUT[place];
-                }
+                const Gate gate = load_gate(gates, x);
                 await(1, THREADS);
-                Found found = add_up(token, sums, triangles, reads, overlap, decays, scores, between,
-                                     scores_of_reads, own_sums);
-                if (!there) found = {0.f, 0.f};
-                float logit = 0.f;
-                if (HAS_A && inside) {
-                    logit = logits[own_token] + BIAS_A[m];
-                    alpha = expf(-softplus(logit) / horizon);
-                }
-                if (CAP) {
-                    // The step is the smaller one of eta and a limit.
-                    const float square = at.key_squares[own_token], limit = alpha / fmaxf(square, TINY);
-                    const float by_limit = eta <= limit ? 0.f : found.step * limit;
-                    if (eta > limit) found.step = 0.f;
-                    found.decay += by_limit;
-                    if (lane() < TILE)
-                        g_squares[own_token] = square > TINY ? -by_limit / square : 0.f;
-                }
-                if (HAS_E) {
-                    found.step = inside ? (found.step + g_eta_out) * eta * (1.f - eta / max_step) : 0.f;
-                    g_bias_e += found.step;
-                } else if (inside && lane() < TILE) {
-                    G_ETA[place] = found.step;
-                }
-                if (HAS_A) {
-                    found.decay += g_alpha_out * alpha;
-                    found.decay = inside ? found.decay * sigmoid(logit) / -horizon : 0.f;
-                    g_bias_a += found.decay;
-                } else if (inside && lane() < TILE) {
-                    G_ALPHA[place] = found.decay / alpha;
-                }
-                if (HAS_G && lane() < TILE) {
-                    g_gates[own_token] = rounded(GATE_E == 0 ? found.step : found.decay);
-                    g_gates[TILE + own_token] =
-                        HAS_E && HAS_A ? rounded(GATE_E == 1 ? found.step : found.decay) : 0.f;
-                }
+                const Found found =
+                    through_gate(add_up(token, parts, between), gate, gates, token, parts, at.key_squares, x);
+                g_bias_e += found.step, g_bias_a += found.decay;
             }
             __syncthreads();
 
-            // Keys, values and queries: a row to 16 threads.
+            // Rows of keys, values and queries, put together; those that memories made in the first blocks.
             if (has_slice) {
 #pragma unroll
                 for (int round = 0; round < ROUNDS; ++round) {
-                    const int row = (threadIdx.x >> 4) + round * 2 * SLICES, c = (threadIdx.x & 15) * 4;
-                    if (row >= TILE) break;
-                    const long to = (x.first + (long)row * heads) * WIDTH + c;
-                    const float4 k = four(at.k + cell(row, c));
-                    float4 g_k = g_keys[round], g_v = g_values[round];
-                    for (int i = 0; i < SLICES; ++i) add(g_k, 1.f, four(key_parts + i * NUMBERS + cell(row, c)));
-                    for (int i = 0; i < VALUE_PARTS; ++i)
-                        add(g_v, 1.f, four(value_parts + i * NUMBERS + cell(row, c)));
-                    if (DGD)
-#pragma unroll
-                        for (int j = 0; j < TILE; ++j)
-                            add(g_k, between[row * PITCH + j], four(at.k + cell(j, c)));
-                    if (MAKES_READS)
-#pragma unroll
-                        for (int j = 0; j < TILE; ++j) {
-                            float by = scores_of_reads[j * PITCH + row];
-                            if (UNIT) by *= rsqrtf(at.query_squares[j] + eps);
-                            add(g_k, by, four(at.xq + cell(j, c)));
-                        }
-                    if (CAP) add(g_k, 2.f * g_squares[row], k);
-                    if (HAS_K) {
-                        const float along = over_lanes(dot(g_k, k), 1, 16), length = token[LENGTH * TILE + row];
-                        float4 by = {};
-                        add(by, length, g_k), add(by, -length * along, k);
-                        round_four(key_parts + cell(row, c), by);
-                    } else if (row < x.rows) {
-                        store_four(G_XK + to, g_k);
-                    }
+                    const Row row = row_of_turn(round, x);
+                    if (row.number >= TILE) break;
+                    const float4 g_k = key_gradient(g_keys[round], row, parts, at, eps);
+                    if (HAS_K)
+                        round_four(parts.keys + row.cell, through_unit(g_k, four(at.k + row.cell),
+                                                                       token[LENGTH * TILE + row.number]));
+                    else if (row.inside)
+                        store_four(G_XK + row.place, g_k);
+                    const float4 g_v = sum_of_blocks(g_values[round], parts.values, VALUE_PARTS, row.cell);
                     if (HAS_V)
-                        round_four(value_parts + cell(row, c), g_v);
-                    else if (row < x.rows)
-                        store_four(G_XV + to, g_v);
+                        round_four(parts.values + row.cell, g_v);
+                    else if (row.inside)
+                        store_four(G_XV + row.place, g_v);
                     if (HAS_M) {
-                        float4 g_q = {};
-                        for (int i = 0; i < 4; ++i)
-                            add(g_q, 1.f, four(query_parts + i * NUMBERS + cell(row, c)));
-                        if (MAKES_READS)
-#pragma unroll
-                            for (int j = 0; j < TILE; ++j)
-                                add(g_q, scores_of_reads[row * PITCH + j], four(at.k + cell(j, c)));
-                        if (UNIT) {
-                            const float4 q = four(at.xq + cell(row, c));
-                            const float inverse = rsqrtf(at.query_squares[row] + eps);
-                            const float along = over_lanes(dot(g_q, q), 1, 16);
-                            float4 by = {};
-                            add(by, inverse, g_q), add(by, -inverse * inverse * inverse * along, q);
-                            g_q = by;
-                        }
-                        if (row < x.rows) store_four(G_XQ + to, g_q);
+                        const float4 g_q = query_gradient(row, parts, at, eps);
+                        if (row.inside) store_four(G_XQ + row.place, g_q);
                     }
                 }
             }
 
-            // And through the memories that made them.
+            // And through those memories.
             if (HAS_K || HAS_V || HAS_Q || HAS_G) __syncthreads();
-            if (HAS_K && warp < FIRST_V)
-                through_memory(of_anchor(g, h), key_parts, warp, anchors, at.xk, G_XK, x);
+            if (HAS_K && warp < FIRST_V) through_memory(of_anchor, parts.keys, warp, anchors, at.xk, G_XK, x);
             if (HAS_V && warp >= FIRST_V && warp < FIRST_Q)
-                through_memory(of_anchor(g, h), value_parts, warp - FIRST_V, anchors + FIRST_V * NUMBERS,
-                               at.xv, G_XV, x);
-            if (HAS_Q && warp >= FIRST_Q && warp < GATES)
-                through_memory(of_anchor(g, h), query_parts, warp - FIRST_Q, anchors + FIRST_Q * NUMBERS,
-                               at.xq, G_XQ, x);
-            if (has_gates) through_gates(of_anchor(g, h), g_gates, own_anchor, at.xg, G_XG, x);
+                through_memory(of_anchor, parts.values, warp - FIRST_V, anchors + FIRST_V * NUMBERS, at.xv,
+                               G_XV, x);
+            if (HAS_Q && makes_queries)
+                through_memory(of_anchor, parts.queries, warp - FIRST_Q, anchors + FIRST_Q * NUMBERS, at.xq,
+                               G_XQ, x);
+            if (has_gates) through_gates(of_anchor, parts.g_logits, own_anchor, at.xg, G_XG, x);
             if (HAS_RESETS && has_slice && x.number == 0 && RESETS[m * chunks + x.chunk]) {
                 EACH_OF_SLICE {
                     G_START[stack + place_of(j, r)] += g[j].f[r] + h[j].f[r];

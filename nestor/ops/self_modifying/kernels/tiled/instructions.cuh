@@ -16,8 +16,8 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return w;
 }
 // sum += A B for A of 16 rows and B of 8 columns, over 8 numbers; see rows.cuh for who has what.
-__device__ __forceinline__ void multiply_add(float (&sum)[4], float a0, float a1, float a2, float a3, float b0,
-                                             float b1) {
+__device__ __forceinline__ void multiply_add(float (&sum)[4], float a0, float a1, float a2, float a3,
+                                             float b0, float b1) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])

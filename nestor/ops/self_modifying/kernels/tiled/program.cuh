@@ -1,8 +1,8 @@
 // The warps of a program and its shared memory.
 //
-// A warp has a slice, 16 columns of the memories that stand beside each other in a stack (of the gates' matrix
-// the first 16); the last warp has what tokens have alone. Slices lie as blocks, turned: their rows are the
-// columns of the memory.
+// A warp has a slice, 16 columns of the memories that stand beside each other in a stack (of the gates'
+// matrix the first 16); the last warp has what tokens have alone. Slices lie as blocks, turned: their rows
+// are the columns of the memory.
 
 #if HALF_K
 typedef bf16 KeyInput;
@@ -83,11 +83,11 @@ static const int AT_SUMS = AT_TOKENS + 2 * KINDS * TILE * 4;
 static const int AT_NORMS = AT_SUMS + SLICES * SUMS * TILE * 4;
 static const int AT_QUERY_NORMS = AT_NORMS + (TARGETS == BOUNDED) * SLICES * 2 * TILE * 4;
 static const int AT_GATES = AT_QUERY_NORMS + HAS_Q * 4 * 2 * TILE * 4;
-// The gates' gradients, the logits of alpha, gradients of squared lengths, and sums of the last warp's.
 static const int BYTES = AT_GATES + 6 * TILE * 4;
 static_assert(BYTES == SHARED, "the room that a program is given");
 
-// Tile `number` of a chunk: its first row in [B, T, H], how many it has, and how many lie from one to the next.
+// Tile `number` of a chunk: its first row in [B, T, H], how many it has, and how many lie from one to the
+// next.
 struct Tile {
     int chunk, number, rows, apart;
     long first;
@@ -115,6 +115,32 @@ __device__ __forceinline__ Inputs inputs_at(char* x) {
             (float*)(x + AT_SOLVE),
             (float*)(x + AT_LENGTHS),
             (float*)(x + AT_LENGTHS) + TILE};
+}
+
+// What the warps leave for each other: parts of the gradients of keys, values and queries as blocks; of the
+// triangle and of the products of reads as squares, and sums, of each slice; what keys get by the overlap of
+// keys, and they and queries by the scores of reads; norms; and of each token the gradients of the gates'
+// logits, the logit of alpha, the gradient of the key's squared length, and room for two sums.
+struct Parts {
+    float *keys, *values, *queries, *triangles, *reads, *between, *scores, *sums, *norms, *query_norms;
+    float *g_logits, *logits, *g_squares, *room;
+};
+__device__ __forceinline__ Parts parts_at(char* x) {
+    float* gates = (float*)(x + AT_GATES);
+    return {(float*)(x + AT_KEY_PARTS),
+            (float*)(x + AT_VALUE_PARTS),
+            (float*)(x + AT_QUERY_PARTS),
+            (float*)(x + AT_TRIANGLES),
+            (float*)(x + AT_READS),
+            (float*)(x + AT_BETWEEN),
+            (float*)(x + AT_SCORES),
+            (float*)(x + AT_SUMS),
+            (float*)(x + AT_NORMS),
+            (float*)(x + AT_QUERY_NORMS),
+            gates,
+            gates + 2 * TILE,
+            gates + 3 * TILE,
+            gates + 4 * TILE};
 }
 
 // --- copies ---

@@ -30,12 +30,32 @@ __device__ __forceinline__ int own_row() {
 __device__ __forceinline__ int own_column() {
     return 2 * (lane() & 3);
 }
+// Of number r of a Square's Quad s.
+__device__ __forceinline__ int row_of(int r) {
+    return own_row() + 8 * (r >> 1);
+}
+__device__ __forceinline__ int column_of(int s, int r) {
+    return 8 * s + own_column() + (r & 1);
+}
 
 // --- shared memory ---
 
-// The place of a number in a block: without conflicts along rows and along columns, pieces of 8 in one.
+// By how many pieces of 8 the columns of a row of a block are turned: so that neither rows nor columns have
+// conflicts. Bit by bit, so that the places of a thread's numbers are a few, and what is known beforehand.
+__device__ __forceinline__ int turn_of(int row) {
+    return (row ^ (row >> 2 & 1)) & 3;
+}
 __device__ __forceinline__ int cell(int row, int column) {
-    return row * WIDTH + (column ^ ((row + (row >> 2) & 3) << 3));
+    return row * WIDTH + (column ^ turn_of(row) << 3);
+}
+// cell(own_row(), 8 j + own_column()), and the same of row + 8 at 8 WIDTH more.
+__device__ __forceinline__ int cell_of_row(int j) {
+    return own_row() * WIDTH + own_column() + 8 * (j & 3 ^ turn_of(own_row())) + 8 * (j & 4);
+}
+// cell(own_column() + c, 8 j + own_row()) for c of 0 and 1, and the same of row + 8 at 8 WIDTH more.
+__device__ __forceinline__ int cell_of_column(int j, int c) {
+    return own_column() * WIDTH + own_row() + 8 * (j & 3 ^ c ^ turn_of(own_column())) + 8 * (j & 4) +
+           c * WIDTH;
 }
 __device__ __forceinline__ float number(const float* x) {
     return *x;
@@ -76,30 +96,30 @@ __device__ __forceinline__ float dot(const float4& x, const float4& y) {
 __device__ __forceinline__ void add(float4& sum, float by, const float4& x) {
     sum.x += by * x.x, sum.y += by * x.y, sum.z += by * x.z, sum.w += by * x.w;
 }
-// Columns 8 s .. + 8 of a block.
+// Columns 8 j .. + 8 of a block.
 template <typename T>
-__device__ __forceinline__ Quad columns_of(const T* block, int s) {
-    float2 a = pair(block + cell(own_row(), 8 * s + own_column()));
-    float2 b = pair(block + cell(own_row() + 8, 8 * s + own_column()));
+__device__ __forceinline__ Quad columns_of(const T* block, int j) {
+    const T* at = block + cell_of_row(j);
+    float2 a = pair(at), b = pair(at + 8 * WIDTH);
     return {a.x, a.y, b.x, b.y};
 }
-__device__ __forceinline__ void put_columns(float* block, int s, const Quad& x) {
-    *(float2*)(block + cell(own_row(), 8 * s + own_column())) = make_float2(x.f[0], x.f[1]);
-    *(float2*)(block + cell(own_row() + 8, 8 * s + own_column())) = make_float2(x.f[2], x.f[3]);
-}
-__device__ __forceinline__ void put_block(float* block, const Quad (&x)[8]) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) put_columns(block, j, x[j]);
+__device__ __forceinline__ void put_columns(float* block, int j, const Quad& x) {
+    float* at = block + cell_of_row(j);
+    store_pair(at, x.f[0], x.f[1]);
+    store_pair(at + 8 * WIDTH, x.f[2], x.f[3]);
 }
 // The columns 16 i .. + 16 of a block, and the same turned: its rows are those columns.
 template <typename T>
 __device__ __forceinline__ Square part_of(const T* block, int i) {
     return {columns_of(block, 2 * i), columns_of(block, 2 * i + 1)};
 }
+__device__ __forceinline__ void put_part(float* block, int i, const Square& x) {
+    put_columns(block, 2 * i, x.q[0]);
+    put_columns(block, 2 * i + 1, x.q[1]);
+}
 __device__ __forceinline__ Square part_turned(const float* block, int i) {
     Square x;
-    EACH x.q[s].f[r] =
-        block[cell(8 * s + own_column() + (r & 1), 16 * i + own_row() + 8 * (r >> 1))];
+    EACH x.q[s].f[r] = block[cell_of_column(2 * i + (r >> 1), r & 1) + 8 * s * WIDTH];
     return x;
 }
 // The same of a square.
@@ -216,6 +236,14 @@ __device__ __forceinline__ void put(float* to, const OfColumns& x) {
     }
 }
 
+__device__ __forceinline__ OfRows inverse_lengths(const OfRows& squares, float eps) {
+    return {rsqrtf(squares.of[0] + eps), rsqrtf(squares.of[1] + eps)};
+}
+__device__ __forceinline__ OfColumns inverse_lengths(const OfColumns& squares, float eps) {
+    return {rsqrtf(squares.of[0][0] + eps), rsqrtf(squares.of[0][1] + eps), rsqrtf(squares.of[1][0] + eps),
+            rsqrtf(squares.of[1][1] + eps)};
+}
+
 // --- products, of operands that are rounded ---
 
 // sum += x y^T, of 8 columns of both.
@@ -236,14 +264,22 @@ __device__ __forceinline__ Square product(const Square& x, const Square& y) {
 template <typename T>
 __device__ __forceinline__ void add_columns(Quad& sum, const Square& x, const T* block, int j) {
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-        int row = 8 * s + own_column(), column = 8 * j + own_row();
+    for (int s = 0; s < 2; ++s)
         multiply_add(sum.f, x.q[s].f[0], x.q[s].f[2], x.q[s].f[1], x.q[s].f[3],
-                     number(block + cell(row, column)), number(block + cell(row + 1, column)));
-    }
+                     number(block + cell_of_column(j, 0) + 8 * s * WIDTH),
+                     number(block + cell_of_column(j, 1) + 8 * s * WIDTH));
 }
 template <typename T>
 __device__ __forceinline__ void add_columns(Quad (&sum)[8], const Square& x, const T* block) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) add_columns(sum[j], x, block, j);
+}
+// The product as a block.
+__device__ __forceinline__ void leave_product(float* to, const Square& x, const float* block) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        Quad sum = {};
+        add_columns(sum, x, block, j);
+        put_columns(to, j, sum);
+    }
 }
