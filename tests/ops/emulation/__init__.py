@@ -222,8 +222,8 @@ def build_walk(definitions: tuple[tuple[str, int], ...], late: bool, tf32: bool)
     code = (FOLDER / "instructions.h").read_text()
     code += "".join((tiled.FOLDER / source).read_text() for source in tiled.SOURCES[1:])
     threads = 32 * (tiled.slices(dict(definitions)) + 1)
-    own = {"THREADS_OF_BLOCK": threads, "LATE": int(late), "TF32": int(tf32)}
-    return compiled("backward", program(code, "backward", {**dict(definitions), **own}))
+    own = {"THREADS_OF_BLOCK": threads, "LATE": int(late), "TF32": int(tf32), "SHUFFLED": 1}
+    return compiled("walk_backward", program(code, "walk_backward", {**dict(definitions), **own}))
 
 
 def install_walk(monkeypatch, late: bool = False, tf32: bool = False) -> list[dict[str, int]]:

@@ -1,6 +1,6 @@
 // In the place of instructions.cuh of nestor/ops/self_modifying/kernels/tiled. Products take numbers as they
-// are, so that what differs from the chunked form is wrong; with TF32 they are to be rounded.
-// Copies are done when they begin or, with LATE, when they are waited for: both may happen.
+// are, so that what differs from the chunked form is wrong; with TF32 they are to be rounded. Copies are done
+// when they begin or, with LATE, when they are waited for: both may happen.
 
 typedef unsigned int u32;
 typedef unsigned short bf16;

@@ -83,7 +83,7 @@ def prepare(
 def _kernel(device: torch.device, chosen: tuple[tuple[str, int], ...]) -> cuda.CudaKernel:
     sizes = dict(chosen)
     sources, threads = tuple(FOLDER / name for name in SOURCES), 32 * (slices(sizes) + 1)
-    return cuda.load_kernel(sources, "backward_kernel", chosen, threads, sizes["SHARED"], device)
+    return cuda.load_kernel(sources, "walk_backward_kernel", chosen, threads, sizes["SHARED"], device)
 
 
 def definitions(

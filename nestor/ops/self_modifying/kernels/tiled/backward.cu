@@ -7,19 +7,17 @@
 // their steps and decays, while the others go on to the memories. Then the rows of keys and values are put
 // together, and go through the memories that made them.
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    backward_kernel(const QueryInput* XQ, const KeyInput* XK, const ValueInput* XV, const GateInput* XG,
-                    const float* ETA, const float* ALPHA, const unsigned char* VALID,
-                    const unsigned char* RESETS, const unsigned char* CLOSES, const float* START,
-                    const float* BIAS_A, const float* K_OUT, const float* V_OUT, const float* ETA_OUT,
-                    const float* KEPT, const float* KEPT_ANCHOR, const float* ROWS, const float* SOLVES,
-                    const float* STEPS, const float* DECAYS, const float* LENGTHS, const float* G_Q_OUT,
-                    const float* G_K_OUT, const float* G_V_OUT, const float* G_ETA_OUT,
-                    const float* G_ALPHA_OUT, const float* G_Y, const float* G_AFTER,
-                    const float* G_ANCHOR_AFTER, float* SCRATCH, float* SCRATCH_ANCHORS, QueryInput* G_XQ,
-                    KeyInput* G_XK, ValueInput* G_XV, GateInput* G_XG, float* G_ETA, float* G_ALPHA,
-                    float* G_START, float* G_WEIGHTS, float* G_ANCHOR, float* G_BIAS_E, float* G_BIAS_A,
-                    int tokens, int heads, int chunks, float max_step, float horizon, float eps) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) walk_backward_kernel(
+    const QueryInput* XQ, const KeyInput* XK, const ValueInput* XV, const GateInput* XG, const float* ETA,
+    const float* ALPHA, const unsigned char* VALID, const unsigned char* RESETS, const unsigned char* CLOSES,
+    const float* START, const float* BIAS_A, const float* K_OUT, const float* V_OUT, const float* ETA_OUT,
+    const float* KEPT, const float* KEPT_ANCHOR, const float* ROWS, const float* SOLVES, const float* STEPS,
+    const float* DECAYS, const float* LENGTHS, const float* G_Q_OUT, const float* G_K_OUT,
+    const float* G_V_OUT, const float* G_ETA_OUT, const float* G_ALPHA_OUT, const float* G_Y,
+    const float* G_AFTER, const float* G_ANCHOR_AFTER, float* SCRATCH, float* SCRATCH_ANCHORS,
+    QueryInput* G_XQ, KeyInput* G_XK, ValueInput* G_XV, GateInput* G_XG, float* G_ETA, float* G_ALPHA,
+    float* G_START, float* G_WEIGHTS, float* G_ANCHOR, float* G_BIAS_E, float* G_BIAS_A, int tokens,
+    int heads, int chunks, float max_step, float horizon, float eps) {
     extern __shared__ __align__(1024) char shared[];
     // As a value that the compiler knows to be the warp's.
     const int warp = __shfl_sync(ALL, threadIdx.x >> 5, 0);
