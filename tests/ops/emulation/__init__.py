@@ -68,12 +68,16 @@ def translate(folder: Path, name: str, definitions: dict[str, int], headers: tup
     tiles = tiles.replace(byte, "").replace(arrival, "")
     included = (FOLDER / "in_place_of_ptx.h").read_text()
     tiles = tiles[:place] + byte + arrival + "\n" + included + tiles[place:]
-    code = tiles + rest
+    return program(tiles + rest, name, definitions)
+
+
+def program(code: str, name: str, definitions: dict[str, int]) -> str:
+    """The kernel `name` of a source without PTX, with a function `run` that takes its grid and arguments."""
     for pattern, statement in STATEMENTS.items():
         code = re.sub(pattern, statement, code, flags=re.DOTALL)
     code = re.sub(r"//.*", "", code)
 
-    signature = re.search(rf"{name}_kernel\((.*?)\) \{{", kernel, re.DOTALL).group(1)
+    signature = re.search(rf"{name}_kernel\((.*?)\) \{{", code, re.DOTALL).group(1)
     counts, arguments = dict.fromkeys(("pointers", *TYPES.values()), 0), []
     for part in signature.split(","):
         words = part.split()
@@ -96,9 +100,14 @@ extern "C" bool run(int x, int y, int group, void** p, const long* l, const int*
 @functools.cache
 def build(folder: Path, name: str, definitions: tuple[tuple[str, int], ...], headers: tuple[str, ...]):
     """The compiled kernel's `run`."""
+    return compiled(name, translate(folder, name, dict(definitions), headers))
+
+
+def compiled(name: str, source: str):
+    """Its `run`."""
     made = Path(tempfile.mkdtemp(prefix="nestor-emulation-"))
     try:
-        (made / f"{name}.cpp").write_text(translate(folder, name, dict(definitions), headers))
+        (made / f"{name}.cpp").write_text(source)
         command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(made / "kernel.so")]
         subprocess.run([*command, str(made / f"{name}.cpp")], check=True, capture_output=True, text=True)
         run = ctypes.CDLL(str(made / "kernel.so")).run
@@ -202,4 +211,39 @@ def install(monkeypatch, slices: int = 1, lanes: int = 0) -> list[str]:
     monkeypatch.setattr(tiled, "lanes", lambda walks, split, device: lanes)
     monkeypatch.setattr(tiled, "covers", lambda device, dtype, chunk, width, hidden: chunk == width == 64)
     monkeypatch.setattr(tiled, "covers_decode", lambda device, width, hidden: width == 64)
+    return ran
+
+
+@functools.cache
+def build_walk(definitions: tuple[tuple[str, int], ...], late: bool, tf32: bool):
+    """`run` of the walk backward of self-modifying memories."""
+    from nestor.ops.self_modifying.kernels import tiled
+
+    code = (FOLDER / "instructions.h").read_text()
+    code += "".join((tiled.FOLDER / source).read_text() for source in tiled.SOURCES[1:])
+    threads = 32 * (tiled.slices(dict(definitions)) + 1)
+    own = {"THREADS_OF_BLOCK": threads, "LATE": int(late), "TF32": int(tf32), "SHUFFLED": 1}
+    return compiled("walk_backward", program(code, "walk_backward", {**dict(definitions), **own}))
+
+
+def install_walk(monkeypatch, late: bool = False, tf32: bool = False) -> list[dict[str, int]]:
+    """Let self-modifying memories take their kernel in CUDA on the CPU; it returns a list to which the
+    definitions of each that runs are appended. late, tf32: see instructions.h."""
+    from nestor.ops.self_modifying.kernels import tiled
+
+    ran = []
+
+    def prepare(chosen, tensors, integers, numbers, device):
+        run = build_walk(tuple(sorted(chosen.items())), late, tf32)
+        pointers = (ctypes.c_void_p * len(tensors))(*[0 if t is None else t.data_ptr() for t in tensors])
+        ints, floats = (ctypes.c_int * len(integers))(*integers), (ctypes.c_float * len(numbers))(*numbers)
+
+        def queue(grid):
+            ran.append(chosen)
+            assert run(grid[0], 1, 1, pointers, (ctypes.c_long * 0)(), ints, floats), "the walk hangs"
+
+        return queue
+
+    monkeypatch.setattr(tiled, "prepare", prepare)
+    monkeypatch.setattr(tiled, "runs_on", lambda device: True)
     return ran

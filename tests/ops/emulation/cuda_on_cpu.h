@@ -1,7 +1,8 @@
-// What the CUDA kernels of nestor/ops/neural_memory/kernels/tiled need, on a CPU: the language's names, and
-// in the place of functions in PTX what they mean. Threads of a group of blocks take turns, one after the
-// other runs to its next barrier, shuffle or wait, so that a missing one is mostly a wrong result. Copies and
-// products are done when they begin: what a kernel leaves to them too early or too late is not found here.
+// What the CUDA kernels of nestor/ops need, on a CPU: the language's names, and in the place of functions in
+// PTX what they mean. Threads of a group of blocks take turns, one after the other runs to its next barrier,
+// shuffle or wait, so that a missing one is mostly a wrong result; with SHUFFLED sometimes in reverse, or
+// those of one warp alone. Copies and products are done when they begin: what a kernel leaves to them too
+// early or too late is not found here.
 
 #include <ucontext.h>
 
@@ -63,6 +64,9 @@ inline int min(int a, int b) {
 inline long min(long a, long b) {
     return a < b ? a : b;
 }
+inline int max(int a, int b) {
+    return a > b ? a : b;
+}
 template <typename T>
 T __ldcs(const T* p) {
     return *p;
@@ -78,8 +82,14 @@ struct Place {
     int x, y;
 };
 static Place threadIdx, blockIdx;
-static const int BLOCK = 256, WARP = 32;
-static const int PATIENCE = 100;  // rounds in which all only look
+#ifndef THREADS_OF_BLOCK
+#define THREADS_OF_BLOCK 256
+#endif
+#ifndef SHUFFLED
+#define SHUFFLED 0
+#endif
+static const int BLOCK = THREADS_OF_BLOCK, WARP = 32;
+static const int PATIENCE = SHUFFLED ? 10000 : 100;  // rounds in which all only look
 static const long ROOM = 232 * 1024, STACK = 128 * 1024;
 
 struct Meeting {
@@ -100,6 +110,7 @@ static Meeting cluster;
 static std::vector<unsigned> slots;
 static ucontext_t scheduler;
 static Thread* running;
+static unsigned seed = 1;
 static long moves;  // so that threads that all wait are found out
 static void (*body)();
 
@@ -124,6 +135,9 @@ inline void meet(Meeting& m) {
 inline void __syncthreads() {
     meet(blocks[block_of()]);
 }
+inline void __syncwarp() {
+    meet(warps[running->number / WARP]);
+}
 inline unsigned exchanged(unsigned x, int other) {
     Meeting& warp = warps[running->number / WARP];
     slots[running->number] = x;
@@ -137,6 +151,9 @@ inline float __shfl_xor_sync(unsigned, float x, int d) {
 }
 inline int __shfl_sync(unsigned, int x, int lane) {
     return (int)exchanged((unsigned)x, lane);
+}
+inline float __shfl_sync(unsigned, float x, int lane) {
+    return __uint_as_float(exchanged(__float_as_uint(x), lane));
 }
 inline unsigned atomicAdd(unsigned* p, unsigned x) {
     unsigned y = *p;
@@ -182,8 +199,12 @@ static bool run_grid(int grid_x, int grid_y, int group, void (*kernel)()) {
             }
             for (int left = count, idle = 0; left;) {
                 long before = moves;
-                for (Thread& t : threads) {
-                    if (t.done) continue;
+                // Of a round: in reverse, or one warp alone.
+                seed = seed * 1664525u + 1013904223u;
+                const bool reverse = SHUFFLED && seed >> 31, alone = SHUFFLED && seed >> 30 & 1;
+                for (int i = 0; i < count; ++i) {
+                    Thread& t = threads[reverse ? count - 1 - i : i];
+                    if (t.done || (alone && (seed >> 8) % (count / WARP) != t.number / WARP)) continue;
                     running = &t, threadIdx = t.thread, blockIdx = t.block;
                     swapcontext(&scheduler, &t.at);
                     left -= t.done;

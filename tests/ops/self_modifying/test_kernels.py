@@ -22,6 +22,7 @@ TOLERANCE, WORSE = 1e-4, 5.0
 ROUNDED = 3e-2
 
 ALL = ("k", "v", "q", "eta", "alpha", "mem")
+ALL_BUT_GATES = ("k", "v", "q", "mem")
 CASES = {
     "plain": {},
     "paper's targets, dot product": {"targets": "self", "inner_loss": "dot_product"},
@@ -42,8 +43,26 @@ CASES = {
     "segments": {"length": 11, "chunk_size": 1, "projection_chunk_size": 1, "documents": True},
     "rows of a whole tile": {"width": 16},
 }
+# The kernel in CUDA.
+EMULATED = {
+    **{name: choices for name, choices in CASES.items() if name != "rows of a whole tile"},
+    "masked documents": {"masked": True, "documents": True},
+    "every memory, whole chunks": {"memories": ALL, "length": 12},
+    "every memory, values as targets": {"memories": ALL_BUT_GATES, "length": 12, "targets": "value"},
+    "segments of tiles": {"length": 176, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0},
+    "anchors of tiles, no delta rule": {
+        "length": 160, "chunk_size": 160, "projection_chunk_size": 32, "read_mode": "anchor", "dgd": False,
+    },
+    "TF32": {"memories": ALL, "length": 12},
+    "TF32, tiles": {"length": 64, "chunk_size": 32, "projection_chunk_size": 16},
+    "bfloat16": {"memories": ALL, "length": 12, "dtype": torch.bfloat16},
+    "bfloat16, no keys and values of their own": {"memories": ("alpha", "mem"), "dtype": torch.bfloat16},
+}  # fmt: skip
+# Of these, copies in the background are done as late as they may be.
+LATE = ("every memory", "documents", "segments of tiles")
 # The interpreter, which is slow, computes these in every run of the tests.
 QUICK = ("masked documents, in parts", "anchor reads, no cap")
+QUICK_EMULATED = ("masked documents", "TF32, tiles")
 
 
 @pytest.fixture
@@ -77,6 +96,14 @@ def _to(problem, dtype, device):
     return problem.replace(**changes)
 
 
+def _with_inputs(problem, change):
+    """With other inputs of projections."""
+    inputs = {name: x for name in ("q", "k", "v", "g") if (x := getattr(problem, name)) is not None}
+    return problem.replace(
+        **{name: change(x.detach()).requires_grad_(x.requires_grad) for name, x in inputs.items()}
+    )
+
+
 def _results(problem, flatten, parts):
     """Outputs, state, strengths, and gradients of a fixed function of all but the strengths."""
     outputs, strengths, state, first = [], [], None, 0
@@ -97,14 +124,29 @@ def _results(problem, flatten, parts):
     return found
 
 
-def _compare(draw_problem, flatten, covered, seed=0, parts=(), half=False, **choices):
+def _compare(
+    draw_problem,
+    flatten,
+    covered,
+    seed=0,
+    parts=(),
+    half=False,
+    tolerance=None,
+    dtype=torch.float32,
+    **choices,
+):
+    """half: under autocast. dtype: of the inputs."""
+    rounded = half or dtype != torch.float32
+    tolerance = tolerance or (ROUNDED if rounded else TOLERANCE)
     problem = draw_problem(seed, **{"targets": "bounded", **choices})
+    problem = _with_inputs(problem, lambda x: x.to(dtype).double())
     expected = _results(_to(problem, torch.float64, "cpu"), flatten, parts)
     plain = _results(_to(problem, torch.float32, "cpu"), flatten, parts)
     assert covered["count"] == 0
     covered["on"] = True
     with torch.autocast(DEVICE, enabled=half):
-        found = _results(_to(problem, torch.float32, DEVICE), flatten, parts)
+        given = _with_inputs(_to(problem, torch.float32, DEVICE), lambda x: x.to(dtype))
+        found = _results(given, flatten, parts)
     assert covered["count"] >= 1
     for name, wanted in expected.items():
         if wanted is None:
@@ -116,7 +158,7 @@ def _compare(draw_problem, flatten, covered, seed=0, parts=(), half=False, **cho
                 (x.detach().double().cpu() - wanted).norm() / wanted.detach().double().norm().clamp_min(1e-3)
             )
 
-        assert error(found[name]) < max(ROUNDED if half else TOLERANCE, WORSE * error(plain[name])), (
+        assert error(found[name]) < max(tolerance, WORSE * error(plain[name])), (
             f"{name}: relative error {error(found[name]):.1e}, in the chunked form {error(plain[name]):.1e}"
         )
 
@@ -128,6 +170,20 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="for Triton's interpret
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_walks_equal_the_chunked_form(draw_problem, flatten, covered, case) -> None:
     _compare(draw_problem, flatten, covered, **CASES[case])
+
+
+@interpreted
+@pytest.mark.parametrize("case", EMULATED)
+def test_interpreted_walks_with_cuda_backward(
+    draw_problem, flatten, covered, emulation, monkeypatch, case
+) -> None:
+    """The kernel in CUDA, compiled as C++, after the walk forward in Triton."""
+    choices, tf32 = EMULATED[case], case.startswith("TF32")
+    ran = emulation.install_walk(monkeypatch, case in LATE, tf32)
+    tolerance = ROUNDED if tf32 or "dtype" in choices else TOLERANCE
+    choices = {"width": 64, "batch": 1, **choices, **_tame(64)}
+    _compare(draw_problem, flatten, covered, half=True, tolerance=tolerance, **choices)
+    assert len(ran) >= len(choices.get("parts", ())) + 1
 
 
 @interpreted
@@ -149,6 +205,9 @@ def test_the_walks_in_tritons_interpreter(some) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
     name = f"{Path(__file__)}::test_interpreted_walks"
     chosen = [f"{name}_equal_the_chunked_form[{case}]" for case in CASES if not some or case in QUICK]
+    chosen += [
+        f"{name}_with_cuda_backward[{case}]" for case in EMULATED if not some or case in QUICK_EMULATED
+    ]
     done = subprocess.run(
         [*command, *chosen, f"{name}_have_no_second_derivative"],
         env=env, capture_output=True, text=True, check=False,
@@ -167,18 +226,34 @@ def test_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, c
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
-@pytest.mark.parametrize("width", [32, 64])
-def test_long_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, width) -> None:
-    choices = {"length": 777, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0}
-    _compare(draw_problem, flatten, covered, width=width, heads=3, **choices, **_tame(width))
+@pytest.mark.parametrize(("width", "half"), [(32, False), (64, False), (64, True)])
+@pytest.mark.parametrize("length", [768, 777])
+def test_long_walks_on_a_gpu_equal_the_chunked_form(
+    draw_problem, flatten, covered, length, width, half
+) -> None:
+    choices = {"length": length, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0}
+    _compare(draw_problem, flatten, covered, width=width, heads=3, half=half, **choices, **_tame(width))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
-@pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("case", ["plain", "every memory", "in parts, not at the ends", "tiles"])
-def test_walks_under_autocast_equal_the_chunked_form(draw_problem, flatten, covered, case, width) -> None:
-    _compare(draw_problem, flatten, covered, half=True, **{**CASES[case], "width": width, **_tame(width)})
+def test_walks_under_autocast_equal_the_chunked_form(draw_problem, flatten, covered, case) -> None:
+    _compare(draw_problem, flatten, covered, half=True, **{**CASES[case], "width": 32, **_tame(32)})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("case", EMULATED)
+def test_walks_with_cuda_backward_equal_the_chunked_form(
+    draw_problem, flatten, covered, monkeypatch, case
+) -> None:
+    from nestor.ops.self_modifying.kernels import tiled
+
+    ran, prepare = [], tiled.prepare
+    monkeypatch.setattr(tiled, "prepare", lambda *given: ran.append(given) or prepare(*given))
+    _compare(draw_problem, flatten, covered, half=True, **{**EMULATED[case], "width": 64, **_tame(64)})
+    assert ran or tiled.cuda.obstacle(torch.device(DEVICE, 0))
 
 
 def _tame(width):

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from nestor.ops.operators import operator
-from nestor.ops.self_modifying.kernels import primitives
+from nestor.ops.self_modifying.kernels import primitives, tiled
 from nestor.ops.self_modifying.kernels.backward import backward_kernel
 from nestor.ops.self_modifying.kernels.walk import walk_kernel
 
@@ -133,20 +133,25 @@ def self_modifying_walk_backward(
         return torch.empty_like(x) if x is not None else xk.new_empty(0)
 
     found = [like(x) for x in (xk, xq, xv, xg, eta, alpha)]
-    stacks = [torch.zeros_like(start), torch.empty_like(start), torch.empty_like(start)]
+    stacks = [torch.zeros_like(start) for _ in range(3)]
     biases = [like(bias_eta), like(bias_alpha)]
+    choices = _choices(xk, valid, resets, closes, rule)
+    into = [found[1], found[0], *found[2:], *stacks, *biases]
+    inputs = (xq, xk, xv, xg, eta, alpha, valid, resets, closes, start)
+    kept = (k, v, step, *outputs[9:])
+    tensors = [*inputs, bias_alpha, *kept, *gradients, *into]
+    if tiled.covers(sizes, choices, tensors):
+        tiled.backward(
+            sizes, choices, (*inputs, bias_alpha), kept, gradients, into, chunks, (max_step, horizon, eps)
+        )
+        return [*found, *stacks, *biases]
     scratch = sizes["SEGMENT"] * start.numel()
     before = start.new_empty(sizes["TILES"] * scratch)
     before_anchor = start.new_empty(scratch if sizes["TILES"] > 1 or closes is not None else 0)
     backward_kernel[(start.shape[0],)](
-        xq, xk, xv, xg, eta, alpha, valid, resets, closes, start, bias_eta, bias_alpha, k, v, step,
-        *outputs[9:], *gradients, before, before_anchor,
-        found[1], found[0], *found[2:], *stacks, *biases,
-        xk.shape[1], xk.shape[2], chunks, max_step, horizon, eps,
-        **sizes, **_choices(xk, valid, resets, closes, rule),
+        *inputs, bias_eta, bias_alpha, *kept, *gradients, before, before_anchor, *into,
+        xk.shape[1], xk.shape[2], chunks, max_step, horizon, eps, **sizes, **choices,
     )  # fmt: skip
-    if closes is None:
-        stacks[2].zero_()
     return [*found, *stacks, *biases]
 
 
