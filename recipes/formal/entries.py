@@ -54,13 +54,6 @@ MODELS = {
         # Of the memory that is read, and of those that make its keys, values and gates.
         chunks=("chunk_size", "projection_chunk_size"),
     ),
-    "hope-reflecting": Entry(
-        "hope",
-        "Hope whose write steps reach 2, so that the decay alpha I - eta k k^T can turn the sign of what a key "
-        "holds (eigenvalues down to -1) where the preset's cap stops at 0",
-        {"max_step": 2.0, "step_cap": "none"},
-        chunks=("chunk_size", "projection_chunk_size"),
-    ),
 }
 
 

@@ -228,10 +228,13 @@ def build_walk(definitions: tuple[tuple[str, int], ...], late: bool, tf32: bool)
 
 def install_walk(monkeypatch, late: bool = False, tf32: bool = False) -> list[dict[str, int]]:
     """Let self-modifying memories take their kernel in CUDA on the CPU; it returns a list to which the
-    definitions of each that runs are appended. late, tf32: see instructions.h."""
-    from nestor.ops.self_modifying.kernels import tiled
+    definitions of each that runs are appended. late, tf32: see instructions.h; without tf32 Triton's walk
+    forward rounds nothing either."""
+    from nestor.ops.self_modifying.kernels import primitives, tiled
 
     ran = []
+    if not tf32:
+        monkeypatch.setattr(primitives, "rounded", lambda x: x)
 
     def prepare(chosen, tensors, integers, numbers, device):
         run = build_walk(tuple(sorted(chosen.items())), late, tf32)

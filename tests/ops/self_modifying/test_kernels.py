@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ ON_GPU = torch.cuda.is_available() and HAS_TRITON and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 # Error of outputs, states and gradients, as a share of their norm; or of that of the plain form.
-TOLERANCE, WORSE = 1e-4, 5.0
+TOLERANCE, WORSE = 2e-4, 5.0
 # Of TF32, where a gradient is a sum of many terms of either sign.
 ROUNDED = 3e-2
 
@@ -49,12 +50,12 @@ EMULATED = {
     "masked documents": {"masked": True, "documents": True},
     "every memory, whole chunks": {"memories": ALL, "length": 12},
     "every memory, values as targets": {"memories": ALL_BUT_GATES, "length": 12, "targets": "value"},
-    "segments of tiles": {"length": 176, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0},
+    "segments of tiles": {"length": 176, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 8.0},
     "anchors of tiles, no delta rule": {
         "length": 160, "chunk_size": 160, "projection_chunk_size": 32, "read_mode": "anchor", "dgd": False,
     },
     "TF32": {"memories": ALL, "length": 12},
-    "TF32, tiles": {"length": 64, "chunk_size": 32, "projection_chunk_size": 16},
+    "TF32, tiles": {"length": 64, "chunk_size": 32, "projection_chunk_size": 16, "horizon": 8.0},
     "bfloat16": {"memories": ALL, "length": 12, "dtype": torch.bfloat16},
     "bfloat16, no keys and values of their own": {"memories": ("alpha", "mem"), "dtype": torch.bfloat16},
 }  # fmt: skip
@@ -141,7 +142,8 @@ def _compare(
     problem = draw_problem(seed, **{"targets": "bounded", **choices})
     problem = _with_inputs(problem, lambda x: x.to(dtype).double())
     expected = _results(_to(problem, torch.float64, "cpu"), flatten, parts)
-    plain = _results(_to(problem, torch.float32, "cpu"), flatten, parts)
+    with _products(tf32=rounded and ON_GPU):
+        plain = _results(_to(problem, torch.float32, DEVICE if rounded else "cpu"), flatten, parts)
     assert covered["count"] == 0
     covered["on"] = True
     with torch.autocast(DEVICE, enabled=half):
@@ -161,6 +163,15 @@ def _compare(
         assert error(found[name]) < max(tolerance, WORSE * error(plain[name])), (
             f"{name}: relative error {error(found[name]):.1e}, in the chunked form {error(plain[name]):.1e}"
         )
+
+
+@contextmanager
+def _products(tf32):
+    """PyTorch's products are of TF32 as well: what they make of a problem is no error of a kernel's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else before)
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="for Triton's interpreter, in a process of its own")

@@ -19,7 +19,15 @@ TINY = tl.constexpr(1e-24)
 
 
 @triton.jit
+def rounded(x):
+    """To the nearest TF32. The matrix units cut the rest off, and what shrinks at every token adds up."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
+    if PRECISION == "tf32":
+        a, b = rounded(a), rounded(b)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
