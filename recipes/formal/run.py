@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from entries import MODELS, check_models
 from trial import TUNING_SEED, Trial, run_trial
@@ -120,7 +121,7 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
         "format": "nestor-formal",
         "settings": json.loads(json.dumps(asdict(args) | {"out": None})),
         "versions": versions(),
-        "device": device_name(args.device),
+        "places": sorted({place for row in rows for place in row["places"]}),
         "models": {name: MODELS[name].about for name in args.models},
         "rows": rows,
     }
@@ -207,6 +208,8 @@ def load_or_run(args: Args, trial: Trial, name: str, say: Callable[[str], None])
     result = kept_result(args, trial, name)
     if result is None:
         result = run_trial(trial, args.device)
+        # Those who go on may do so on another machine.
+        result["place"] = f"{device_name(args.device)}, PyTorch {torch.__version__}"
         write_json(args.path(name), {"settings": _settings(trial), "result": result})
         right = ", ".join(f"{one['right']}/{one['n']}" for one in result["bins"])
         say(f"{name} at {trial.learning_rate:g}: {right} strings right, {result['seconds']} s")
@@ -261,6 +264,7 @@ def summarised(
     return {
         "model": model, "language": language, "learning_rate": rate, "tuning": tried,
         "parameters": found[0]["parameters"], "losses": [result["loss"] for result in found], "bins": bins,
+        "places": sorted({result["place"] for result in found}),
     }  # fmt: skip
 
 
@@ -287,7 +291,7 @@ def table(results: dict[str, Any]) -> str:
         f"of {settings['batch_size']} strings, chunks of {settings['chunk_size']}; learning rates "
         f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])} tried once for each row.\n\n"
         + "\n".join(lines)
-        + f"\n\n{models}\n\n{results['device']}, PyTorch {results['versions']['torch']}.\n"
+        + f"\n\n{models}\n\nRun on: {'; '.join(results['places'])}.\n"
     )
 
 
