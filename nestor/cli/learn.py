@@ -34,7 +34,7 @@ class Args:
     Examples:
       nestor learn some/llama book.txt --memory book.safetensors
       nestor learn some/llama day2.txt day3.txt --memory book.safetensors
-      nestor learn some/llama book.txt --periods 64 512 4096 --learning-rates 0.1 0.1 0.1 --export some/reader
+      nestor learn some/llama book.txt --periods 64 512 4096 --optimizer adam --export some/reader
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]

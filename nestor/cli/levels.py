@@ -24,7 +24,7 @@ class LevelOptions:
     periods: tuple[int, ...] | None = None
     """Tokens from update to update of each level, multiples of the shortest; none given: 64 512."""
     learning_rates: tuple[float, ...] | None = None
-    """Of each level; none given: 0.1 for all. With 0 the model stays as it is."""
+    """Of each level; none given: 0.03 (sgd, momentum) or 1e-4 (adam, m3). With 0 the model stays as it is."""
     optimizer: Literal["sgd", "momentum", "adam", "m3"] | None = None
     """How a level steps; none given: sgd."""
     largest_update: float | None = None

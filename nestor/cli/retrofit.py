@@ -28,7 +28,7 @@ class Args:
 
     Examples:
       nestor retrofit some/llama --memory ada.safetensors
-      nestor retrofit some/llama --memory ada.safetensors --periods 64 512 4096 --learning-rates 0.1 0.1 0.1
+      nestor retrofit some/llama --memory ada.safetensors --periods 64 512 4096 --optimizer adam
       nestor retrofit some/llama --memory ada.safetensors --reading added --width 256
     """
 

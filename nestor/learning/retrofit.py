@@ -26,7 +26,10 @@ from nestor.learning.assignment import (
 )
 from nestor.learning.levels import Level
 
-DEFAULT_PERIODS, DEFAULT_RATE = (64, 512), 0.1
+DEFAULT_PERIODS = (64, 512)
+#: By inner step, what helps SmolLM2 with long documents and is not near to what runs away (recipes/retrofit).
+#: Steps of m3 are of the size of adam's.
+DEFAULT_RATES = {"sgd": 0.03, "momentum": 0.03, "adam": 1e-4, "m3": 1e-4}
 READINGS = ("existing", "copies", "added")
 
 
@@ -40,7 +43,7 @@ class Retrofit:
             and adds a small network a level, the output of which begins at zero.
         periods: tokens from update to update of each level, rising; none: 64 and 512, or those of the
             configuration of a Nestor model with a continuum, of which each block is a level.
-        learning_rates: of each level; none: 0.1 for all.
+        learning_rates: of each level; none: that of `DEFAULT_RATES` for all.
         optimizer, largest_update: as in `Level`, the same for all.
         fixed: share of the layers, from the first on, that do not learn.
         order: of "existing", which layers have the shortest period (`assign_levels`).
@@ -84,16 +87,18 @@ class Retrofit:
             ConfigError: a model whose feed-forward networks are not found, or levels that do not fit it.
         """
         choices: dict[str, Any] = {"optimizer": self.optimizer, "largest_update": self.largest_update}
+        # Of an unknown one the levels say so.
+        rate = DEFAULT_RATES.get(self.optimizer, 0.0)
         blocks = continuum_blocks(model)
         if blocks and self.reading == "existing":
             settings = model.config.continuum or {}  # type: ignore[union-attr, operator]
             periods = self.periods + (None,) * (len(blocks) - len(self.periods))
             periods = periods if self.periods else tuple(settings["periods"])  # type: ignore[index, arg-type]
             learning = sum(period is not None for period in periods)
-            rates = self.learning_rates or (DEFAULT_RATE,) * learning
+            rates = self.learning_rates or (rate,) * learning
             return continuum_levels(model, rates, periods, **choices)
         periods = self.periods or DEFAULT_PERIODS
-        rates = self.learning_rates or (DEFAULT_RATE,) * len(periods)
+        rates = self.learning_rates or (rate,) * len(periods)
         if self.reading == "existing":
             return assign_levels(
                 model, periods, rates, fixed=self.fixed, order=self.order, seed=self.seed, **choices

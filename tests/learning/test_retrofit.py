@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from nestor.errors import ConfigError
 from nestor.learning import Learner, Level, Retrofit, assign_levels, feed_forward_weights
+from nestor.learning.inner import OPTIMIZERS
+from nestor.learning.retrofit import DEFAULT_RATES, READINGS
 from nestor.models import State
 
 SIZES = {
@@ -126,6 +128,16 @@ def test_layers_and_their_levels() -> None:
     assert sorted(index for group in shuffled for index in group) == [0, 1, 2, 3, 4, 5]
     level = assign_levels(model, [4], [0.1], optimizer="adam", largest_update=0.01)[0]
     assert (level.optimizer, level.largest_update, level.period) == ("adam", 0.01, 4)
+
+
+def test_each_inner_step_has_a_learning_rate_of_its_size() -> None:
+    model = build("llama")
+    assert set(DEFAULT_RATES) == set(OPTIMIZERS)
+    for optimizer, rate in DEFAULT_RATES.items():
+        for reading in READINGS:
+            levels = Retrofit(reading, optimizer=optimizer).apply(build("llama"))
+            assert [level.learning_rate for level in levels] == [rate, rate]
+    assert [level.learning_rate for level in Retrofit(learning_rates=(0.5, 0.2)).apply(model)] == [0.5, 0.2]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
