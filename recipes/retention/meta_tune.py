@@ -244,14 +244,15 @@ def _main(args: Args) -> dict[str, Any]:
             if last or (whole and (over or number >= kept + args.save_every)):
                 keep()
                 kept = number
-            if whole and over and not last:
-                bars.console.print(f"stopped after {number} steps; the same command goes on")
-                return result
-            if not last:
-                result["losses"].append(run.step(number))
-                bars.advance(task)
+            if last or (whole and over):
+                break
+            result["losses"].append(run.step(number))
+            bars.advance(task)
+    # Of a run that was stopped too: the model as it is so far.
     run.write()
     write_json(args.out / "results.json", result)
+    if number < args.steps:
+        print(f"stopped after {number} steps; the same command goes on")
     print(_advice(args, run))
     return result
 

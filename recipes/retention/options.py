@@ -100,7 +100,7 @@ class Args:
     save_every: int = 20
     """Steps after which a stopped run can go on, as soon as streams begin anew."""
     minutes: float | None = None
-    """Stop after so long, to go on later."""
+    """Stop after so long, with the model as it is then, to go on later."""
     context: int | None = None
     """Tokens read together; none given: what the model takes, at most 2,048."""
     device: str = "auto"
