@@ -51,8 +51,9 @@ def level_step(
         moved = scale * moved
     factor = scale
     if level.largest_update is not None:
-        # Where nothing moved, infinite, and so 1.
-        limit = (level.largest_update * whole / moved).clamp(max=1.0)
+        # So that it is 1, and has a gradient, where nothing moved.
+        most = level.largest_update * whole
+        limit = most / moved.clamp(min=most)
         factor = limit if scale is None else scale * limit
         moved = moved * limit
     return LevelStep(changes, factor, after, moved)
