@@ -22,7 +22,7 @@ from nestor.learning.inner import OPTIMIZERS, Slots
 from nestor.learning.levels import Level, check_levels
 from nestor.learning.readers import reader_of
 from nestor.learning.stream import Tensors
-from nestor.learning.updates import step_of
+from nestor.learning.updates import level_step
 from nestor.models.decoder import NestorForCausalLM
 from nestor.models.state import State
 
@@ -293,7 +293,7 @@ class _Unrolled:
     def _step(self, stream: int) -> tuple[list[Tensor], Slots]:
         gradients = [g[stream] for g in self.gradients.values()]
         slots = {slot: [x[stream] for x in kept] for slot, kept in self.slots.items()}
-        step = step_of(self.spec, gradients, self.count, slots, self.updates, self.whole, self.scale)
+        step = level_step(self.spec, gradients, self.count, slots, self.updates, self.whole, self.scale)
         # PyTorch's product of many tensors with one has no gradient for that one.
         changes = step.changes if step.factor is None else [x * step.factor for x in step.changes]
         return changes, step.slots

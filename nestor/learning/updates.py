@@ -13,7 +13,7 @@ from nestor.learning.levels import Level
 from nestor.learning.stream import Stream, Tensors
 
 
-class Step(NamedTuple):
+class LevelStep(NamedTuple):
     """A level's step: `changes`, each times `factor` (None: 1), are added to its weights.
 
     slots: what the optimiser keeps. moved: norm of what is added.
@@ -25,7 +25,7 @@ class Step(NamedTuple):
     moved: Tensor
 
 
-def step_of(
+def level_step(
     level: Level,
     gradients: Sequence[Tensor],
     count: float,
@@ -33,7 +33,7 @@ def step_of(
     updates: int,
     whole: Tensor | float,
     scale: Tensor | None = None,
-) -> Step:
+) -> LevelStep:
     """The step of a level, which can be differentiated; what is given stays as it is.
 
     Args:
@@ -51,11 +51,12 @@ def step_of(
         moved = scale * moved
     factor = scale
     if level.largest_update is not None:
-        # Where nothing moved, infinite, and so 1.
-        limit = (level.largest_update * whole / moved).clamp(max=1.0)
+        # So that it is 1, and has a gradient, where nothing moved.
+        most = level.largest_update * whole
+        limit = most / moved.clamp(min=most)
         factor = limit if scale is None else scale * limit
         moved = moved * limit
-    return Step(changes, factor, after, moved)
+    return LevelStep(changes, factor, after, moved)
 
 
 def update(level: Level, stream: Stream, whole: float) -> None:
@@ -72,7 +73,9 @@ def update(level: Level, stream: Stream, whole: float) -> None:
         return
     gradients = tensors_of(level, kept, "gradient")
     slots = {slot: tensors_of(level, kept, slot) for slot in OPTIMIZERS[level.optimizer][1]}
-    changes, factor, after, moved = step_of(level, gradients, count, slots, stream.updates[level.name], whole)
+    changes, factor, after, moved = level_step(
+        level, gradients, count, slots, stream.updates[level.name], whole
+    )
     for slot, tensors in after.items():
         kept |= {f"{slot}/{name}": x for name, x in zip(level.parameters, tensors, strict=True)}
     stream.checks.add(

@@ -228,7 +228,8 @@ def kept_result(args: Args, trial: Trial, name: str) -> dict[str, Any] | None:
         return None
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        before, result = kept["settings"], kept["result"]
+        # Results of older versions do not say where they ran.
+        before, result, _ = kept["settings"], kept["result"], kept["result"]["place"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a result of this program ({error!r}); remove it") from error
     settings = _settings(trial)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from nestor.errors import ConfigError, NonFiniteError, StateMismatchError
 from nestor.learning import Learner, Level
+from nestor.learning.updates import level_step
 from nestor.models import State
 
 FAST, SLOW = "layers.0.feed_forward.down_proj.weight", "layers.1.feed_forward.up_proj.weight"
@@ -208,3 +209,13 @@ def test_levels_that_never_change_are_reported(model, stream) -> None:
     learner = Learner(model, [Level("never", (FAST,), None), Level("slow", (SLOW,), 4, 0.1)])
     never, slow = learner.report(learner.read(stream(9), learner.start()).state)[0]
     assert (never.updates, never.change, slow.updates) == (0, 0.0, 2)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_step_of_nothing_has_a_gradient(limited) -> None:
+    level = Level("all", ("weight",), 1, 0.1, largest_update=0.1 if limited else None)
+    gradient, scale = torch.zeros(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    step = level_step(level, [gradient], 1, {}, 0, torch.tensor(4.0), scale)
+    (step.changes[0] * step.factor).sum().backward()
+    assert scale.grad == 0
+    torch.testing.assert_close(gradient.grad, torch.full((3,), -0.1 * 2.0))

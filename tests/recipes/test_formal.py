@@ -1,6 +1,7 @@
 """The recipe for formal languages: its baselines are what they are called, its scores and files hold."""
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -170,9 +171,13 @@ def test_runs_are_kept_and_not_run_again(recipe, args, monkeypatch) -> None:
     assert (args.out / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"aa-0.001.json is of a run with \{'steps': 2\}.*--out"):
         recipe.run.main(replace(args, steps=3), say=lambda _: None)
-    (args.out / "transformer-aa-0.json").write_text("{}")
-    with pytest.raises(DataError, match="transformer-aa-0.json is not a result of this program"):
-        recipe.run.main(args, say=lambda _: None)
+    path = args.out / "transformer-aa-0.json"
+    older = json.loads(path.read_text())
+    del older["result"]["place"]
+    for other in ({}, older):
+        path.write_text(json.dumps(other))
+        with pytest.raises(DataError, match="transformer-aa-0.json is not a result of this program"):
+            recipe.run.main(args, say=lambda _: None)
 
 
 def test_the_learning_rate_is_chosen_without_a_look_at_longer_strings_or_test_seeds(

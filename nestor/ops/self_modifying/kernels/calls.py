@@ -133,6 +133,8 @@ def self_modifying_walk_backward(
         return torch.empty_like(x) if x is not None else xk.new_empty(0)
 
     found = [like(x) for x in (xk, xq, xv, xg, eta, alpha)]
+    # The anchor's is not written where no chunk is open, nor by the kernel in CUDA the half of the gates'
+    # matrix that has none.
     stacks = [torch.zeros_like(start) for _ in range(3)]
     biases = [like(bias_eta), like(bias_alpha)]
     choices = _choices(xk, valid, resets, closes, rule)

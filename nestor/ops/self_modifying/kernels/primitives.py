@@ -20,8 +20,12 @@ TINY = tl.constexpr(1e-24)
 
 @triton.jit
 def rounded(x):
-    """To the nearest TF32. The matrix units cut the rest off, and what shrinks at every token adds up."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    """To the nearest TF32. The matrix units cut the rest off, and what shrinks at every token adds up.
+
+    What is not finite becomes no number: its bits alone, all ones on a GPU, would be rounded over to 0.
+    """
+    nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return nearest + 0.0 * x
 
 
 @triton.jit

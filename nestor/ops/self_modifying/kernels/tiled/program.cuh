@@ -62,8 +62,8 @@ static const int AT_ROWS = AT_G_Y + HAS_M * BLOCK_BYTES;
 static const int AT_SOLVE = AT_ROWS + SLICES * SQUARE_BYTES;
 static const int AT_LENGTHS = AT_SOLVE + DGD * SQUARE_BYTES;
 static const int ROWS_BYTES = AT_LENGTHS + 2 * TILE * 4;
-// What each token has, by kind: the step, the decays before and after it, their logarithms, whether it is
-// there, the inverse length of its key.
+// What each token has, by kind: the step, the decays before and after it, the logarithms of those up to it
+// with and without its own, whether it is there, the inverse length of its key, the decay of the whole tile.
 enum { STEP, BEFORE, END, THROUGH, EARLIER, THERE, LENGTH, WHOLE, KINDS };
 // Sums over the columns of a slice.
 enum { TO_END, TO_STEP, TO_BEFORE, TO_WHOLE, SUMS };
