@@ -8,7 +8,7 @@ x_t. A shorter convolution has taps of zero.
 import triton
 import triton.language as tl
 
-from nestor.ops.kernels.streams.primitives import inputs_at, position_at, stream_of, tap_at
+from nestor.ops.kernels.streams.primitives import inputs_at, position_at, program_heads, stream_of, tap_at
 
 
 @triton.jit
@@ -20,12 +20,9 @@ def streams_backward_kernel(
     STREAMS: tl.constexpr,
 ):  # fmt: skip
     """PARTS ``[programs of a head, K, streams x d]``: each program's part of the gradient of the weight."""
-    block, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    stream = tl.program_id(1) // (heads // HB)
-    h = tl.program_id(1) % (heads // HB) * HB + tl.arange(0, HB)[None, :, None]
-    c = tl.arange(0, P)[None, None, :]
-    channel, inside = h * WIDTH + c, (h >= 0) & (c < WIDTH)
-    channels = heads * WIDTH
+    block = tl.program_id(0)
+    b, stream, h, c, inside = program_heads(heads, WIDTH, P, HB)
+    channel, channels = h * WIDTH + c, heads * WIDTH
     x_at, weight_at = X + b * xb + stream * channels, WEIGHT + stream * channels * K
     g_x_at = G_X + b * ob + stream * channels
     tail_at, g_tail_at = TAIL_Q, G_TAIL_Q

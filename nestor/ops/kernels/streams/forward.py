@@ -6,7 +6,7 @@ A tile is loaded once a lag, all but the first time from cache.
 import triton
 import triton.language as tl
 
-from nestor.ops.kernels.streams.primitives import inputs_at, position_at, stream_of, tap_at
+from nestor.ops.kernels.streams.primitives import inputs_at, position_at, program_heads, stream_of, tap_at
 
 
 @triton.jit
@@ -18,12 +18,9 @@ def streams_kernel(
     STREAMS: tl.constexpr,
 ):  # fmt: skip
     """The first UNITS streams are scaled to unit length."""
-    block, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    stream = tl.program_id(1) // (heads // HB)
-    h = tl.program_id(1) % (heads // HB) * HB + tl.arange(0, HB)[None, :, None]
-    c = tl.arange(0, P)[None, None, :]
-    channel, inside = h * WIDTH + c, (h >= 0) & (c < WIDTH)
-    channels = heads * WIDTH
+    block = tl.program_id(0)
+    b, stream, h, c, inside = program_heads(heads, WIDTH, P, HB)
+    channel, channels = h * WIDTH + c, heads * WIDTH
     x_at, weight_at = X + b * xb + stream * channels, WEIGHT + stream * channels * K
     y_to = stream_of(stream, Q, K_, V, STREAMS)
     after_to, tail_at = stream_of(stream, AFTER_Q, AFTER_K, AFTER_V, STREAMS), TAIL_Q

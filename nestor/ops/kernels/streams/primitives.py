@@ -1,7 +1,17 @@
-"""What the kernels of streams load: inputs, taps, positions; and whose tensors they are."""
+"""What the kernels of streams load: inputs, taps, positions; and whose heads and tensors they are."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def program_heads(heads, WIDTH: tl.constexpr, P: tl.constexpr, HB: tl.constexpr):
+    """A program's sequence and stream, its HB heads and their P columns, and which of these there are."""
+    b = tl.program_id(2).to(tl.int64)
+    stream = tl.program_id(1) // (heads // HB)
+    h = tl.program_id(1) % (heads // HB) * HB + tl.arange(0, HB)[None, :, None]
+    c = tl.arange(0, P)[None, None, :]
+    return b, stream, h, c, (h >= 0) & (c < WIDTH)
 
 
 @triton.jit
