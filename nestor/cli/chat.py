@@ -106,12 +106,13 @@ def _learning(memory: Path, model: Any, tokenizer: Any) -> "tuple[Conversation, 
     from nestor.cli.learning_conversation import LearningConversation
     from nestor.cli.levels import NOTE, LevelOptions, retrofit_of
     from nestor.cli.memory_file import MemoryFile
+    from nestor.evaluation.subjects import Subject
     from nestor.learning import Learner
 
     retrofit = retrofit_of(LevelOptions(), memory)
     learner = Learner(model, retrofit.apply(model))
     file = MemoryFile(memory, model, {NOTE: retrofit.to_notes()})
-    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    limit = Subject("", model, tokenizer).limit or 1 << 30
     return LearningConversation(learner, tokenizer, limit, file.load()), file
 
 

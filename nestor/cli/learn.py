@@ -101,6 +101,7 @@ def _learn(args: Args, texts: list[str]) -> int:
     from nestor.cli.memory_file import MemoryFile
     from nestor.cli.tables import print_table
     from nestor.data.windows import windows
+    from nestor.evaluation.subjects import Subject
     from nestor.learning import Learner
 
     retrofit = retrofit_of(args.levels, args.memory)
@@ -110,9 +111,7 @@ def _learn(args: Args, texts: list[str]) -> int:
             f"{retrofit.reading!r} is not; leave it out, the memory file holds all that was learned."
         )
     learner = Learner(model, retrofit.apply(model))
-    context = args.context
-    if context is None:
-        context = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
+    context = Subject(args.model, model, tokenizer).context() if args.context is None else args.context
     if context < 2:
         raise ConfigError(f"--context is {context}; it must be at least 2.")
     tokens = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
