@@ -19,7 +19,7 @@ from nestor.evaluation.retention.settings import RetentionSettings
 from nestor.evaluation.retention.suite import measure_retention
 from nestor.jobs import Workers
 
-STORIES = Path(__file__).parents[2] / "checkpoints" / "stories260K"
+STORIES = Path(__file__).parents[3] / "checkpoints" / "stories260K"
 SMALL = RetentionSettings(
     sessions=1, facts=2, repeats=(1, 2), relations=1, distractors=1, filler=0, gaps=(0, 4), periods=(16, 32),
     trials=2, old_passages=2, old_length=16, context=65, arms=("frozen", "continuum", "equal-periods", "ewc"),
