@@ -268,9 +268,16 @@ def test_long_walks_on_a_gpu_equal_the_chunked_form(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("case", ["plain", "every memory", "in parts, not at the ends", "tiles"])
-def test_walks_under_autocast_equal_the_chunked_form(draw_problem, flatten, covered, case) -> None:
-    _compare(draw_problem, flatten, covered, half=True, **{**CASES[case], "width": 32, **_tame(32)})
+def test_walks_under_autocast_equal_the_chunked_form(
+    draw_problem, flatten, covered, monkeypatch, case, width
+) -> None:
+    """With both walks in Triton, also where the one backward is otherwise in CUDA."""
+    from nestor.ops.self_modifying.kernels import tiled
+
+    monkeypatch.setattr(tiled, "ENABLED", False)
+    _compare(draw_problem, flatten, covered, half=True, **{**CASES[case], "width": width, **_tame(width)})
 
 
 @pytest.mark.gpu
