@@ -1,0 +1,232 @@
+"""A Hugging Face decoder that reads without end: attention over a window, memory beyond it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from nestor.errors import ConfigError, ShapeError, StateMismatchError
+from nestor.layers.substate import join_states, part_of
+from nestor.learning.branches import BesideAttention, WindowCache
+from nestor.models.generation import StatefulGeneration
+from nestor.models.loss import hidden_loss
+from nestor.models.state import LayerState, State
+
+
+class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
+    """`(parameters, State, tokens) -> (logits, State)` of a decoder of limited context.
+
+    Keys and values are kept for at most `window` tokens. When there are as many, the first `stride` of them
+    go. With a stride of the whole window each window is read as a text of its own, from position 0 on; with a
+    smaller one a token always sees at least `window - stride` tokens before it, and positions go on counting,
+    which needs a model whose attention depends on distances alone. Memory branches (`nestor.learning.
+    Branches`) of the model keep what they know, from window to window.
+
+    State, by layer: `keys.cache`, `values.cache` `[B, n, H, p]`, and `memory.*` of a branch. Rows of a batch
+    do not touch each other; all must be at the same place of their windows.
+
+    Args:
+        model: of Hugging Face, with rotary positions; it is used as it is, not copied.
+        window: tokens; None: the model's context.
+        stride: None: the window.
+
+    Raises:
+        ConfigError: a window beyond the model's context, a stride beyond the window, or one below it for a
+            model whose positions do not allow that.
+    """
+
+    #: Texts may be longer than the configuration's positions (`nestor.evaluation.Subject`).
+    endless = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, model: PreTrainedModel, window: int | None = None, stride: int | None = None) -> None:
+        super().__init__(model.config)
+        context = getattr(model.config, "max_position_embeddings", None)
+        window = window or context
+        if not window or (context and window > context) or not 1 <= (stride or window) <= window:
+            raise ConfigError(
+                f"window is {window} and stride {stride}, for a model with a context of {context}; give a "
+                f"window within the context, and a stride within the window"
+            )
+        self.model, self.window, self.stride = model, window, stride or window
+        if self.stride < window:
+            rotary = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
+            if rotary is None or rotary in ("dynamic", "longrope"):
+                raise ConfigError(
+                    f"stride is {stride}, but positions of type {rotary!r} do not go on beyond the context; "
+                    f"leave it out to read window by window"
+                )
+        self.generation_config = model.generation_config
+        self.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def branches(self) -> dict[int, BesideAttention]:
+        """Layers with a memory, by index."""
+        return {x.index: x for x in self.model.modules() if isinstance(x, BesideAttention)}
+
+    def initial_state(self, batch_size: int) -> State:
+        """The State of rows that have read nothing, with every tensor in place."""
+        shapes, hidden = self._shapes
+        layers: dict[int, LayerState] = {
+            index: {
+                name: torch.zeros(batch_size, 0, *shape, dtype=dtype, device=self.device)
+                for name, shape, dtype in pair
+            }
+            for index, pair in shapes.items()
+        }
+        for index, layer in self.branches.items():
+            layers[index] |= join_states(memory=layer.branch.fresh_state(batch_size, hidden))
+        return State(layers, State.empty(batch_size, self.device).clock)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: State | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        shift_labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Read tokens, from the start of a stream or from where a State left off.
+
+        Args:
+            input_ids: int64 `[B, T]`. attention_mask: without zeros; padding cannot be read.
+            logits_to_keep: last positions to compute logits for; 0: all.
+            shift_labels: int64 `[B, T]`, the target of each position, -100 for none; given, the mean loss is
+                returned and no logits.
+
+        Raises:
+            ShapeError: padding, no token, or rows at different places of their windows.
+            StateMismatchError: a State of another number of rows.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ShapeError("attention_mask has zeros; give texts of one length, without padding")
+        batch, length = input_ids.shape
+        if not length:
+            raise ShapeError("there must be at least one token of each row")
+        state = State.empty(batch, input_ids.device) if past_key_values is None else past_key_values
+        if state.batch_size != batch:
+            raise StateMismatchError(f"the State has {state.batch_size} rows, the tokens {batch}")
+        clocks: list[int] = state.clock.tolist()
+        count = None if shift_labels is None else (shift_labels != -100).sum()
+        keep = logits_to_keep or length
+        found, losses, read = [], [], 0
+        while read < length:
+            cached, room = self._place(clocks)
+            end = min(length, read + room)
+            cache = _opened(state, cached, {i: None for i in self.branches})
+            options = {
+                "past_key_values": cache,
+                "position_ids": self._positions(clocks, cached, end - read, input_ids.device),
+                "use_cache": True,
+            }
+            part = input_ids[:, read:end]
+            if shift_labels is None:
+                # Hugging Face's 0 means all.
+                wanted = max(0, keep - (length - end))
+                logits = self.model(part, logits_to_keep=max(1, min(wanted, end - read)), **options).logits
+                found += [logits] if wanted else []
+            else:
+                losses.append(self._loss(part, shift_labels[:, read:end], count, options))
+            clocks = [clock + end - read for clock in clocks]
+            state = State(_closed(cache), state.clock + (end - read))
+            read = end
+        return CausalLMOutputWithPast(
+            loss=None if count is None else torch.stack(losses).sum(),
+            logits=torch.cat(found, 1) if found else None,
+            past_key_values=state if use_cache is not False else None,
+        )
+
+    def _place(self, clocks: list[int]) -> tuple[int, int]:
+        """Keys of earlier tokens that the next one sees, and tokens until some of them go."""
+        window, stride = self.window, self.stride
+        places = {
+            (clock, window - clock)
+            if clock < window
+            else (window - stride + (clock - window) % stride, stride - (clock - window) % stride)
+            for clock in clocks
+        }
+        if len(places) > 1:
+            raise ShapeError(
+                f"rows have read {clocks} tokens, and so are at different places of their windows of "
+                f"{window}; read them one by one"
+            )
+        return places.pop()
+
+    def _positions(self, clocks: list[int], cached: int, count: int, device: torch.device) -> Tensor:
+        ahead = torch.arange(count, device=device)
+        if self.stride == self.window:
+            return (cached + ahead)[None]
+        starts = clocks[:1] if len(set(clocks)) == 1 else clocks
+        return torch.tensor(starts, device=device)[:, None] + ahead
+
+    def _loss(self, ids: Tensor, targets: Tensor, count: Any, options: dict[str, Any]) -> Tensor:
+        """The summed loss over `count`."""
+        if not self._plain_head:
+            raise ConfigError(
+                f"the logits of a {type(self.model).__name__} are not its head's; take the loss of its logits"
+            )
+        hidden = self.model.base_model(ids, **options).last_hidden_state
+        return hidden_loss(hidden, self.get_output_embeddings(), targets, count)
+
+    @cached_property
+    def _shapes(self) -> tuple[dict[int, list[tuple[str, tuple[int, int], torch.dtype]]], Tensor]:
+        """By layer, of keys and values, name, heads, width and dtype; and a hidden state, for its dtype."""
+        cache, ids = WindowCache(), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with torch.no_grad(), torch.inference_mode(False):
+            hidden = self.model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        shapes = {
+            index: [
+                (name, (x.shape[1], x.shape[3]), x.dtype)
+                for name, x in (("keys.cache", layer.keys), ("values.cache", layer.values))
+            ]
+            for index, layer in enumerate(cache.layers)
+        }
+        return shapes, hidden
+
+    @cached_property
+    def _plain_head(self) -> bool:
+        """Whether logits are those of the output embedding, not scaled or capped."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            head = self.get_output_embeddings()(self.model.base_model(ids).last_hidden_state)
+            return torch.equal(head, self.model(ids).logits)
+
+
+def _opened(state: State, cached: int, branches: dict[int, Any]) -> WindowCache:
+    """The last `cached` keys and values of a State, and its memories."""
+    memories = {index: part_of(state.layers.get(index), "memory") for index in branches}
+    cache = WindowCache({index: memory for index, memory in memories.items() if memory})
+    if cached:
+        for index, layer in state.layers.items():
+            keys, values = (layer[name][:, -cached:] for name in ("keys.cache", "values.cache"))
+            if keys.shape[1] < cached:
+                raise StateMismatchError(
+                    f"the State has {keys.shape[1]} keys where {cached} are wanted; it is of another window"
+                )
+            cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
+    return cache
+
+
+def _closed(cache: WindowCache) -> dict[int, LayerState]:
+    layers: dict[int, LayerState] = {}
+    for index, layer in enumerate(cache.layers):
+        keys, values = layer.keys, layer.values  # type: ignore[attr-defined]
+        layers[index] = {"keys.cache": keys.transpose(1, 2), "values.cache": values.transpose(1, 2)}
+        if index in cache.memories:
+            layers[index] |= join_states(memory=cache.memories[index])
+    return layers
