@@ -50,16 +50,17 @@ class BesideAttention(nn.Module):
             ConfigError: another cache that has read something, of which the memory knows nothing.
         """
         cache = options.get("past_key_values", options.get("layer_past"))
-        ours = isinstance(cache, WindowCache)
-        if isinstance(cache, Cache) and not ours and cache.get_seq_length(self.index):
+        ours = cache if isinstance(cache, WindowCache) else None
+        if isinstance(cache, Cache) and ours is None and cache.get_seq_length(self.index):
             raise ConfigError(
                 "a model with memory branches reads on through nestor.learning.WindowedDecoder, which keeps "
                 "their state; by itself it reads one text from its beginning in one call"
             )
         attended, *rest = self.attention(hidden_states, *args, **options)
-        remembered, after = self.branch(hidden_states, cache.memories.get(self.index) if ours else None)
-        if ours:
-            cache.memories[self.index] = after
+        before = None if ours is None else ours.memories.get(self.index)
+        remembered, after = self.branch(hidden_states, before)
+        if ours is not None:
+            ours.memories[self.index] = after
         return attended + remembered, *rest
 
 
@@ -151,8 +152,8 @@ def load_branches(path: str | os.PathLike[str], model: nn.Module) -> Attached:
     try:
         header = json.loads(metadata[FORMAT])
         version, source = header["version"], header["source"]
-        settings = dict(header["settings"])
-        settings = Branches(**{**settings, "layers": tuple(settings["layers"])})
+        fields = dict(header["settings"])
+        settings = Branches(**{**fields, "layers": tuple(fields["layers"])})
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{name} is no file of memory branches that Nestor saved") from error
     if version != FORMAT_VERSION:

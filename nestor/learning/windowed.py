@@ -15,7 +15,7 @@ from nestor.layers.substate import join_states, part_of
 from nestor.learning.branches import BesideAttention, WindowCache
 from nestor.models.generation import StatefulGeneration
 from nestor.models.loss import hidden_loss
-from nestor.models.state import LayerState, State
+from nestor.models.state import LayerState, State, is_cache
 
 
 class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
@@ -128,7 +128,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         while read < length:
             cached, room = self._place(clocks)
             end = min(length, read + room)
-            cache = _opened(state, cached, {i: None for i in self.branches})
+            cache = _opened(state, cached, list(self.branches))
             options = {
                 "past_key_values": cache,
                 "position_ids": self._positions(clocks, cached, end - read, input_ids.device),
@@ -145,10 +145,11 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             clocks = [clock + end - read for clock in clocks]
             state = State(_closed(cache), state.clock + (end - read))
             read = end
+        after: Any = state if use_cache is not False else None
         return CausalLMOutputWithPast(
             loss=None if count is None else torch.stack(losses).sum(),
             logits=torch.cat(found, 1) if found else None,
-            past_key_values=state if use_cache is not False else None,
+            past_key_values=after,
         )
 
     def _place(self, clocks: list[int]) -> tuple[int, int]:
@@ -190,11 +191,8 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         with torch.no_grad(), torch.inference_mode(False):
             hidden = self.model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
         shapes = {
-            index: [
-                (name, (x.shape[1], x.shape[3]), x.dtype)
-                for name, x in (("keys.cache", layer.keys), ("values.cache", layer.values))
-            ]
-            for index, layer in enumerate(cache.layers)
+            index: [(name, (x.shape[2], x.shape[3]), x.dtype) for name, x in layer.items() if is_cache(name)]
+            for index, layer in _closed(cache).items()
         }
         return shapes, hidden
 
@@ -207,7 +205,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             return torch.equal(head, self.model(ids).logits)
 
 
-def _opened(state: State, cached: int, branches: dict[int, Any]) -> WindowCache:
+def _opened(state: State, cached: int, branches: list[int]) -> WindowCache:
     """The last `cached` keys and values of a State, and its memories."""
     memories = {index: part_of(state.layers.get(index), "memory") for index in branches}
     cache = WindowCache({index: memory for index, memory in memories.items() if memory})
@@ -225,7 +223,9 @@ def _opened(state: State, cached: int, branches: dict[int, Any]) -> WindowCache:
 def _closed(cache: WindowCache) -> dict[int, LayerState]:
     layers: dict[int, LayerState] = {}
     for index, layer in enumerate(cache.layers):
-        keys, values = layer.keys, layer.values  # type: ignore[attr-defined]
+        # As DynamicCache has them once something was read.
+        kept: Any = layer
+        keys, values = kept.keys, kept.values
         layers[index] = {"keys.cache": keys.transpose(1, 2), "values.cache": values.transpose(1, 2)}
         if index in cache.memories:
             layers[index] |= join_states(memory=cache.memories[index])

@@ -102,7 +102,7 @@ def test_the_memory_alone_goes_on_into_the_next_window(model, plain) -> None:
     state = decoder(ids[:, :30]).past_key_values
     fresh = decoder.initial_state(1)
     assert state.layers.keys() == fresh.layers.keys() and int(state.clock) == 30
-    forgotten = {i: layer | {k: v for k, v in fresh.layers[i].items()} for i, layer in state.layers.items()}
+    forgotten = {i: layer | fresh.layers[i] for i, layer in state.layers.items()}
     same(
         decoder(ids[:, 30:], past_key_values=State(forgotten, state.clock)).logits,
         decoder(ids[:, 30:]).logits,
@@ -110,7 +110,7 @@ def test_the_memory_alone_goes_on_into_the_next_window(model, plain) -> None:
 
 
 def test_training_teaches_a_memory_what_the_window_before_said() -> None:
-    """Which of two words a text has, 16 times over, is asked for in the next window: attention cannot know."""
+    """Which of two words a text has, 16 times, is asked for in the next window: attention cannot know."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
