@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,23 @@ from nestor.models.loss import hidden_loss
 from nestor.models.state import LayerState, State, is_cache
 
 
+class _Place(NamedTuple):
+    """Where in its windows a row is: keys of earlier tokens that the next one sees, tokens until some of them
+    go, and whether some go now."""
+
+    cached: int
+    room: int
+    cut: bool
+
+
 class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
     """`(parameters, State, tokens) -> (logits, State)` of a decoder of limited context.
 
-    Keys and values are kept for at most `window` tokens. When there are as many, the first `stride` of them
-    go. With a stride of the whole window each window is read as a text of its own, from position 0 on; with a
-    smaller one a token always sees at least `window - stride` tokens before it, and positions go on counting,
-    which needs a model whose attention depends on distances alone. Memory branches (`nestor.learning.
-    Branches`) of the model keep what they know, from window to window.
+    Keys and values are kept for at most `window` tokens. When there are as many, `stride` of them go. With a
+    stride of the whole window each window is read as a text of its own. With a smaller one the oldest go, but
+    for the first `sinks` of the text, on which trained attention leans (arXiv 2309.17453); keys that stay are
+    turned back, so that positions are always within the window. Memory branches (`nestor.learning.Branches`)
+    of the model keep what they know, from window to window.
 
     State, by layer: `keys.cache`, `values.cache` `[B, n, H, p]`, and `memory.*` of a branch. Rows of a batch
     do not touch each other; all must be at the same place of their windows.
@@ -33,7 +42,8 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
     Args:
         model: of Hugging Face, with rotary positions; it is used as it is, not copied.
         window: tokens; None: the model's context.
-        stride: None: the window.
+        stride: None: the window. sinks: with a smaller stride, first tokens that stay.
+        forget: whether memories begin anew with each window, for comparison; with windows read one by one.
 
     Raises:
         ConfigError: a window beyond the model's context, a stride beyond the window, or one below it for a
@@ -44,7 +54,14 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
     endless = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
-    def __init__(self, model: PreTrainedModel, window: int | None = None, stride: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        window: int | None = None,
+        stride: int | None = None,
+        sinks: int = 4,
+        forget: bool = False,
+    ) -> None:
         super().__init__(model.config)
         context = getattr(model.config, "max_position_embeddings", None)
         window = window or context
@@ -54,13 +71,12 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
                 f"window within the context, and a stride within the window"
             )
         self.model, self.window, self.stride = model, window, stride or window
+        self.sinks, self.forget = sinks if self.stride < window else 0, forget
         if self.stride < window:
-            rotary = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
-            if rotary is None or rotary in ("dynamic", "longrope"):
-                raise ConfigError(
-                    f"stride is {stride}, but positions of type {rotary!r} do not go on beyond the context; "
-                    f"leave it out to read window by window"
-                )
+            if forget:
+                raise ConfigError(f"forget goes with windows read one by one, not with a stride of {stride}")
+            if not 0 <= sinks <= window - self.stride:
+                raise ConfigError(f"sinks are {sinks}; {window - self.stride} tokens stay at most")
         self.generation_config = model.generation_config
         self.eval()
 
@@ -126,14 +142,12 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         keep = logits_to_keep or length
         found, losses, read = [], [], 0
         while read < length:
-            cached, room = self._place(clocks)
-            end = min(length, read + room)
-            cache = _opened(state, cached, list(self.branches))
-            options = {
-                "past_key_values": cache,
-                "position_ids": self._positions(clocks, cached, end - read, input_ids.device),
-                "use_cache": True,
-            }
+            place = self._place(clocks)
+            cached, end = place.cached, min(length, read + place.room)
+            lasting = [] if self.forget and not cached else list(self.branches)
+            cache = self._opened(state, place, lasting)
+            positions = torch.arange(cached, cached + end - read, device=input_ids.device)
+            options = {"past_key_values": cache, "position_ids": positions[None], "use_cache": True}
             part = input_ids[:, read:end]
             if shift_labels is None:
                 # Hugging Face's 0 means all.
@@ -152,15 +166,15 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             past_key_values=after,
         )
 
-    def _place(self, clocks: list[int]) -> tuple[int, int]:
-        """Keys of earlier tokens that the next one sees, and tokens until some of them go."""
+    def _place(self, clocks: list[int]) -> _Place:
         window, stride = self.window, self.stride
-        places = {
-            (clock, window - clock)
-            if clock < window
-            else (window - stride + (clock - window) % stride, stride - (clock - window) % stride)
-            for clock in clocks
-        }
+        places = set()
+        for clock in clocks:
+            since = (clock - window) % stride
+            begun = _Place(clock, window - clock, False)
+            places.add(
+                begun if clock < window else _Place(window - stride + since, stride - since, not since)
+            )
         if len(places) > 1:
             raise ShapeError(
                 f"rows have read {clocks} tokens, and so are at different places of their windows of "
@@ -168,12 +182,28 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             )
         return places.pop()
 
-    def _positions(self, clocks: list[int], cached: int, count: int, device: torch.device) -> Tensor:
-        ahead = torch.arange(count, device=device)
-        if self.stride == self.window:
-            return (cached + ahead)[None]
-        starts = clocks[:1] if len(set(clocks)) == 1 else clocks
-        return torch.tensor(starts, device=device)[:, None] + ahead
+    def _opened(self, state: State, place: _Place, branches: list[int]) -> WindowCache:
+        """The keys and values of a State that stay, and its memories."""
+        memories = {index: part_of(state.layers.get(index), "memory") for index in branches}
+        cache = WindowCache({index: memory for index, memory in memories.items() if memory})
+        cached, cut = place.cached, place.cut
+        if not cached:
+            return cache
+        stored = self.window if cut else cached
+        for index, layer in state.layers.items():
+            keys, values = (layer[name].transpose(1, 2) for name in ("keys.cache", "values.cache"))
+            if keys.shape[2] < stored:
+                raise StateMismatchError(
+                    f"the State has {keys.shape[2]} keys where {stored} are wanted; it is of another window"
+                )
+            keys, values = keys[:, :, -stored:], values[:, :, -stored:]
+            if cut:
+                first, last = self.sinks, cached - self.sinks
+                turned = _turned(keys[:, :, stored - last :], *self._turn)
+                keys = torch.cat((keys[:, :, :first], turned), 2)
+                values = torch.cat((values[:, :, :first], values[:, :, stored - last :]), 2)
+            cache.update(keys, values, index)
+        return cache
 
     def _loss(self, ids: Tensor, targets: Tensor, count: Any, options: dict[str, Any]) -> Tensor:
         """The summed loss over `count`."""
@@ -197,6 +227,34 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         return shapes, hidden
 
     @cached_property
+    def _turn(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a rotation by a stride.
+
+        Raises:
+            ConfigError: the model's keys are not rotated that way.
+        """
+        rotary = getattr(self.model.base_model, "rotary_emb", None)
+        place = torch.tensor([[self.stride]], device=self.device)
+        with torch.no_grad(), torch.inference_mode(False):
+            if rotary is not None:
+                wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+                cos, sin = rotary(torch.zeros(1, device=self.device, dtype=wide), place)
+                there, here = (self._first_keys(x).to(wide) for x in (place, torch.zeros_like(place)))
+                scale = float(here.abs().max())
+                if torch.allclose(_turned(there, cos, sin), here, rtol=0, atol=0.02 * scale):
+                    return cos, sin
+        raise ConfigError(
+            f"stride is {self.stride}, below the window, but keys of a {type(self.model).__name__} cannot be "
+            f"turned to other positions; leave it out to read window by window"
+        )
+
+    def _first_keys(self, position: Tensor) -> Tensor:
+        """Keys of the first layer for some token, which depend on its position alone."""
+        cache = WindowCache()
+        self.model.base_model(torch.ones_like(position), past_key_values=cache, position_ids=position)
+        return _closed(cache)[0]["keys.cache"].transpose(1, 2)
+
+    @cached_property
     def _plain_head(self) -> bool:
         """Whether logits are those of the output embedding, not scaled or capped."""
         ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -205,19 +263,13 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             return torch.equal(head, self.model(ids).logits)
 
 
-def _opened(state: State, cached: int, branches: list[int]) -> WindowCache:
-    """The last `cached` keys and values of a State, and its memories."""
-    memories = {index: part_of(state.layers.get(index), "memory") for index in branches}
-    cache = WindowCache({index: memory for index, memory in memories.items() if memory})
-    if cached:
-        for index, layer in state.layers.items():
-            keys, values = (layer[name][:, -cached:] for name in ("keys.cache", "values.cache"))
-            if keys.shape[1] < cached:
-                raise StateMismatchError(
-                    f"the State has {keys.shape[1]} keys where {cached} are wanted; it is of another window"
-                )
-            cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
-    return cache
+def _turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys `[B, H, T, p]` at earlier positions: the first entries of each, in two halves, are rotated."""
+    width = cos.shape[-1]
+    part, rest = keys[..., :width].to(cos.dtype), keys[..., width:]
+    first, second = part.chunk(2, -1)
+    turned = part * cos - torch.cat((-second, first), -1) * sin
+    return torch.cat((turned.to(keys.dtype), rest), -1)
 
 
 def _closed(cache: WindowCache) -> dict[int, LayerState]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nestor.cli.loading import load_model
 from nestor.errors import ConfigError, ShapeError, StateMismatchError
@@ -45,8 +45,8 @@ def read(decoder, ids, cuts):
     return torch.cat(logits, 1), state
 
 
-def same(x, y):
-    torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+def same(x, y, atol=1e-9):
+    torch.testing.assert_close(x, y, rtol=0, atol=atol)
 
 
 def test_windows_without_a_memory_are_texts_of_their_own(plain) -> None:
@@ -57,13 +57,32 @@ def test_windows_without_a_memory_are_texts_of_their_own(plain) -> None:
 
 def test_a_sliding_window_is_what_a_mask_of_its_keys_gives(plain) -> None:
     ids, window, stride = tokens(70, 1), 24, 8
-    found = WindowedDecoder(plain, window, stride)(ids).logits
+    found = WindowedDecoder(plain, window, stride, sinks=0)(ids).logits
     place = torch.arange(70)
     # The first token that is still there: nothing goes before the window is full.
     first = ((place - window) // stride + 1).clamp(min=0) * stride
     seen = (place[None] <= place[:, None]) & (place[None] >= first[:, None])
     mask = torch.where(seen, 0.0, float("-inf")).double()[None, None]
-    same(found, plain(ids, attention_mask=mask).logits)
+    # Hugging Face's rotary angles are of float32.
+    same(found, plain(ids, attention_mask=mask).logits, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_first_tokens_stay_in_a_sliding_window_and_positions_close_up(family) -> None:
+    """Keys of one layer depend on token and position alone, so what is left can be read anew."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 500, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 64, "initializer_range": 0.5,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    if family == "gpt_neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
+    model, ids = model.double().eval().requires_grad_(False), tokens(56)
+    found = WindowedDecoder(model, 24, 8, sinks=3)(ids).logits
+    for end in (32, 40, 56):
+        left = torch.cat((ids[:, :3], ids[:, end - 8 - 13 : end]), 1)
+        same(found[:, end - 8 : end], model(left).logits[:, -8:], 1e-5)
 
 
 @pytest.mark.parametrize("stride", [None, 8])
@@ -107,6 +126,15 @@ def test_the_memory_alone_goes_on_into_the_next_window(model, plain) -> None:
         decoder(ids[:, 30:], past_key_values=State(forgotten, state.clock)).logits,
         decoder(ids[:, 30:]).logits,
     )
+
+
+def test_memories_that_are_to_forget_begin_anew_with_each_window(model) -> None:
+    ids = tokens(70)
+    alone = torch.cat([WindowedDecoder(model, 30)(part).logits for part in ids.split(30, 1)], 1)
+    found, _ = read(WindowedDecoder(model, 30, forget=True), ids, [20, 25, 25])
+    same(found, alone)
+    with pytest.raises(ConfigError, match="forget goes with windows read one by one"):
+        WindowedDecoder(model, 30, 10, forget=True)
 
 
 def test_training_teaches_a_memory_what_the_window_before_said() -> None:
@@ -189,6 +217,23 @@ def test_what_cannot_be_read_is_refused(plain, model) -> None:
     mixed = State.stack([state.select([0]), decoder(ids[:1, :5]).past_key_values])
     with pytest.raises(ShapeError, match="different places of their windows"):
         decoder(ids, past_key_values=mixed)
-    plain.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4}
-    with pytest.raises(ConfigError, match="positions of type 'dynamic'"):
-        WindowedDecoder(plain, 64, 8)
+    # Two rows that see as many keys, of which those of one have just lost some.
+    sliding = WindowedDecoder(plain, 32, 8)
+    mixed = State.stack([state.select([0]), sliding(ids[:1, :24]).past_key_values])
+    mixed.clock[0] = 32
+    with pytest.raises(ShapeError, match="different places"):
+        sliding(ids, past_key_values=mixed)
+    with pytest.raises(ConfigError, match="24 tokens stay at most"):
+        WindowedDecoder(plain, 32, 8, sinks=25)
+    # A model that counts every position double.
+    attention = plain.model.layers[0].self_attn
+    plain_forward = attention.forward
+
+    def double(*arguments, position_embeddings, **options):
+        cos, sin = position_embeddings
+        twice = cos * cos - sin * sin, 2 * sin * cos
+        return plain_forward(*arguments, position_embeddings=twice, **options)
+
+    attention.forward = double
+    with pytest.raises(ConfigError, match="cannot be turned to other positions"):
+        WindowedDecoder(plain, 32, 8)(ids)
