@@ -46,8 +46,10 @@ class MemoryBranch(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """`[B, T, d]` to `[B, T, d]` in the dtype of x, and the state after the call."""
         half = x.dtype in (torch.bfloat16, torch.float16)
+        # Not under autocast, which would make float32 of it: the memory's inputs and tails are half as well.
+        x = self.norm(x)
         with torch.autocast(x.device.type, dtype=x.dtype if half else None, enabled=half):
-            y, after = self.memory(self.norm(x), state, span)
+            y, after = self.memory(x, state, span)
         return y.to(x.dtype), after
 
     def fresh_state(self, batch: int, like: Tensor) -> LayerState:

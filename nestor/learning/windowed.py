@@ -59,6 +59,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         model: PreTrainedModel,
         window: int | None = None,
         stride: int | None = None,
+        *,
         sinks: int = 4,
         forget: bool = False,
     ) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import tyro
 from longer_lived_measures import Reader, draw
-from longer_lived_settings import RESULTS, Args, Arm, Part, kept
+from longer_lived_settings import RESULTS, Args, Arm, kept
 from longer_lived_table import collect, write_report
 from longer_lived_training import texts, train
 from rich.progress import track
@@ -104,13 +104,10 @@ def jobs_of(args: Args) -> list[Job]:
     return [*drawn.values(), *slow, *quick]
 
 
-def pieces(args: Args, arm: Arm) -> list[tuple[Part, tuple[Any, ...]]]:
+def pieces(args: Args, arm: Arm) -> list[tuple[str, tuple[Any, ...]]]:
     """All that is asked of an arm in pieces."""
-    found: list[tuple[Part, tuple[Any, ...]]] = [
-        ("documents", (index,)) for index in range(count_documents(args))
-    ]
-    found += [("needles", (variant, length)) for length in args.lengths for variant in args.variants]
-    return found + [("zeroshot", (task,)) for task in args.tasks if arm.zeroshot]
+    wanted = args.wanted(arm, count_documents(args))
+    return [(part, which) for part, each in wanted.items() if part != "cost" for which in each]
 
 
 def count_documents(args: Args) -> int:

@@ -121,7 +121,7 @@ class Reader:
             load_branches(args.branch_file, model)
         model.requires_grad_(False)
         self.model = model
-        self.decoder = WindowedDecoder(model, arm.window, arm.stride, arm.forget)
+        self.decoder = WindowedDecoder(model, arm.window, arm.stride, forget=arm.forget)
         self.learner: Learner | None = None
         if arm.levels:
             retrofit = Retrofit(

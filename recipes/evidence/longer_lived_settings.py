@@ -28,6 +28,7 @@ class Arm:
         window, stride, forget: of `WindowedDecoder`. branch: with the trained memory. levels: weights learn.
         zeroshot: zero-shot tasks are asked of it; their texts are shorter than a window, so that those who
             differ in windows alone would say the same.
+        needles: needles are asked of it.
         baseline: the arm that it is compared with. control: the same without what earlier windows said.
     """
 
@@ -39,6 +40,7 @@ class Arm:
     levels: bool = False
     forget: bool = False
     zeroshot: bool = False
+    needles: bool = True
     baseline: str | None = None
     control: str | None = None
 
@@ -164,13 +166,13 @@ class Args:
             return [
                 Arm(base, about, window, zeroshot=zeroshot),
                 Arm("levels" + end, f"{about}; levels learn", window, levels=True, zeroshot=zeroshot,
-                    baseline=base),
+                    needles=zeroshot, baseline=base),
                 Arm("branch" + end, f"windows of {window:,} tokens; memory branches know what was before",
                     window, branch=True, zeroshot=zeroshot, baseline=base, control="forgetful branch" + end),
                 Arm("forgetful branch" + end, f"{about}; memory branches begin anew with each of them",
                     window, branch=True, forget=True, baseline=base),
                 Arm("both" + end, f"as `branch{end}`, and levels learn", window, branch=True, levels=True,
-                    zeroshot=zeroshot, baseline=base),
+                    zeroshot=zeroshot, needles=zeroshot, baseline=base),
             ]  # fmt: skip
 
         stride = self.window // 4
@@ -199,6 +201,17 @@ class Args:
         found = path if path.is_file() else path.with_suffix("")
         if not found.is_file():
             raise DataError(f"there is no {path} and no {found.name} beside it; give the folder with --data")
+        return found
+
+    def wanted(self, arm: Arm, documents: int) -> dict[str, list[tuple[Any, ...]]]:
+        """By part, all that an arm is to have."""
+        found: dict[str, list[tuple[Any, ...]]] = {
+            "cost": [()],
+            "documents": [(index,) for index in range(documents)],
+        }
+        needles = [(variant, length) for length in self.lengths for variant in self.variants]
+        found["needles"] = list(needles) if arm.needles else []
+        found["zeroshot"] = [(task,) for task in self.tasks] if arm.zeroshot else []
         return found
 
     def piece(self, part: str, arm: Arm, *which: Any) -> Path:

@@ -72,19 +72,9 @@ def collect(args: Args, documents: int) -> dict[str, Any]:
     }
 
 
-def _wanted(args: Args, arm: Arm, documents: int) -> dict[str, list[tuple[Any, ...]]]:
-    """By part, all that an arm is to have."""
-    return {
-        "cost": [()],
-        "documents": [(index,) for index in range(documents)],
-        "needles": [(variant, length) for length in args.lengths for variant in args.variants],
-        "zeroshot": [(task,) for task in args.tasks if arm.zeroshot],
-    }
-
-
 def _pieces(args: Args, arm: Arm, documents: int) -> dict[str, dict[Any, Any]]:
     """By part and which, each piece or None; empty if none is there."""
-    wanted = _wanted(args, arm, documents)
+    wanted = args.wanted(arm, documents)
     if not any(args.piece(part, arm, *which).is_file() for part, each in wanted.items() for which in each):
         return {}
     return {
@@ -119,7 +109,7 @@ def _documents(mine: dict[str, Any], base: dict[str, Any] | None) -> dict[str, A
         name: [one.as_dict() for one in ratio_intervals(*view)] for name, view in _views(sums).items()
     }
     return found | {
-        "bits": sums[0].round(2).tolist(),
+        "bits": sums[0].round(4).tolist(),
         "bytes": sums[1].tolist(),
         "less": _less(mine, base),
     }
@@ -138,6 +128,8 @@ def _less(mine: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any] |
 
 
 def _needles(args: Args, mine: dict[str, Any], base: dict[str, Any] | None) -> list[dict[str, Any]] | None:
+    if not mine["needles"]:
+        return None
     rows = []
     for length in args.lengths:
 

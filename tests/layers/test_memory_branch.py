@@ -50,3 +50,28 @@ def test_a_fresh_state_is_what_no_state_means(branch) -> None:
     with_one, same = branch(x, branch.fresh_state(2, x))
     torch.testing.assert_close(with_one, without)
     assert after.keys() == same.keys()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_half_precision_is_near_float32_and_gradients_cross_windows() -> None:
+    torch.manual_seed(0)
+    branch = MemoryBranch(128, 2)
+    torch.nn.init.normal_(branch.memory.o_proj.weight, std=0.05)
+    x = torch.randn(2, 256, 128)
+    exact, _ = branch(x)
+    branch.cuda()
+    low = x.cuda().bfloat16()
+    fresh = branch.fresh_state(2, low)
+    first, state = branch(low[:, :128], fresh)
+    second, _ = branch(low[:, 128:], state)
+    y = torch.cat((first, second), 1)
+    assert y.dtype == torch.bfloat16 and (y.float().cpu() - exact).abs().max() < 0.1 * exact.abs().max()
+    assert {name: x.dtype for name, x in state.items()} == {name: x.dtype for name, x in fresh.items()}
+    second.float().square().sum().backward()
+    grads = {name: p.grad for name, p in branch.named_parameters()}
+    assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in grads.values())
+    # Without the first window's writes the second has another gradient of what writes.
+    written = grads["memory.v_proj.weight"].clone()
+    branch.zero_grad()
+    branch(low[:, 128:], {name: x.detach() for name, x in state.items()})[0].float().square().sum().backward()
+    assert not torch.allclose(branch.memory.v_proj.weight.grad, written, rtol=0.01)
