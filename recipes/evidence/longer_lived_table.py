@@ -23,6 +23,8 @@ from nestor.evaluation.suites import versions
 from nestor.files import write_text
 
 QUARTERS = 4
+#: What counts as right, where it is not the likeliest choice but the likeliest for its length.
+METRICS = {"openbook_qa": "acc_norm", "arc_challenge": "acc_norm"}
 
 
 def collect(args: Args, documents: int) -> dict[str, Any]:
@@ -164,14 +166,14 @@ def _zeroshot(args: Args, mine: dict[str, Any], base: dict[str, Any] | None) -> 
         found = mine["zeroshot"].get((task,))
         if found is None:
             continue
-        right = [bool(x) for x in found["acc"]]
-        row: dict[str, Any] = {"task": task, "right": wilson_interval(sum(right), len(right)).as_dict()}
+        metric = METRICS.get(task, "acc")
+        right = [bool(x) for x in found[metric]]
+        row: dict[str, Any] = {"task": task, "metric": metric}
+        row["right"] = wilson_interval(sum(right), len(right)).as_dict()
         under = None if base is None or base is mine else base["zeroshot"].get((task,))
         if under is not None:
-            before = [bool(x) for x in under["acc"]]
+            before = [bool(x) for x in under[metric]]
             row["more"] = paired_proportion_difference(right, before).as_dict()
-        if "acc_norm" in found:
-            row["acc_norm"] = float(np.mean(found["acc_norm"]))
         rows.append(row)
     return rows or None
 
@@ -264,7 +266,7 @@ def _zeroshot_table(result: dict[str, Any]) -> str:
     arms = [row for row in result["arms"] if row["zeroshot"]]
     if not arms:
         return ""
-    tasks = list(dict.fromkeys(one["task"] for row in arms for one in row["zeroshot"]))
+    tasks = {one["task"]: one["metric"] for row in arms for one in row["zeroshot"]}
     rows = []
     for row in arms:
         found = {one["task"]: one for one in row["zeroshot"]}
@@ -280,7 +282,8 @@ def _zeroshot_table(result: dict[str, Any]) -> str:
         rows.append([row["name"], *cells])
     text = f"## Zero-shot, {arms[0]['zeroshot'][0]['right']['n']} items of each task at most\n\n"
     about = "In brackets the difference to as it is. Levels have learned from one long document before."
-    return text + _table(["", *tasks], rows) + f"\n\n{about}"
+    heads = [f"{task} ({metric})" for task, metric in tasks.items()]
+    return text + _table(["", *heads], rows) + f"\n\n{about}"
 
 
 def _cost_table(result: dict[str, Any]) -> str:

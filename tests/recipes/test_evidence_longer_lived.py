@@ -209,6 +209,34 @@ def test_unknown_names_and_missing_branches_are_refused(recipe, arguments) -> No
             recipe.main(arguments(**choices), lambda text: None)
 
 
+def test_zero_shot_items_are_compared_in_pairs(recipe, arguments, tmp_path) -> None:
+    args = arguments(parts=(), tasks=("piqa", "openbook_qa"))
+    settings = sys.modules["longer_lived_settings"]
+    args.out.mkdir(parents=True)
+    args.branch_file.write_bytes(b"of some training")
+    right = {"as it is": [1.0] * 6 + [0.0] * 4, "branch": [1.0] * 8 + [0.0] * 2}
+    for name, items in right.items():
+        arm = args.all_arms()[name]
+        result = {"acc": items, "acc_norm": items[::-1], "weights": "w", "place": "here"}
+        for task in args.tasks:
+            settings.keep(args.piece("zeroshot", arm, task), args.settings("zeroshot", arm), result)
+    arms = {row["name"]: row["zeroshot"] for row in recipe.main(args, lambda text: None)["arms"]}
+    assert [(one["task"], one["metric"]) for one in arms["branch"]] == [
+        ("piqa", "acc"), ("openbook_qa", "acc_norm"),
+    ]  # fmt: skip
+    assert "more" not in arms["as it is"][0] and arms["branch"][0]["right"]["estimate"] == 0.8
+    more = arms["branch"][0]["more"]
+    assert more["estimate"] == pytest.approx(0.2) and more["method"] == "newcombe-paired"
+    table = (tmp_path / "results" / "longer_lived.md").read_text()
+    assert "| openbook_qa (acc_norm) |" in table and "80.0 % (20 % [" in table
+    # A piece of another model does not go into the same table.
+    arm = args.all_arms()["branch"]
+    other = {"acc": right["branch"], "weights": "v", "place": "here"}
+    settings.keep(args.piece("zeroshot", arm, "piqa"), args.settings("zeroshot", arm), other)
+    with pytest.raises(ConfigError, match="pieces of two models"):
+        recipe.main(args, lambda text: None)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra nestor[eval]")
 def test_zero_shot_tasks_are_scored_item_by_item(recipe, arguments, tmp_path) -> None:
     import lzma
