@@ -38,12 +38,15 @@ def run_harness(
     include_path: Path | None = None,
     max_length: int | None = None,
     seed: int = 0,
+    items: bool = False,
 ) -> dict[str, Any]:
     """Results of the tasks, as JSON: metrics with standard errors, versions and settings of the harness.
 
     Args:
         include_path: folder with task files (.yaml) of your own.
         max_length: tokens of a request at most; default the model's limit, or 2,048 for one without.
+        items: also what each item of a task scored, as `items`, in the order of the data, so that two models
+            can be compared item by item.
 
     Raises:
         ConfigError: the harness is not installed, or a task is unknown.
@@ -74,7 +77,7 @@ def run_harness(
         numpy_random_seed=seed,
         torch_random_seed=seed,
         fewshot_random_seed=seed,
-        log_samples=False,
+        log_samples=items,
     )
     kept = {
         key: found[key]
@@ -82,6 +85,14 @@ def run_harness(
         if key in found
     }
     kept |= {"model": subject.describe(), "limit": limit, "seed": seed}
+    if items:
+        kept["items"] = {
+            task: [
+                {metric: sample[metric] for metric in sample["metrics"]}
+                for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+            ]
+            for task, samples in found["samples"].items()
+        }
     # The harness puts functions and arrays into its results; what JSON does not know is written as text.
     return json.loads(json.dumps(kept, default=str))
 

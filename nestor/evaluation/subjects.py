@@ -58,8 +58,8 @@ class Subject:
 
     @property
     def limit(self) -> int | None:
-        """The most tokens that the model can read at once; None: no limit."""
-        if self.stateful:
+        """The most tokens that the model can read, in one call or from its cache; None: no limit."""
+        if self.stateful or getattr(self.model, "endless", False):
             return None
         for field in ("max_position_embeddings", "n_positions", "n_ctx"):
             value = getattr(self.model.config, field, None)

@@ -52,7 +52,7 @@ def step_of(reader: Reader, length: int, capture: bool | None) -> Step:
 def obstacle(reader: Reader) -> str | None:
     """Why a model has no step in fixed shapes; None: it has."""
     if not isinstance(reader, CacheReader):
-        return "Nestor's own models have no step in fixed shapes"
+        return "Nestor's own models have no step in fixed shapes, nor has a WindowedDecoder"
     model: PreTrainedModel = reader.model
     if model.config.model_type not in MODELS:
         return f"the model is a {model.config.model_type!r}, and captured are {', '.join(MODELS)}"

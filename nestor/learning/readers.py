@@ -11,6 +11,7 @@ from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel
 
 from nestor.errors import ConfigError
+from nestor.learning.windowed import WindowedDecoder
 from nestor.models.decoder import NestorForCausalLM
 from nestor.models.state import State
 
@@ -31,10 +32,10 @@ class Reader(Protocol):
         ...
 
 
-class NestorReader:
-    """A Nestor model."""
+class StateReader:
+    """A model that takes and gives a State itself: Nestor's, or a WindowedDecoder."""
 
-    def __init__(self, model: NestorForCausalLM) -> None:
+    def __init__(self, model: NestorForCausalLM | WindowedDecoder) -> None:
         self.model = model
 
     def initial_state(self, batch_size: int) -> State:
@@ -126,8 +127,8 @@ def reader_of(model: nn.Module) -> Reader:
     Raises:
         ConfigError: a Learner has no use for such a model; the message says why.
     """
-    if isinstance(model, NestorForCausalLM):
-        return NestorReader(model)
+    if isinstance(model, (NestorForCausalLM, WindowedDecoder)):
+        return StateReader(model)
     if isinstance(model, PreTrainedModel) and model.can_generate():
         return CacheReader(model)
     raise ConfigError(

@@ -48,7 +48,7 @@ def test_a_local_task_is_scored_by_the_likelihood_of_its_choices(models, words, 
         'target_delimiter: ""\nmetric_list:\n  - metric: acc\n'
     )
     for subject in models:
-        found = harness.run_harness(subject, ["nestor_keys"], include_path=tmp_path, batch_size=3)
+        found = harness.run_harness(subject, ["nestor_keys"], include_path=tmp_path, batch_size=3, items=True)
         right = 0
         for item in items:
             prompt = words.encode(item["question"])
@@ -58,6 +58,8 @@ def test_a_local_task_is_scored_by_the_likelihood_of_its_choices(models, words, 
             bits = [float(b.sum()) for b, _ in score_rows(subject.model, rows, batch_size=2)]
             right += bits.index(min(bits)) == item["gold"]
         assert found["results"]["nestor_keys"]["acc,none"] == pytest.approx(right / len(items))
+        each = [one["acc"] for one in found["items"]["nestor_keys"]]
+        assert len(each) == len(items) and sum(each) == right
         assert json.loads(json.dumps(found)) == found and found["model"]["name"] == subject.name
         assert not math.isnan(found["results"]["nestor_keys"]["acc_stderr,none"])
 

@@ -1,0 +1,285 @@
+"""A Hugging Face decoder that reads without end: attention over a window, memory beyond it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from nestor.errors import ConfigError, ShapeError, StateMismatchError
+from nestor.layers.substate import join_states, part_of
+from nestor.learning.branches import BesideAttention, WindowCache
+from nestor.models.generation import StatefulGeneration
+from nestor.models.loss import hidden_loss
+from nestor.models.state import LayerState, State, is_cache
+
+
+class _Place(NamedTuple):
+    """Where in its windows a row is: keys of earlier tokens that the next one sees, tokens until some of them
+    go, and whether some go now."""
+
+    cached: int
+    room: int
+    cut: bool
+
+
+class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
+    """`(parameters, State, tokens) -> (logits, State)` of a decoder of limited context.
+
+    Keys and values are kept for at most `window` tokens. When there are as many, `stride` of them go. With a
+    stride of the whole window each window is read as a text of its own. With a smaller one the oldest go, but
+    for the first `sinks` of the text, on which trained attention leans (arXiv 2309.17453); keys that stay are
+    turned back, so that positions are always within the window. Memory branches (`nestor.learning.Branches`)
+    of the model keep what they know, from window to window.
+
+    State, by layer: `keys.cache`, `values.cache` `[B, n, H, p]`, and `memory.*` of a branch. Rows of a batch
+    do not touch each other; all must be at the same place of their windows.
+
+    Args:
+        model: of Hugging Face, with rotary positions; it is used as it is, not copied.
+        window: tokens; None: the model's context.
+        stride: None: the window. sinks: with a smaller stride, first tokens that stay.
+        forget: whether memories begin anew with each window, for comparison; with windows read one by one.
+
+    Raises:
+        ConfigError: a window beyond the model's context, a stride beyond the window, or one below it for a
+            model whose positions do not allow that.
+    """
+
+    #: Texts may be longer than the configuration's positions (`nestor.evaluation.Subject`).
+    endless = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        window: int | None = None,
+        stride: int | None = None,
+        *,
+        sinks: int = 4,
+        forget: bool = False,
+    ) -> None:
+        super().__init__(model.config)
+        context = getattr(model.config, "max_position_embeddings", None)
+        window = window or context
+        if not window or (context and window > context) or not 1 <= (stride or window) <= window:
+            raise ConfigError(
+                f"window is {window} and stride {stride}, for a model with a context of {context}; give a "
+                f"window within the context, and a stride within the window"
+            )
+        self.model, self.window, self.stride = model, window, stride or window
+        self.sinks, self.forget = sinks if self.stride < window else 0, forget
+        if self.stride < window:
+            if forget:
+                raise ConfigError(f"forget goes with windows read one by one, not with a stride of {stride}")
+            if not 0 <= sinks <= window - self.stride:
+                raise ConfigError(f"sinks are {sinks}; {window - self.stride} tokens stay at most")
+        self.generation_config = model.generation_config
+        self.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def branches(self) -> dict[int, BesideAttention]:
+        """Layers with a memory, by index."""
+        return {x.index: x for x in self.model.modules() if isinstance(x, BesideAttention)}
+
+    def initial_state(self, batch_size: int) -> State:
+        """The State of rows that have read nothing, with every tensor in place."""
+        shapes, hidden = self._shapes
+        layers: dict[int, LayerState] = {
+            index: {
+                name: torch.zeros(batch_size, 0, *shape, dtype=dtype, device=self.device)
+                for name, shape, dtype in pair
+            }
+            for index, pair in shapes.items()
+        }
+        for index, layer in self.branches.items():
+            layers[index] |= join_states(memory=layer.branch.fresh_state(batch_size, hidden))
+        return State(layers, State.empty(batch_size, self.device).clock)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: State | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        shift_labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Read tokens, from the start of a stream or from where a State left off.
+
+        Args:
+            input_ids: int64 `[B, T]`. attention_mask: without zeros; padding cannot be read.
+            logits_to_keep: last positions to compute logits for; 0: all.
+            shift_labels: int64 `[B, T]`, the target of each position, -100 for none; given, the mean loss is
+                returned and no logits.
+
+        Raises:
+            ShapeError: padding, no token, or rows at different places of their windows.
+            StateMismatchError: a State of another number of rows.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ShapeError("attention_mask has zeros; give texts of one length, without padding")
+        batch, length = input_ids.shape
+        if not length:
+            raise ShapeError("there must be at least one token of each row")
+        state = State.empty(batch, input_ids.device) if past_key_values is None else past_key_values
+        if state.batch_size != batch:
+            raise StateMismatchError(f"the State has {state.batch_size} rows, the tokens {batch}")
+        clocks: list[int] = state.clock.tolist()
+        count = None if shift_labels is None else (shift_labels != -100).sum()
+        keep = logits_to_keep or length
+        found, losses, read = [], [], 0
+        while read < length:
+            place = self._place(clocks)
+            cached, end = place.cached, min(length, read + place.room)
+            lasting = [] if self.forget and not cached else list(self.branches)
+            cache = self._opened(state, place, lasting)
+            positions = torch.arange(cached, cached + end - read, device=input_ids.device)
+            options = {"past_key_values": cache, "position_ids": positions[None], "use_cache": True}
+            part = input_ids[:, read:end]
+            if shift_labels is None:
+                # Hugging Face's 0 means all.
+                wanted = max(0, keep - (length - end))
+                logits = self.model(part, logits_to_keep=max(1, min(wanted, end - read)), **options).logits
+                found += [logits] if wanted else []
+            else:
+                losses.append(self._loss(part, shift_labels[:, read:end], count, options))
+            clocks = [clock + end - read for clock in clocks]
+            state = State(_closed(cache), state.clock + (end - read))
+            read = end
+        after: Any = state if use_cache is not False else None
+        return CausalLMOutputWithPast(
+            loss=None if count is None else torch.stack(losses).sum(),
+            logits=torch.cat(found, 1) if found else None,
+            past_key_values=after,
+        )
+
+    def _place(self, clocks: list[int]) -> _Place:
+        window, stride = self.window, self.stride
+        places = set()
+        for clock in clocks:
+            since = (clock - window) % stride
+            begun = _Place(clock, window - clock, False)
+            places.add(
+                begun if clock < window else _Place(window - stride + since, stride - since, not since)
+            )
+        if len(places) > 1:
+            raise ShapeError(
+                f"rows have read {clocks} tokens, and so are at different places of their windows of "
+                f"{window}; read them one by one"
+            )
+        return places.pop()
+
+    def _opened(self, state: State, place: _Place, branches: list[int]) -> WindowCache:
+        """The keys and values of a State that stay, and its memories."""
+        memories = {index: part_of(state.layers.get(index), "memory") for index in branches}
+        cache = WindowCache({index: memory for index, memory in memories.items() if memory})
+        cached, cut = place.cached, place.cut
+        if not cached:
+            return cache
+        stored = self.window if cut else cached
+        for index, layer in state.layers.items():
+            keys, values = (layer[name].transpose(1, 2) for name in ("keys.cache", "values.cache"))
+            if keys.shape[2] < stored:
+                raise StateMismatchError(
+                    f"the State has {keys.shape[2]} keys where {stored} are wanted; it is of another window"
+                )
+            keys, values = keys[:, :, -stored:], values[:, :, -stored:]
+            if cut:
+                first, last = self.sinks, cached - self.sinks
+                turned = _turned(keys[:, :, stored - last :], *self._turn)
+                keys = torch.cat((keys[:, :, :first], turned), 2)
+                values = torch.cat((values[:, :, :first], values[:, :, stored - last :]), 2)
+            cache.update(keys, values, index)
+        return cache
+
+    def _loss(self, ids: Tensor, targets: Tensor, count: Any, options: dict[str, Any]) -> Tensor:
+        """The summed loss over `count`."""
+        if not self._plain_head:
+            raise ConfigError(
+                f"the logits of a {type(self.model).__name__} are not its head's; take the loss of its logits"
+            )
+        hidden = self.model.base_model(ids, **options).last_hidden_state
+        return hidden_loss(hidden, self.get_output_embeddings(), targets, count)
+
+    @cached_property
+    def _shapes(self) -> tuple[dict[int, list[tuple[str, tuple[int, int], torch.dtype]]], Tensor]:
+        """By layer, of keys and values, name, heads, width and dtype; and a hidden state, for its dtype."""
+        cache, ids = WindowCache(), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with torch.no_grad(), torch.inference_mode(False):
+            hidden = self.model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        shapes = {
+            index: [(name, (x.shape[2], x.shape[3]), x.dtype) for name, x in layer.items() if is_cache(name)]
+            for index, layer in _closed(cache).items()
+        }
+        return shapes, hidden
+
+    @cached_property
+    def _turn(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a rotation by a stride.
+
+        Raises:
+            ConfigError: the model's keys are not rotated that way.
+        """
+        rotary = getattr(self.model.base_model, "rotary_emb", None)
+        place = torch.tensor([[self.stride]], device=self.device)
+        with torch.no_grad(), torch.inference_mode(False):
+            if rotary is not None:
+                wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+                cos, sin = rotary(torch.zeros(1, device=self.device, dtype=wide), place)
+                there, here = (self._first_keys(x).to(wide) for x in (place, torch.zeros_like(place)))
+                scale = float(here.abs().max())
+                if torch.allclose(_turned(there, cos, sin), here, rtol=0, atol=0.02 * scale):
+                    return cos, sin
+        raise ConfigError(
+            f"stride is {self.stride}, below the window, but keys of a {type(self.model).__name__} cannot be "
+            f"turned to other positions; leave it out to read window by window"
+        )
+
+    def _first_keys(self, position: Tensor) -> Tensor:
+        """Keys of the first layer for some token, which depend on its position alone."""
+        cache = WindowCache()
+        self.model.base_model(torch.ones_like(position), past_key_values=cache, position_ids=position)
+        return _closed(cache)[0]["keys.cache"].transpose(1, 2)
+
+    @cached_property
+    def _plain_head(self) -> bool:
+        """Whether logits are those of the output embedding, not scaled or capped."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            head = self.get_output_embeddings()(self.model.base_model(ids).last_hidden_state)
+            return torch.equal(head, self.model(ids).logits)
+
+
+def _turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys `[B, H, T, p]` at earlier positions: the first entries of each, in two halves, are rotated."""
+    width = cos.shape[-1]
+    part, rest = keys[..., :width].to(cos.dtype), keys[..., width:]
+    first, second = part.chunk(2, -1)
+    turned = part * cos - torch.cat((-second, first), -1) * sin
+    return torch.cat((turned.to(keys.dtype), rest), -1)
+
+
+def _closed(cache: WindowCache) -> dict[int, LayerState]:
+    layers: dict[int, LayerState] = {}
+    for index, layer in enumerate(cache.layers):
+        # As DynamicCache has them once something was read.
+        kept: Any = layer
+        keys, values = kept.keys, kept.values
+        layers[index] = {"keys.cache": keys.transpose(1, 2), "values.cache": values.transpose(1, 2)}
+        if index in cache.memories:
+            layers[index] |= join_states(memory=cache.memories[index])
+    return layers
