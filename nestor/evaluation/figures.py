@@ -213,16 +213,16 @@ def needle_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> lis
 
 
 def remembrance_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Effective remembrance against how many tokens are dropped, and against how many are kept."""
+    """Effective remembrance by tokens dropped and by tokens kept, each up to half of the text."""
     dropped, kept = [], []
     for name, result in results.items():
-        estimate, low, high = _columns(result["remembrance"])
-        # The axes are logarithmic, and where nothing is dropped there is nothing to see.
-        shown = [i for i, count in enumerate(result["dropped"]) if count]
-        ends = [[values[i] for i in shown] for values in (estimate, low, high)]
-        counts = [result["dropped"][i] for i in shown]
-        dropped.append(Series(name, counts, *ends))
-        kept.append(Series(name, [result["length"] - count for count in counts], *ends))
+        columns = _columns(result["remembrance"])
+        counts = {"dropped": result["dropped"], "kept": [result["length"] - n for n in result["dropped"]]}
+        for series, numbers in ((dropped, counts["dropped"]), (kept, counts["kept"])):
+            # The axes are logarithmic, and where nothing is dropped there is nothing to see.
+            shown = [i for i, number in enumerate(numbers) if 0 < number <= (result["length"] + 1) // 2]
+            places = [numbers[i] for i in shown]
+            series.append(Series(name, places, *([values[i] for i in shown] for values in columns)))
     lengths = " and ".join(f"{one:,}" for one in sorted({result["length"] for result in results.values()}))
     y, above = "effective remembrance (total variation)", (-0.03, 1.05)
     return [
@@ -238,7 +238,8 @@ def remembrance_figures(results: Results, models: Sequence[Mapping[str, Any]]) -
             ),
             "How far the prediction after the text moves when its first tokens are not read: 0, not at all; "
             "1, to another altogether. In a long text the left should be near 0; where it is high, the first "
-            "tokens still steer a state to which training never led. Bands are 95 % bootstrap intervals.",
+            "tokens still steer a state to which training never led. Numbers that are no multiple of a "
+            "memory's chunk also move its chunks. Bands are 95 % bootstrap intervals.",
         ),
         Figure(
             "remembrance-by-kept",
