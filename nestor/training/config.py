@@ -140,7 +140,7 @@ class RunConfig:
     state_mode: Literal["reset", "carry", "pass", "fitted-noise", "random-noise"] = "reset"
     #: Share of the segments that start from a fresh State in any mode, drawn anew in each step.
     fresh_share: float = 0.0
-    #: Standard deviation of `random-noise`, on every number that a memory holds.
+    #: Standard deviation of `random-noise`, on every number of a memory's matrices.
     noise: float = 0.1
     #: Steps between measurements on held-out text, and batches of one; 0 never measures.
     eval_every: int = 200

@@ -3,7 +3,7 @@
     S_0 = W_0 + mean + deviation n,  n ~ N(0, 1) for every entry,
 
 W_0 the State of who has read nothing, mean and deviation one number for each layer, matrix and head: those of
-what training sequences make of W_0 (`fit_noise`), or 0 and the same deviation everywhere (`even_noise`). A
+what training sequences make of W_0 (`fit_noise`), or 0 and the same deviation for all (`even_noise`). A
 memory's learned start is a parameter and gets its gradient; the noise has none.
 """
 
@@ -56,10 +56,12 @@ def memories(state: Any) -> dict[str, Tensor]:
 
 
 def even_noise(fresh: Any, sigma: float) -> Noise:
-    """The same deviation everywhere. fresh: the State of who has read nothing. Raises as `memories`."""
+    """The same deviation for all matrices, and none for their momentum: it is of steps, of which a matrix is
+    the sum, and much smaller. fresh: the State of who has read nothing. Raises as `memories`."""
     noise = {}
     for name, tensor in memories(fresh).items():
-        deviation = torch.full((tensor.shape[1],), sigma, dtype=torch.float32, device=tensor.device)
+        size = 0.0 if "momentum" in name.split(".") else sigma
+        deviation = torch.full((tensor.shape[1],), size, dtype=torch.float32, device=tensor.device)
         noise[name] = torch.stack([torch.zeros_like(deviation), deviation])
     return noise
 

@@ -185,11 +185,21 @@ NOISED = {
 }
 
 
+def test_random_noise_has_one_size_for_all_matrices_and_none_for_momentum():
+    fresh = small_model("titans-mag").initial_state(1)
+    for name, statistics in noise.even_noise(fresh, 0.25).items():
+        size = 0.0 if "momentum" in name else 0.25
+        assert statistics.tolist() == [[0.0, 0.0], [size, size]]
+
+
 @pytest.mark.parametrize("name", NOISED)
 def test_noise_is_on_memory_matrices_and_momentum_and_on_nothing_else(name):
     model = small_model(name)
     fresh = model.initial_state(1)
-    state = noise.noised_start(fresh, noise.even_noise(fresh, 0.5), 0, 0, range(3))
+    everywhere = {
+        key: zeros + torch.tensor([[0.0], [0.5]]) for key, zeros in noise.even_noise(fresh, 0.0).items()
+    }
+    state = noise.noised_start(fresh, everywhere, 0, 0, range(3))
     assert state.clock.tolist() == [0, 0, 0]
     for index, layer in state.layers.items():
         before = fresh.layers[index]
