@@ -214,15 +214,16 @@ def needle_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> lis
 
 def remembrance_figures(results: Results, models: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Effective remembrance by tokens dropped and by tokens kept, each up to half of the text."""
-    dropped, kept = [], []
+    dropped: list[Series] = []
+    kept: list[Series] = []
     for name, result in results.items():
         columns = _columns(result["remembrance"])
         counts = {"dropped": result["dropped"], "kept": [result["length"] - n for n in result["dropped"]]}
         for series, numbers in ((dropped, counts["dropped"]), (kept, counts["kept"])):
             # The axes are logarithmic, and where nothing is dropped there is nothing to see.
             shown = [i for i, number in enumerate(numbers) if 0 < number <= (result["length"] + 1) // 2]
-            places = [numbers[i] for i in shown]
-            series.append(Series(name, places, *([values[i] for i in shown] for values in columns)))
+            estimate, low, high = ([values[i] for i in shown] for values in columns)
+            series.append(Series(name, [numbers[i] for i in shown], estimate, low, high))
     lengths = " and ".join(f"{one:,}" for one in sorted({result["length"] for result in results.values()}))
     y, above = "effective remembrance (total variation)", (-0.03, 1.05)
     return [
