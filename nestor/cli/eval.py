@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from nestor.evaluation.subjects import Subject
     from nestor.evaluation.suites import Settings
 
-SUITES = ("perplexity", "recall", "needle", "all", "retention", "class-incremental", "lm-eval")
+SUITES = (
+    "perplexity", "recall", "needle", "all", "remembrance", "retention", "class-incremental", "lm-eval",
+)  # fmt: skip
 _WITH_WORKERS = ("retention", "class-incremental")
 
 
@@ -36,6 +38,7 @@ class Args:
     Examples:
       nestor eval runs/a/final runs/b/final --suite recall
       nestor eval runs/a/final --suite perplexity --lengths 65536 --corpus "books/*.txt"
+      nestor eval runs/a/final --suite remembrance --lengths 8192
       nestor eval runs/a/final --suite needle --lengths 1024 4096 16384 --seeds 0 1 2 --variants passkey
       nestor eval runs/a/final --suite class-incremental --data folder/of/clinc150 --seeds 0 1 2 3 4
       nestor eval runs/a/final --suite lm-eval --tasks arc_easy piqa
@@ -49,8 +52,9 @@ class Args:
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
     """Folders with models, or ids on the Hugging Face hub."""
     suite: tuple[str, ...] = ("all",)
-    """perplexity, recall, needle, all of these; or one that runs alone: retention, class-incremental (needs
-    --data), lm-eval (needs the extra nestor[eval])."""
+    """perplexity, recall, needle, all of these; remembrance, which reads its text a dozen times and must be
+    named; retention; or one that runs alone: class-incremental (needs --data), lm-eval (needs the extra
+    nestor[eval])."""
     lengths: tuple[int, ...] = ()
     """In tokens. Several: contexts, distances and lengths to measure. One: the greatest, the others are
     doubled up to it. None: up to 16 times the training length where the run is known, else up to 4,096."""
@@ -148,11 +152,11 @@ def run(args: Args) -> int:
 
 
 def _settings(args: Args) -> Settings:
-    from nestor.evaluation.suites import READING, Settings
+    from nestor.evaluation.suites import ASKED_FOR, READING, Settings
 
     shared = {field.name for field in fields(Settings)} & {field.name for field in fields(Args)}
     return Settings(
-        suites=(*READING, *(("retention",) if "retention" in args.suite else ()))
+        suites=(*READING, *(suite for suite in ASKED_FOR if suite in args.suite))
         if "all" in args.suite
         else args.suite,
         train_length=_train_length(args.models),

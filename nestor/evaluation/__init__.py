@@ -14,6 +14,7 @@ _EXPORTS = {
     "compare_needle": "needle",
     "compare_perplexity": "perplexity",
     "compare_recall": "recall",
+    "compare_remembrance": "remembrance",
     "cut_passages": "passages",
     "draw_documents": "recall",
     "draw_needles": "needle",
@@ -23,6 +24,7 @@ _EXPORTS = {
     "measure_needle": "needle",
     "measure_perplexity": "perplexity",
     "measure_recall": "recall",
+    "measure_remembrance": "remembrance",
     "write_results": "suites",
 }
 

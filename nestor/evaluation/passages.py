@@ -13,6 +13,8 @@ from nestor.data.tokenizers import ByteTokenizer, encode_text
 from nestor.errors import ConfigError, DataError
 
 UNITS = ("tokens", "bytes")
+# From this many documents on the resampled unit is the document, below it the passage.
+_FEW_DOCUMENTS = 5
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,14 @@ def cut_passages(
             f"Ask for shorter --lengths or name a corpus of longer documents with --corpus"
         )
     return passages
+
+
+def resampled_units(passages: Sequence[Passage]) -> tuple[list[int], str]:
+    """For each passage the unit that intervals resample it with, and what that is: "document", "passage"."""
+    documents = [passage.document for passage in passages]
+    if len(set(documents)) >= _FEW_DOCUMENTS:
+        return documents, "document"
+    return list(range(len(passages))), "passage"
 
 
 def _draw(

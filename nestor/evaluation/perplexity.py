@@ -21,14 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestor.errors import ConfigError
-from nestor.evaluation.passages import Encoded, Passage, encode_passage
+from nestor.evaluation.passages import Encoded, Passage, encode_passage, resampled_units
 from nestor.evaluation.scoring import PIECE, Progress, Row, score_rows
 from nestor.evaluation.statistics import cluster_sums, paired_ratio_differences, ratio_intervals
 from nestor.evaluation.subjects import Subject
 
 SCALES = ("log", "linear")
-# From this many documents on the resampled unit is the document, below it the passage.
-_FEW_DOCUMENTS = 5
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def measure_perplexity(
     """Measure one model. The result is JSON; `sums` in it holds what a paired comparison needs."""
     encoded = [encode_passage(passage, subject.tokenizer, layout.length, layout.unit) for passage in passages]
     bits = _by_position(subject, encoded, batch_size, piece, progress)
-    clusters, unit = _clusters(passages)
+    clusters, unit = resampled_units(passages)
     position_bits, position_bytes = _bin_sums(encoded, bits, layout.edges)
     position_bits, position_bytes = (cluster_sums(a, clusters) for a in (position_bits, position_bytes))
     carried, block_bytes = _block_sums(encoded, bits, layout)
@@ -286,13 +284,6 @@ def _by_seed(
         total[0] += float(row[scored].sum())
         total[1] += float(e.bytes[scored].sum())
     return {str(seed): total / max(1.0, count) for seed, (total, count) in sums.items()}
-
-
-def _clusters(passages: Sequence[Passage]) -> tuple[list[int], str]:
-    documents = [passage.document for passage in passages]
-    if len(set(documents)) >= _FEW_DOCUMENTS:
-        return documents, "document"
-    return list(range(len(passages))), "passage"
 
 
 def _notes(subject: Subject, layout: Layout, passages: int) -> list[str]:

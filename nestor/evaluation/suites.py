@@ -18,7 +18,7 @@ import torch
 from nestor.data import open_corpus, shipped_corpora, tokenize
 from nestor.data.tasks import CorpusHaystack, FactSpec, FillerText
 from nestor.errors import ConfigError, suggest
-from nestor.evaluation import mqar, needle, perplexity, recall
+from nestor.evaluation import mqar, needle, perplexity, recall, remembrance
 from nestor.evaluation.passages import cut_passages
 from nestor.evaluation.retention.settings import RetentionSettings
 from nestor.evaluation.scoring import PIECE, Bar
@@ -27,9 +27,11 @@ from nestor.files import write_json
 from nestor.jobs import Workers
 
 FORMAT = 1
-#: Those that "all" stands for: they read, and change nothing.
+#: Those that "all" stands for: they read each text once or twice, and change nothing.
 READING = ("perplexity", "recall", "needle")
-SUITES = (*READING, "retention")
+#: Remembrance reads a text about log2 of its length times, and retention trains.
+ASKED_FOR = ("remembrance", "retention")
+SUITES = (*READING, *ASKED_FOR)
 RECALL_TASKS = ("facts", "mqar")
 _DEFAULT_LENGTH = 4096
 
@@ -40,7 +42,8 @@ class Settings:
 
     suites: tuple[str, ...] = READING
     lengths: tuple[int, ...] = ()
-    """Context lengths (perplexity), distances (recall), text lengths (needle); one number is the greatest."""
+    """Context lengths (perplexity), distances (recall), text lengths (needle); one number is the greatest.
+    Remembrance is of the greatest alone."""
     seeds: tuple[int, ...] = (0,)
     repeats: int | None = None
     """Samples for each seed: passages, questions a distance, needles a cell. None: 16, 32 and 4."""
@@ -133,6 +136,7 @@ def evaluate(
         "perplexity": _perplexity,
         "recall": _recall,
         "needle": _needle,
+        "remembrance": _remembrance,
         "retention": lambda models, chosen, bars: _retention(models, chosen, bars, folder, workers),
     }
     results: dict[str, Any] = {}
@@ -297,6 +301,38 @@ def _needle(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[s
     paired = same_tokenizer(subjects)
     differences = needle.compare_needle(list(found), list(found.values())) if paired else []
     return {"needle": {"models": found, "differences": differences, "paired": paired}}
+
+
+def _remembrance(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[str, Any]:
+    corpus = _corpus(settings)
+    passages = cut_passages(
+        corpus,
+        [subject.tokenizer for subject in subjects],
+        settings.longest,
+        settings.repeats or 16,
+        seeds=settings.seeds,
+        label=corpus.label,
+    )
+    found = {}
+    for subject in subjects:
+        with bar(f"remembrance: {subject.name}") as progress:
+            found[subject.name] = remembrance.measure_remembrance(
+                subject,
+                passages,
+                settings.longest,
+                batch_size=settings.batch_size,
+                piece=settings.piece,
+                resample_seed=settings.seeds[0],
+                progress=progress,
+            )
+    # By tokens of different kinds the same text has different lengths.
+    paired = same_tokenizer(subjects)
+    differences = (
+        remembrance.compare_remembrance(list(found), list(found.values()), resample_seed=settings.seeds[0])
+        if paired
+        else []
+    )
+    return {"remembrance": {"models": found, "differences": differences, "paired": paired}}
 
 
 def _retention(

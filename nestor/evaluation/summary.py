@@ -16,6 +16,7 @@ TITLES = {
     "recall": "Recall of facts",
     "mqar": "Associative recall",
     "needle": "Needle in a haystack",
+    "remembrance": "Effective remembrance",
     "retention": "Retention",
 }
 _FIGURES = {
@@ -23,6 +24,7 @@ _FIGURES = {
     "recall": drawing.recall_figures,
     "mqar": drawing.mqar_figures,
     "needle": drawing.needle_figures,
+    "remembrance": drawing.remembrance_figures,
     "retention": retention_figures,
 }
 
@@ -106,10 +108,21 @@ def _headlines(suite: str, part: Mapping[str, Any], name: str | None) -> dict[st
         return {"associative recall": with_interval(model["overall"], as_percent=True)}
     if suite == "retention":
         return headline(model)
+    if suite == "remembrance":
+        return {
+            f"remembrance, about {words} dropped": with_interval(_without(model, share))
+            for words, share in (("a sixteenth", 1 / 16), ("half", 1 / 2))
+        }
     return {
         f"needle: {variant}": with_interval(cell["exact_match"], as_percent=True)
         for variant, cell in model["overall"].items()
     }
+
+
+def _without(model: Mapping[str, Any], share: float) -> Mapping[str, Any]:
+    """The remembrance where the most tokens are dropped that are not above that share of the text."""
+    fitting = [i for i, count in enumerate(model["dropped"]) if count <= share * model["length"]]
+    return model["remembrance"][fitting[-1] if fitting else 0]
 
 
 def _perplexity_table(section: Section, part: Mapping[str, Any]) -> None:
@@ -203,13 +216,34 @@ def _needle_table(section: Section, part: Mapping[str, Any]) -> None:
     section.table(["model", *variants], rows, "Exact match over all lengths and depths.")
 
 
+def _remembrance_table(section: Section, part: Mapping[str, Any]) -> None:
+    models = part["models"]
+    first = next(iter(models.values()))
+    section.text(
+        f"Total variation between what is predicted after {first['length']:,} tokens and after the same text "
+        f"without its first ones; {first['passages']} passages from {first['documents']} "
+        f"document{'s' if first['documents'] != 1 else ''}. Intervals resample the {first['resampled']}s."
+    )
+    cells = {
+        name: dict(zip(model["dropped"], model["remembrance"], strict=True)) for name, model in models.items()
+    }
+    counts = sorted({count for model in models.values() for count in model["dropped"]})
+    rows = [[f"{count:,}", *[with_interval(cells[name].get(count)) for name in models]] for count in counts]
+    section.table(["first tokens dropped", *models], rows, "Effective remembrance.")
+
+
 _TABLES = {
     "perplexity": _perplexity_table,
     "recall": _recall_table,
     "mqar": _mqar_table,
     "needle": _needle_table,
+    "remembrance": _remembrance_table,
     "retention": retention_tables,
 }
+
+
+# What differences are of; others are of exact matches.
+_COMPARED = {"perplexity": "bits per byte", "remembrance": "remembrance"}
 
 
 def _differences(section: Section, suite: str, part: Mapping[str, Any]) -> None:
@@ -219,6 +253,11 @@ def _differences(section: Section, suite: str, part: Mapping[str, Any]) -> None:
         pair = f"{difference['model']} minus {difference['baseline']}"
         if suite == "perplexity":
             rows.append([pair, "all positions", with_interval(difference["bits_per_byte"])])
+        elif suite == "remembrance":
+            rows += [
+                [pair, f"first {count:,} dropped", with_interval(interval)]
+                for count, interval in zip(difference["dropped"], difference["remembrance"], strict=True)
+            ]
         elif suite in ("mqar", "needle"):
             what = "all needles" if suite == "needle" else "all queries"
             rows.append([pair, what, with_interval(difference["exact_match"], as_percent=True)])
@@ -229,7 +268,7 @@ def _differences(section: Section, suite: str, part: Mapping[str, Any]) -> None:
             ]
     if rows:
         section.table(
-            ["difference", "over", "bits per byte" if suite == "perplexity" else "exact match"],
+            ["difference", "over", _COMPARED.get(suite, "exact match")],
             rows,
             "Paired differences on the same text; an interval without zero is a difference beyond chance.",
             left=(0, 1),

@@ -1,4 +1,4 @@
-"""The State from one training step to the next: `reset`, `carry`, `pass`."""
+"""The State from one training step to the next: `carry` and `pass` hand it on, other modes do not."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
+#: Values of `run.state_mode` with which a step starts from a State that the step before it came to.
+HANDED_ON = ("carry", "pass")
+
 
 def next_start(state: Any, mode: str) -> Any:
     """The State with which the next batch starts, given the one after this batch, its gradient stopped.
 
-    `reset`: None, fresh. `carry`: the State itself, so that lanes go on as streams (truncated
-    back-propagation through time). `pass`: what the *memories* of the neighbouring lane hold, an unrelated
-    sequence, so that training meets the states that long reading leads to (state passing, Ruiz & Gu 2025).
-    Attention caches, convolution tails and positions belong to the other text's tokens and are not passed.
+    `carry`: the State itself, so that lanes go on as streams (truncated back-propagation through time).
+    `pass`: what the *memories* of the neighbouring lane hold, an unrelated sequence, so that training meets
+    the states that long reading leads to (state passing, Ruiz & Gu 2025). Attention caches, convolution tails
+    and positions belong to the other text's tokens and are not passed. Other modes: None;
+    a step starts fresh, or from noise (`noise.py`).
     """
-    if mode == "reset" or state is None:
+    if mode not in HANDED_ON or state is None:
         return None
     state = state.detach()
     return state if mode == "carry" else _passed(state)

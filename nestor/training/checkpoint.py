@@ -4,6 +4,7 @@
         model.safetensors, config.json, ...   a model folder: AutoModelForCausalLM opens it
         optimizer.safetensors                 state tensors named `parameter/key`
         state.safetensors                     the State that training carries from step to step, if it does
+        noise.safetensors                     the noise with which memories start, if they do
         rng.safetensors                       generator states of each process
         trainer.json                          step, data position, best result, size of every file
 

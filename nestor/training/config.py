@@ -135,8 +135,13 @@ class RunConfig:
     accumulation: int = 1
     activation_checkpointing: bool = False
     #: `reset`: every segment starts from a fresh State. `carry`: from the State its lane reached (gradient
-    #: stopped). `pass`: from what the memories of another lane hold, an unrelated sequence.
-    state_mode: Literal["reset", "carry", "pass"] = "reset"
+    #: stopped). `pass`: from what the memories of another lane hold, an unrelated sequence. `fitted-noise`:
+    #: memories from noise like what training text makes of them; `random-noise`: from noise of one size.
+    state_mode: Literal["reset", "carry", "pass", "fitted-noise", "random-noise"] = "reset"
+    #: Share of the segments that start from a fresh State in any mode, drawn anew in each step.
+    fresh_share: float = 0.0
+    #: Standard deviation of `random-noise`, on every number of a memory's matrices.
+    noise: float = 0.1
     #: Steps between measurements on held-out text, and batches of one; 0 never measures.
     eval_every: int = 200
     eval_batches: int = 16
@@ -298,6 +303,8 @@ def check(config: TrainConfig) -> None:
         _require(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}", getattr(optimizer, key), "in [0, 1)")
     _require(0 < schedule.decay <= 1, "schedule.decay", schedule.decay, "above 0 and at most 1")
     _require(0 <= schedule.final <= 1, "schedule.final", schedule.final, "between 0 and 1")
+    _require(0 <= run.fresh_share <= 1, "run.fresh_share", run.fresh_share, "between 0 and 1")
+    _require(run.noise >= 0, "run.noise", run.noise, "at least 0")
     _require(0 < data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "between 0 and 1")
     _require(bool(data.sources), "data.sources", list(data.sources), "at least one source")
     for source in (*data.sources, *data.valid):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import random
 import signal as signals
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from nestor.data import IGNORED, Batch, LaneStream, Prefetcher, WorkerStream, ch
 from nestor.errors import NonFiniteError
 from nestor.files import FileLock
 from nestor.training import checkpoint as checkpoints
-from nestor.training.carrying import next_start
+from nestor.training.carrying import HANDED_ON, next_start
 from nestor.training.config import TrainConfig
 from nestor.training.distributed import Processes, clip_gradient, tracker_of
 from nestor.training.folder import Resume, newest_checkpoint, open_folder
@@ -33,6 +34,7 @@ from nestor.training.inputs import open_tokenizer, train_stream, valid_stream
 from nestor.training.interrupt import StopRequest
 from nestor.training.logging import Reporter, flops_per_token
 from nestor.training.model import build_model
+from nestor.training.noise import Noise, even_noise, fit_noise, fresh_lanes, fresh_state, noised_start
 from nestor.training.optimizer import build_optimizers, set_lr
 from nestor.training.pace import Pace
 from nestor.training.saving import finish_run, restore_run, save_run
@@ -40,6 +42,8 @@ from nestor.training.schedule import lr_factor
 from nestor.training.validation import validate
 
 OnStep = Callable[[dict[str, Any]], None]
+# Batches of training text, the first ones, to whose final States noise is fitted.
+FIT_BATCHES = 16
 
 
 @dataclass
@@ -140,11 +144,17 @@ class Run:
         self.model.train()
         # The State with which each part of the next batch starts.
         self.states: list[Any] = [None] * config.run.accumulation
+        # What the memories of each sequence start with instead, if it is noise.
+        self.noise: Noise | None = None
         # Loss and gradient norm of each step since the last log step, on the device.
         self.pending: list[Tensor] = []
         self.flag: Tensor | None = None
         if found is not None:
             restore_run(self, found, saved)
+        if config.run.state_mode == "random-noise":
+            self.noise = even_noise(self.plain.initial_state(1), config.run.noise)
+        elif config.run.state_mode == "fitted-noise" and self.noise is None:
+            self.noise = self.fit_noise(make(processes.lanes))
         self.reporter = Reporter(config, processes, self.step, on_step, quiet)
         self.reporter.latest = saved.get("metrics", {})
 
@@ -185,7 +195,7 @@ class Run:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last else self.processes.without_sync(self.model):
-                loss, state = self.forward(part, self.states[index], targets)
+                loss, state = self.forward(part, *self.start(index), targets)
                 # Processes average their gradients, and `loss` is a share of the mean over all of them.
                 (loss * self.processes.world).backward()
             self.states[index] = next_start(state, config.run.state_mode)
@@ -201,14 +211,51 @@ class Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def forward(self, part: Batch, state: Any, targets: Tensor) -> tuple[Tensor, Any]:
-        """Loss of some lanes, summed and divided by the weight of the whole batch, and the State after."""
-        device = self.processes.device
-        resets = part["resets"]
+    def start(self, index: int) -> tuple[Any, Tensor]:
+        """The State with which a part of this step starts, and which rows start fresh all the same `[b]`."""
+        run, processes = self.config.run, self.processes
+        size = len(processes.lanes) // run.accumulation
+        lanes = processes.lanes[index * size : (index + 1) * size]
+        fresh = fresh_lanes(run.fresh_share, run.seed, self.step, self.config.data.batch_size)
+        fresh = fresh[lanes.start : lanes.stop]
+        if bool(fresh.all()):
+            return None, fresh
+        if self.noise is None:
+            return self.states[index], fresh
+        with self.autocast():
+            one = fresh_state(self.plain)
+        return noised_start(one, self.noise, run.seed, self.step, lanes), fresh
+
+    @torch.no_grad()
+    def fit_noise(self, stream: LaneStream) -> Noise:
+        """The noise fitted to the States in which the first batches of `stream` leave fresh rows."""
+
+        def finals() -> Iterator[Any]:
+            for batch in islice(stream, FIT_BATCHES):
+                for part in split(batch, self.config.run.accumulation):
+                    nowhere = torch.zeros(len(part["resets"]), dtype=torch.bool)
+                    yield self.forward(part, None, nowhere, self.count_targets(batch), use_cache=True)[1]
+
+        return fit_noise(self.plain.initial_state(1), finals(), self.processes.sum)
+
+    def forward(
+        self, part: Batch, state: Any, fresh: Tensor, targets: Tensor, use_cache: bool | None = None
+    ) -> tuple[Tensor, Any]:
+        """Loss of some lanes, summed and divided by the weight of the whole batch, and the State after.
+
+        fresh: `[b]` bool, rows that start fresh instead of from `state`. use_cache: make the State after; by
+            default if it is handed on.
+        """
+        run, device = self.config.run, self.processes.device
+        resets = part["resets"].clone()
         if state is None:
             # A fresh row needs no reset at its start, and without any reset the layers take shorter ways.
-            resets = resets.clone()
             resets[:, 0] = False
+        elif run.state_mode == "carry":
+            resets[:, 0] |= fresh
+        else:
+            # What is passed or drawn is no document's past, so a document may begin with it.
+            resets[:, 0] = fresh
         inputs = {
             "input_ids": part["input_ids"],
             "shift_labels": part["labels"],
@@ -223,7 +270,7 @@ class Run:
                 num_items_in_batch=targets,
                 loss_only=True,
                 past_key_values=state,
-                use_cache=self.config.run.state_mode != "reset",
+                use_cache=run.state_mode in HANDED_ON if use_cache is None else use_cache,
             )
         return output.loss, output.past_key_values
 

@@ -10,6 +10,7 @@ import torch
 
 from nestor.files import read_tensors, write_tensors
 from nestor.training import checkpoint as checkpoints
+from nestor.training.carrying import HANDED_ON
 from nestor.training.folder import write_final
 from nestor.training.model import save_model
 from nestor.training.optimizer import load_optimizer_state, optimizer_state
@@ -36,6 +37,8 @@ def save_run(run: Run) -> None:
         if waiting:
             write_tensors(folder / "waiting.safetensors", waiting)
         checkpoints.write_random_states(folder / "rng.safetensors", generators)
+        if run.noise is not None:
+            write_tensors(folder / "noise.safetensors", run.noise)
         if state is not None:
             write_tensors(folder / "state.safetensors", checkpoints.state_tensors(state))
 
@@ -61,7 +64,10 @@ def restore_run(run: Run, found: Path, saved: dict[str, Any]) -> None:
     if (found / "waiting.safetensors").is_file():
         run.pace.load_state_dict(read_tensors(found / "waiting.safetensors")[0])
     run.stream.load_state_dict(saved["data"])
-    if (found / "state.safetensors").is_file() and run.config.run.state_mode != "reset":
+    if (found / "noise.safetensors").is_file() and run.config.run.state_mode == "fitted-noise":
+        fitted, _ = read_tensors(found / "noise.safetensors")
+        run.noise = {name: tensor.to(run.processes.device) for name, tensor in fitted.items()}
+    if (found / "state.safetensors").is_file() and run.config.run.state_mode in HANDED_ON:
         tensors, _ = read_tensors(found / "state.safetensors")
         state = checkpoints.state_from_tensors(tensors).select(list(run.processes.lanes))
         size = state.batch_size // run.config.run.accumulation
