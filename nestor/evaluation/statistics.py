@@ -1,4 +1,4 @@
-"""Intervals: Wilson and Newcombe for proportions, BCa bootstrap for ratios of sums.
+"""Intervals: Wilson and Newcombe for proportions, BCa bootstrap for ratios of sums, Student's t for seeds.
 
 Most numbers of the suites are ratios of sums over documents: bits per byte is sum(bits) / sum(bytes), an
 accuracy is sum(correct) / sum(asked). The unit that is resampled is the document (the row), never the
@@ -12,6 +12,7 @@ Every function takes a seed and is deterministic in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -178,6 +179,50 @@ def mean_interval(
     if array.ndim != 1:
         raise DataError(f"values must have one axis, got shape {array.shape}")
     return ratio_intervals(array, np.ones_like(array), level=level, resamples=resamples, seed=seed)[0]
+
+
+def t_interval(values: ArrayLike, *, level: float = LEVEL) -> Interval:
+    """Student's interval of the mean of a few independent `values` [n], such as those of training seeds.
+
+    mean +- t s / sqrt(n), with t of n - 1 degrees of freedom: a bootstrap over three values, whose draws are
+    but ten, is too narrow. Of two models with the same seeds, give the differences.
+
+    Raises:
+        DataError: values that are not one finite row, or a level outside (0, 1).
+    """
+    _check_level(level)
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise DataError(f"values must be one row of finite numbers, got {array.tolist()}")
+    n = len(array)
+    if n < 2:
+        return Interval(float(array[0]) if n else None, None, None, level, "t", n)
+    mean = float(array.mean())
+    half = t_quantile(0.5 + level / 2, n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, level, "t", n)
+
+
+def t_quantile(share: float, freedom: int) -> float:
+    """The t below which lies `share` (at least 1/2) of Student's distribution of `freedom` degrees.
+
+    Of whole degrees the share within -t .. t is a finite sum in theta = atan(t / sqrt(freedom)) (Abramowitz
+    and Stegun 26.7.3 and 26.7.4), which is inverted by bisection.
+    """
+
+    def within(theta: float) -> float:
+        sine, cosine = math.sin(theta), math.cos(theta)
+        odd = freedom % 2
+        term, total = (cosine if odd else 1.0), 0.0
+        for power in range(1 + odd, freedom, 2):
+            total += term
+            term *= cosine**2 * power / (power + 1)
+        return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < 2 * share - 1 else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)
 
 
 def cluster_sums(values: ArrayLike, clusters: list[Any]) -> NDArray:

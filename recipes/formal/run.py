@@ -17,19 +17,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from entries import MODELS, check_models
 from trial import TUNING_SEED, Trial, run_trial
 
 from nestor.data.tasks.formal_languages import LANGUAGES, NOTATION, formal_language
-from nestor.errors import ConfigError, DataError, NestorError
+from nestor.errors import ConfigError, NestorError
 from nestor.evaluation.plots import heatmap
 from nestor.evaluation.report import with_interval
 from nestor.evaluation.statistics import mean_interval
-from nestor.evaluation.suites import device_name, versions
+from nestor.evaluation.suites import versions
 from nestor.files import write_json, write_text
-from nestor.jobs import Job, Workers, run_jobs
+from nestor.jobs import Workers
+
+# Beside the folders of the recipes lies what they share.
+sys.path.append(str(Path(__file__).parents[1]))
+from sweep import Row, Sweep, place
 
 
 @dataclass
@@ -89,12 +92,8 @@ class Args:
                 f"be longer than what was trained"
             )
 
-    def path(self, name: str) -> Path:
-        """Where the run of that name is kept."""
-        return self.out / f"{name}.json"
-
-    def trial(self, model: str, language: str, seed: int, learning_rate: float) -> Trial:
-        """The run of that name."""
+    def trial(self, model: str, language: str, seed: int, learning_rate: float = 0.0) -> Trial:
+        """A run, whose learning rate may be left to the sweep."""
         bins = (self.lengths, self.longer)
         return Trial(
             model, language, seed, learning_rate, self.steps, self.batch_size, self.width, self.layers,
@@ -109,14 +108,17 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
         ConfigError: a setting; a file in the folder from other settings. JobError: runs of workers failed.
     """
     args.check()
+    sweep = sweep_of(args, say)
     if args.workers > 1:
-        run_jobs(jobs_of(args), Workers(args.workers, args.device), "formal languages")
+        sweep.run_missing(rows_of(args), Workers(args.workers, args.device), "formal languages")
     rows = []
     for language in args.languages:
         for model in args.models:
-            rate, tried = tuned_rate(args, model, language, say)
-            found = [seed_run(args, model, language, seed, say) for seed in args.seeds]
-            rows.append(summarised(model, language, rate, tried, found))
+            row = row_of(args, model, language)
+            rate, tried = sweep.rate(row)
+            found = [sweep.run(row, seed) for seed in args.seeds]
+            right = {f"{one:g}": {"right": result["bins"][0]["right"]} for one, result in tried.items()}
+            rows.append(summarised(model, language, rate, right, found))
     results = {
         "format": "nestor-formal",
         "settings": json.loads(json.dumps(asdict(args) | {"out": None})),
@@ -132,118 +134,38 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
     return results
 
 
-def tuned_rate(
-    args: Args, model: str, language: str, say: Callable[[str], None]
-) -> tuple[float, dict[str, Any]]:
-    """The learning rate with the most strings of training length right, and what each came to; of equals the
-    one of the lower loss. One rate alone is taken without a trial."""
-    if len(args.learning_rates) == 1:
-        return args.learning_rates[0], {}
-    tried = {}
-    for rate in args.learning_rates:
-        result = tuning_run(args, model, language, rate, say)
-        tried[rate] = (-result["bins"][0]["right"], result["loss"] or float("inf"))
-    best = min(tried, key=lambda rate: tried[rate])
-    return best, {f"{rate:g}": {"right": -right} for rate, (right, _) in tried.items()}
+def sweep_of(args: Args, say: Callable[[str], None]) -> Sweep:
+    """How rows become results."""
+    return Sweep(args.out, args.learning_rates, make, by_right_strings, line, args.device, say)
 
 
-def jobs_of(args: Args) -> list[Job]:
-    """The runs that are missing in the folder, those of seeds after those that choose their learning rates.
-
-    Raises as `kept_result`.
-    """
-    jobs = []
-    for model in reversed(args.models):  # the slower ones first, so that none is left for the end
-        for language in args.languages:
-            which = (args, model, language)
-            rates = args.learning_rates if len(args.learning_rates) > 1 else ()
-            trials = [tuning_trial(*which, rate) for rate in rates]
-            jobs += [
-                Job(name, _make, (tuning_run, *which, trial.learning_rate))
-                for name, trial in trials
-                if kept_result(args, trial, name) is None
-            ]
-            names = tuple(name for name, _ in trials)
-            jobs += [
-                Job(seed_name(model, language, seed), _make, (seed_run, *which, seed), after=names)
-                for seed in args.seeds
-                if not args.path(seed_name(model, language, seed)).is_file()
-            ]
-    return jobs
+def rows_of(args: Args) -> list[Row]:
+    """All rows, the models with slower ones first, so that none is left for the end."""
+    return [row_of(args, model, language) for model in reversed(args.models) for language in args.languages]
 
 
-def _make(run: Callable[..., Any], args: Args, *which: Any, device: str) -> None:
-    """In a worker: a run, which is kept in the folder."""
-    run(replace(args, device=device), *which, say=lambda text: None)
+def row_of(args: Args, model: str, language: str) -> Row:
+    """The runs of a model and a language."""
+    # Longer strings have no say in the choice of the learning rate, so none is scored.
+    tuning = replace(args.trial(model, language, TUNING_SEED), bins=(args.lengths,))
+    runs = {seed: args.trial(model, language, seed) for seed in args.seeds}
+    return Row(f"{model}-{language}", tuning, runs)
 
 
-def tuning_trial(args: Args, model: str, language: str, rate: float) -> tuple[str, Trial]:
-    """The run that tries a learning rate, with its name."""
-    # Longer strings have no say in the choice, so none is scored.
-    trial = replace(args.trial(model, language, TUNING_SEED, rate), bins=(args.lengths,))
-    return f"tuning/{model}-{language}-{rate:g}", trial
+def make(trial: Trial, name: str, device: str) -> dict[str, Any]:
+    """A run with the place where it was made."""
+    return run_trial(trial, device) | {"place": place(device)}
 
 
-def tuning_run(
-    args: Args, model: str, language: str, rate: float, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """The result of a learning rate that is tried."""
-    name, trial = tuning_trial(args, model, language, rate)
-    return load_or_run(args, trial, name, say)
+def by_right_strings(result: dict[str, Any]) -> tuple[int, float]:
+    """Most strings of training length right; of equals, the lower loss."""
+    return -result["bins"][0]["right"], result["loss"] or float("inf")
 
 
-def seed_name(model: str, language: str, seed: int) -> str:
-    """What the run of a seed is called."""
-    return f"{model}-{language}-{seed}"
-
-
-def seed_run(args: Args, model: str, language: str, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """The result of a seed at the learning rate that was chosen."""
-    rate, _ = tuned_rate(args, model, language, say)
-    return load_or_run(args, args.trial(model, language, seed, rate), seed_name(model, language, seed), say)
-
-
-def load_or_run(args: Args, trial: Trial, name: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """The result in the folder, or that of a run that is then kept there. Raises as `kept_result`."""
-    result = kept_result(args, trial, name)
-    if result is None:
-        result = run_trial(trial, args.device)
-        # Those who go on may do so on another machine.
-        result["place"] = f"{device_name(args.device)}, PyTorch {torch.__version__}"
-        write_json(args.path(name), {"settings": _settings(trial), "result": result})
-        right = ", ".join(f"{one['right']}/{one['n']}" for one in result["bins"])
-        say(f"{name} at {trial.learning_rate:g}: {right} strings right, {result['seconds']} s")
-    return result
-
-
-def kept_result(args: Args, trial: Trial, name: str) -> dict[str, Any] | None:
-    """The result in the folder; None if there is none.
-
-    Raises:
-        ConfigError: the file is of a run with other settings.
-        DataError: the file is none of this program.
-    """
-    path = args.path(name)
-    if not path.is_file():
-        return None
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        # Results of older versions do not say where they ran.
-        before, result, _ = kept["settings"], kept["result"], kept["result"]["place"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a result of this program ({error!r}); remove it") from error
-    settings = _settings(trial)
-    other = {key: before.get(key) for key, value in settings.items() if before.get(key) != value}
-    if other:
-        now = {key: settings[key] for key in other}
-        raise ConfigError(
-            f"{path} is of a run with {other}, and this one has {now}; name another folder with --out"
-        )
-    return result
-
-
-def _settings(trial: Trial) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(trial)))
+def line(result: dict[str, Any]) -> str:
+    """A result in a few words."""
+    right = ", ".join(f"{one['right']}/{one['n']}" for one in result["bins"])
+    return f"{right} strings right, {result['seconds']} s"
 
 
 def summarised(

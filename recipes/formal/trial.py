@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,10 @@ class Trial:
     """Least and greatest length of each bin; the first is that of training."""
     strings: int
     """Strings of a bin that are scored."""
+
+    def settings(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 def run_trial(trial: Trial, device: str = "cpu") -> dict[str, Any]:

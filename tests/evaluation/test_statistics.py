@@ -12,6 +12,8 @@ from nestor.evaluation.statistics import (
     paired_proportion_difference,
     paired_ratio_differences,
     ratio_intervals,
+    t_interval,
+    t_quantile,
     wilson_interval,
 )
 
@@ -148,3 +150,20 @@ def test_bad_input_is_refused():
         ratio_intervals([1.0, 1.0], [1.0])
     with pytest.raises(DataError, match="same items"):
         paired_proportion_difference([True], [])
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216)]
+)
+def test_student_s_quantiles_are_those_of_the_tables(freedom, quantile) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-4)
+
+
+def test_student_s_interval_covers_the_mean_of_three_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).normal(2.0, 0.3, (4000, 3))
+    hits = [one.low < 2.0 < one.high for one in map(t_interval, draws)]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.012)
+    alone = t_interval([1.5])
+    assert (alone.estimate, alone.low, alone.n) == (1.5, None, 1)
+    with pytest.raises(DataError, match="one row of finite numbers"):
+        t_interval([1.0, np.nan])

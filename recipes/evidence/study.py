@@ -1,0 +1,128 @@
+"""What the programs of the evidence share: their options, how a run is made and kept, and what is written.
+
+A run of a seed is kept as NAME.json with its trained weights in the folder weights/NAME, which other tables
+measure again; of a run that tries a learning rate only the JSON is kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from runs import Run, keep_weights, train
+
+from nestor.errors import ConfigError, NonFiniteError
+from nestor.evaluation.statistics import t_interval
+from nestor.evaluation.suites import versions
+from nestor.jobs import Workers
+from nestor.models.presets import count_parameters
+
+# Beside the folders of the recipes lies what they share.
+sys.path.append(str(Path(__file__).parents[1]))
+from sweep import TUNING, place
+
+RESULTS = Path(__file__).parents[1] / "results"
+#: The seed of the runs that choose a learning rate.
+TUNING_SEED = 1_000_003
+
+#: `measure(model, device)` is JSON; it is pickled with a run.
+Measure = Callable[[Any, str], dict[str, Any]]
+
+
+@dataclass
+class Options:
+    """What every program takes."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each draws its own weights and batches."""
+    out: Path | None = None
+    """Folder of the runs; none given: runs/evidence/NAME."""
+    results: Path = RESULTS
+    """Folder of the table, its plots and its JSON."""
+    device: str = "cpu"
+    """cpu or cuda; with several workers cuda is all GPUs in turn."""
+    workers: int = 1
+    """Processes that make runs at the same time, each on one thread of the CPU."""
+    table_only: bool = False
+    """Make the table and the plots again from the JSON that there is."""
+
+    def check_options(self, *names: str) -> None:
+        """Raises ConfigError: a list of these is empty or has something twice, or a seed is not allowed."""
+        for name in ("seeds", *names):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"--{name.replace('_', '-')} are {list(values)}; give some, each once")
+        Workers(self.workers, self.device).devices()
+        if min(self.seeds) < 0 or TUNING_SEED in self.seeds:
+            raise ConfigError(f"--seeds are {list(self.seeds)}; give none below 0, and not {TUNING_SEED}")
+
+
+@dataclass(frozen=True)
+class Maker:
+    """How a run is made, for `sweep.Sweep`.
+
+    Attributes:
+        folder: of the runs.
+        validate: of every run; `valid` in it is what learning rates are chosen by, the less the better.
+        measure: besides, of the runs of seeds.
+    """
+
+    folder: Path
+    validate: Measure
+    measure: Measure
+
+    def __call__(self, run: Run, name: str, device: str) -> dict[str, Any]:
+        trained = train(run, device)
+        result = {"parameters": count_parameters(trained.model), **trained.summary(), "place": place(device)}
+        try:
+            found = self.validate(trained.model, device) if trained.finite else {}
+        except NonFiniteError:
+            found = {}
+        result |= found
+        if found and not name.startswith(TUNING):
+            keep_weights(trained.model, weights_of(self.folder, name))
+            result |= self.measure(trained.model, device)
+        return result
+
+
+def nothing(model: Any, device: str) -> dict[str, Any]:
+    """For a Maker: no more to measure than the validation."""
+    return {}
+
+
+def weights_of(folder: Path, name: str) -> Path:
+    """Where the trained weights of a run are kept."""
+    return folder / "weights" / name
+
+
+def by_validation(result: dict[str, Any]) -> float:
+    """For a Sweep: the validation number, infinite where training came to no number."""
+    return result.get("valid", float("inf"))
+
+
+def line(result: dict[str, Any]) -> str:
+    """For a Sweep: a result in a few words."""
+    found = f"{result['valid']:.4f} in validation" if "valid" in result else "training came to no number"
+    return f"{found}, {result['seconds']} s"
+
+
+def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """Student's interval over seeds. Of seeds without a number nothing is said, and there is no mean."""
+    if any(value is None for value in values):
+        return {"estimate": None, "low": None, "high": None, "by_seed": list(values)}
+    return t_interval(values).as_dict() | {"by_seed": list(values)}
+
+
+def differences(values: Sequence[float | None], base: Sequence[float | None]) -> dict[str, Any]:
+    """The same of what is left of the values when those of the same seeds of another model are taken off."""
+    return over_seeds([None if a is None or b is None else a - b for a, b in zip(values, base, strict=True)])
+
+
+def about(places: Sequence[str]) -> dict[str, Any]:
+    """When and where results were made, and with what."""
+    date = datetime.now(UTC).date().isoformat()
+    return {"date": date, "places": sorted(set(places)), "versions": versions()}
