@@ -8,13 +8,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from runs import precision
+
 from nestor.data import Batch, ByteTokenizer, TokenStream, open_corpus, tokenize
 from nestor.data.tokenized import TokenizedCorpus
-from nestor.errors import DataError
+from nestor.data.windows import windows
+from nestor.errors import DataError, NonFiniteError
+from nestor.evaluation.passages import Passage, cut_passages
+from nestor.evaluation.perplexity import make_layout, measure_perplexity
+from nestor.evaluation.scoring import Row, score_rows
+from nestor.evaluation.subjects import Subject
 
 TRAIN = ("novels-train-a.jsonl.xz", "novels-train-b.jsonl.xz")
 VALID = "novels-valid.jsonl.xz"
 LONG = "novels-heldout-long.jsonl.xz"
+#: Rows that are scored at the same time.
+ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,69 @@ def novels(folder: Path) -> Novels:
     return Novels(tuple(str(existing(folder, name)) for name in TRAIN))
 
 
+@dataclass(frozen=True)
+class Valid:
+    """Novels by authors that no model was trained on, the one half or the other.
+
+    A measure of `study.Maker`: bits a byte, each row of `context` bytes read from a fresh State.
+
+    Attributes:
+        first: 0 or 1, which of two novels that follow each other is read.
+        key: what the number is called in the result.
+    """
+
+    file: str
+    context: int
+    first: int
+    key: str
+
+    def __call__(self, model: Any, device: str) -> dict[str, Any]:
+        text = corpus((self.file,))
+        # A row begins with the last byte of the one before, of which it is not asked.
+        rows = [
+            Row(piece, 1, len(piece))
+            for number in range(self.first, text.n_documents, 2)
+            for piece in windows(text.document(number).tolist(), self.context + 1)
+        ]
+        with precision(device):
+            scored = score_rows(model, rows, batch_size=ROWS, piece=self.context)
+        bits = torch.cat([bits for bits, _ in scored])
+        return {self.key: float(bits.mean())}
+
+
+def valid(folder: Path, context: int) -> tuple[Valid, Valid]:
+    """What learning rates are chosen by, and what is reported: other novels, by other authors."""
+    file = str(existing(folder, VALID))
+    return Valid(file, context, 1, "valid"), Valid(file, context, 0, "bits_per_byte")
+
+
+@dataclass(frozen=True)
+class LongDocuments:
+    """A measure of `study.Maker`: bits a byte by position in long documents, read as one stream each.
+
+    `long` in the result has the edges of the bins, and bits and bytes in each; None: some score was no
+    number.
+    """
+
+    file: str
+    length: int
+    count: int
+    piece: int
+
+    def __call__(self, model: Any, device: str) -> dict[str, Any]:
+        layout = make_layout(self.length, contexts=())
+        with precision(device):
+            try:
+                found = measure_perplexity(
+                    Subject("", model, ByteTokenizer()), passages(self.file, self.length, self.count),
+                    layout, batch_size=self.count, piece=self.piece,
+                )  # fmt: skip
+            except NonFiniteError:
+                return {"long": None}
+        bits, sizes = (np.sum(found["sums"][name], axis=0).tolist() for name in ("bits", "bytes"))
+        return {"long": {"edges": list(layout.edges), "bits": bits, "bytes": sizes}}
+
+
 def existing(folder: Path, name: str) -> Path:
     """The file of that name, with or without its compression. Raises DataError: there is none."""
     for path in (folder / name, folder / name.removesuffix(".xz")):
@@ -59,3 +133,9 @@ def existing(folder: Path, name: str) -> Path:
 def corpus(files: tuple[str, ...]) -> TokenizedCorpus:
     """The bytes of files, from the cache if they have been read before. Raises as `open_corpus`."""
     return tokenize(open_corpus(files), ByteTokenizer())
+
+
+@lru_cache(maxsize=1)
+def passages(file: str, length: int, count: int) -> list[Passage]:
+    """Stretches of so many bytes, of as many documents as there are. Raises as `cut_passages`."""
+    return cut_passages(open_corpus(file), [ByteTokenizer()], length, count, label=file)

@@ -1,14 +1,15 @@
 """What the programs of the evidence share: their options, how a run is made and kept, and what is written.
 
-A run of a seed is kept as NAME.json with its trained weights in the folder weights/NAME, which other tables
-measure again; of a run that tries a learning rate only the JSON is kept.
+A run of a seed is kept as NAME.json, and its trained weights, which other tables measure again, in a folder
+NAME; of a run that tries a learning rate only the JSON is kept.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class Options:
     """Each draws its own weights and batches."""
     out: Path | None = None
     """Folder of the runs; none given: runs/evidence/NAME."""
+    weights: Path | None = None
+    """Folder of the trained weights, which may stay on the machine of the runs; none given: OUT/weights."""
     results: Path = RESULTS
     """Folder of the table, its plots and its JSON."""
     device: str = "cpu"
@@ -49,6 +52,20 @@ class Options:
     """Processes that make runs at the same time, each on one thread of the CPU."""
     table_only: bool = False
     """Make the table and the plots again from the JSON that there is."""
+
+    def folder(self, title: str) -> Path:
+        """Of the runs."""
+        return self.out or Path("runs/evidence") / title
+
+    def weights_folder(self, title: str) -> Path:
+        """Of the trained weights."""
+        return self.weights or self.folder(title) / "weights"
+
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on, as JSON: not where they are made and kept."""
+        places = ("out", "weights", "results", "data", "device", "workers", "table_only", "name")
+        values = {key: value for key, value in asdict(self).items() if key not in places}
+        return json.loads(json.dumps(values))
 
     def check_options(self, *names: str) -> None:
         """Raises ConfigError: a list of these is empty or has something twice, or a seed is not allowed."""
@@ -66,12 +83,12 @@ class Maker:
     """How a run is made, for `sweep.Sweep`.
 
     Attributes:
-        folder: of the runs.
+        weights: folder with one for the trained weights of each run.
         validate: of every run; `valid` in it is what learning rates are chosen by, the less the better.
         measure: besides, of the runs of seeds.
     """
 
-    folder: Path
+    weights: Path
     validate: Measure
     measure: Measure
 
@@ -84,7 +101,7 @@ class Maker:
             found = {}
         result |= found
         if found and not name.startswith(TUNING):
-            keep_weights(trained.model, weights_of(self.folder, name))
+            keep_weights(trained.model, self.weights / name)
             result |= self.measure(trained.model, device)
         return result
 
@@ -92,11 +109,6 @@ class Maker:
 def nothing(model: Any, device: str) -> dict[str, Any]:
     """For a Maker: no more to measure than the validation."""
     return {}
-
-
-def weights_of(folder: Path, name: str) -> Path:
-    """Where the trained weights of a run are kept."""
-    return folder / "weights" / name
 
 
 def by_validation(result: dict[str, Any]) -> float:
