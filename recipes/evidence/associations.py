@@ -1,4 +1,4 @@
-"""Multi-query associative recall with several numbers of pairs: what models are trained on, and its scores."""
+"""Multi-query associative recall of several numbers of pairs: what models are trained on, and scores."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ AT_ONCE = 1 << 16
 class Mixture:
     """Documents of one length with one of several numbers of pairs each, drawn evenly.
 
-    Only answers are learned. Documents count the same, whatever the number of their answers: else a document of
-    256 pairs would count as much as 64 of 4.
+    Only answers are learned. Documents count the same, whatever the number of their answers: else a document
+    of 256 pairs would count as much as 64 of 4.
     """
 
     pairs: tuple[int, ...]
@@ -96,7 +96,9 @@ class Answers:
         found = []
         for question in self.questions:
             documents = drawn(question, self.vocabulary, self.count, self.purpose)
-            found.append({"pairs": question.pairs, "length": question.length, **scored(model, documents, device)})
+            found.append(
+                {"pairs": question.pairs, "length": question.length, **scored(model, documents, device)}
+            )
         result: dict[str, Any] = {self.key: found}
         if self.purpose == VALIDATION:
             result["valid"] = float(np.mean([one["bits"] for one in found]))

@@ -1,8 +1,8 @@
 """Needles in novels: what models are trained on, and how often they give back what was hidden.
 
-A text of training has one to eight secrets (a pass key, or numbers or words kept for nouns), each stated in one
-place and asked for in a later one, both anywhere. Answers are learned, and the rest of the text a little: what
-models of bytes have to know of text is learned from it, and the answers are few. In a test one secret is
+A text of training has one to eight secrets (a pass key, or numbers or words kept for nouns), each stated in
+one place and asked for in a later one, both anywhere. Answers are learned, and the rest of the text a little:
+what models of bytes have to know of text is learned from it, and the answers are few. In a test one secret is
 stated, alone or among others, and the question is the end of the text.
 
 Nouns are the same in training and test, but novels are not, nor what is kept for what: what is tested is
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class Secrets:
             ids += text.encode()
             if answered is None:
                 continue
-            if text == answered.statement:
+            if answered.word not in stated:
                 stated[answered.word] = len(ids)
             else:
                 first = start + len(answered.question.encode())
@@ -84,9 +85,7 @@ class Secrets:
         weights = loss_weights(self.document_length, answers, "answers", 1.0)
         return TaskDocument(tokens, np.maximum(weights, np.float32(TEXT_WEIGHT)), tuple(answers))
 
-    def _pieces(
-        self, rng: np.random.Generator, secrets: list[Secret]
-    ) -> list[tuple[str, Secret | None]]:
+    def _pieces(self, rng: np.random.Generator, secrets: list[Secret]) -> list[tuple[str, Secret | None]]:
         """Text in its order, with the secret that a statement or a question is about."""
         added = sum(len(one.statement) + len(one.question) + len(one.answer) + 1 for one in secrets)
         # Every place may gain a line end.
@@ -117,7 +116,7 @@ class Secrets:
 
 def _between(text: str, places: np.ndarray) -> list[str]:
     """The parts of the text between places that follow each other."""
-    return [text[first:last] for first, last in zip(places, places[1:], strict=False)]
+    return [text[first:last] for first, last in pairwise(places.tolist())]
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,14 @@ class Found:
                 with precision(device):
                     scored = score_rows(model, rows, batch_size=batch_size, piece=PIECE)
                 right = [bool(correct.all()) for _, correct in scored]
+                depths = [probe.depth for probe in probes]
                 bits += [float(row.mean()) for row, _ in scored]
                 found.append(
                     {
                         "variant": variant, "length": length,
                         "exact": wilson_interval(sum(right), len(right)).as_dict(),
                         "by_depth": [
-                            sum(r for r, p in zip(right, probes, strict=True) if p.depth == depth) / self.count
+                            sum(r for r, d in zip(right, depths, strict=True) if d == depth) / self.count
                             for depth in DEPTHS
                         ],
                     }

@@ -1,10 +1,10 @@
-"""The bare memory: pairs of vectors are written, in one pass or several, and asked for. Nothing else learns.
+"""The bare memory: pairs of vectors are written, in one pass or several, and asked for; no model is trained.
 
-Two questions are put to memories of the same number of bytes (`arms.py`). Capacity: of N random pairs, how many
-are read back, from well below to well above the rank of the linear memory; a read counts if the value nearest
-to it, of the N, is its own. Relation: values are a fresh random function of keys of 8 numbers (linear, a
-network of two layers, a product of two linear functions); which share of the values' variance is read for keys
-that were written, and for keys that were not.
+Two questions are put to memories of the same number of bytes (`arms.py`). Capacity: of N random pairs, how
+many are read back, from well below to well above the rank of the linear memory; a read counts if the value
+nearest to it, of the N, is its own. Relation: values are a fresh random function of keys of 8 numbers, which
+is linear, a network of two layers, or a product of two linear functions; which share of the values' variance
+is read, for keys that were written and for keys that were not.
 
 Memories have the width that heads share, `WIDTH`; a head of p numbers of a key reads its own share of them.
 Chunks are of one token, so every step is taken at the newest weights. Step size, momentum and forgetting are
@@ -15,12 +15,16 @@ first layer's weights are drawn as well; the second layer begins at 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from arms import ARMS, Arm
+from study import place
+from sweep import Row
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +41,8 @@ RELATIONS = ("linear", "network", "product")
 OPERATION_ARMS = ("linear-attention", "linear", "linear-momentum", "deep", "deep-momentum")
 #: Widths of heads that memories of two layers may take, and sizes of their first layer's weights.
 DEEP_WIDTHS, DEEP_SCALES = (16, 32, 64), (1.0, 3.0)
+#: Seeds of what is drawn beside the pairs begin here: with one seed the same numbers would come again.
+INITIALS, ORDERS = 100_000, 200_000
 #: Tokens of all sequences that are written in one call, about.
 AT_ONCE = 1 << 17
 
@@ -60,10 +66,6 @@ class Cell:
     relation: str
     pairs: int
     passes: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.relation}, {self.pairs} pairs, {self.passes} pass{'es' if self.passes > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Memory:
     def __init__(self, arm: Arm, width: int, scale: float, seed: int, dtype: torch.dtype) -> None:
         self.arm, self.width = arm, width
         self.heads, matrices = shape(arm, width)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(INITIALS + seed)
 
         def normal(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator, dtype=torch.float64)
@@ -207,21 +209,21 @@ def draw_choices(arm: Arm, count: int, seed: int) -> list[Choice]:
         shapes = [(width, scale) for width in DEEP_WIDTHS for scale in DEEP_SCALES]
     parts = -(-count // len(shapes))
     drawn = []
-    for place in range(count):
+    for number in range(count):
         strength, keep, forget = torch.rand(3, generator=generator).tolist()
-        strength = 1e-3 * 2000 ** ((place // len(shapes) + strength) / parts)
+        strength = 1e-3 * 2000 ** ((number // len(shapes) + strength) / parts)
         if not arm.momentum:
             keep, forget = 0.0, 0.0
         else:
             keep, forget = 0.95 * keep, 1e-6 * 1e5**forget
-        drawn.append(Choice(*shapes[place % len(shapes)], strength, keep, forget))
+        drawn.append(Choice(*shapes[number % len(shapes)], strength, keep, forget))
     return drawn
 
 
 @torch.inference_mode()
 def scores(arm: Arm, cell: Cell, pairs: Pairs, choices: Sequence[Choice], seed: int) -> tuple[Tensor, Tensor]:
-    """`[choices, B]` of keys that were written and of others, which "random" has none of (then no numbers)."""
-    count, order = len(pairs.keys), torch.Generator().manual_seed(seed)
+    """`[choices, B]` of keys that were written and of others; of these "random" has none, so no numbers."""
+    count, order = len(pairs.keys), torch.Generator().manual_seed(ORDERS + seed)
     orders = [torch.randperm(cell.pairs, generator=order) for _ in range(cell.passes)]
     rate = recalled if cell.relation == "random" else explained
     shown, others = torch.full((2, len(choices), count), float("nan"), dtype=torch.float64)
@@ -276,15 +278,38 @@ def cells(pairs: Sequence[int], function_pairs: Sequence[int], passes: Sequence[
     ]
 
 
-def run(asked: Sequence[Cell], budget: Budget, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """`measure` of all arms for all questions."""
+@dataclass(frozen=True)
+class Trial:
+    """A question to an arm, as `sweep.Sweep` keeps it. It tunes itself, and has no learning rate."""
+
+    arm: str
+    cell: Cell
+    budget: Budget
+    learning_rate: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return {"arm": self.arm, "cell": asdict(self.cell), "budget": asdict(self.budget)}
+
+
+def make(trial: Trial, name: str, device: str) -> dict[str, Any]:
+    """For a Sweep. It is computed on the CPU, whatever the device: chunks of one token have no kernels."""
+    begin = time.perf_counter()
+    found = measure(trial.arm, trial.cell, trial.budget)
+    return {**found, "place": place("cpu"), "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def line(result: dict[str, Any]) -> str:
+    """For a Sweep: a result in a few words."""
+    means = [f"{key} {np.mean(result[key]):.3f}" for key in ("shown", "others") if key in result]
+    return f"{', '.join(means)}, {result['seconds']} s"
+
+
+def rows(asked: Sequence[Cell], budget: Budget) -> list[Row]:
+    """All arms for all questions."""
+    found = []
     for cell in asked:
         for name in OPERATION_ARMS:
-            found = measure(name, cell, budget)
-            means = ", ".join(
-                f"{key} {sum(found[key]) / len(found[key]):.3f}"
-                for key in ("shown", "others")
-                if key in found
-            )
-            say(f"{cell.name}: {name}: {means}")
-            yield found
+            trial = Trial(name, cell, budget)
+            found.append(Row(f"{cell.relation}-{cell.pairs}-{cell.passes}-{name}", trial, {0: trial}))
+    return found
