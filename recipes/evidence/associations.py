@@ -12,6 +12,7 @@ from runs import precision
 
 from nestor.data import Batch
 from nestor.data.tasks import MqarTask, TaskDocument, TaskStream
+from nestor.errors import NonFiniteError
 from nestor.evaluation.scoring import PIECE, Row, score_rows
 from nestor.evaluation.statistics import ratio_intervals
 
@@ -70,10 +71,6 @@ class Question:
     length: int
     far: bool = False
 
-    @property
-    def name(self) -> str:
-        return f"{self.pairs} pairs, {self.length} tokens"
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -82,7 +79,7 @@ class Answers:
     Attributes:
         count: documents of a question.
         purpose: VALIDATION or TEST. The first has `valid` in its result: the mean bits of an answer, every
-            question counting the same.
+            question counting the same. In the second a question whose scores are no numbers has None.
         key: what the scores are called in the result.
     """
 
@@ -96,9 +93,13 @@ class Answers:
         found = []
         for question in self.questions:
             documents = drawn(question, self.vocabulary, self.count, self.purpose)
-            found.append(
-                {"pairs": question.pairs, "length": question.length, **scored(model, documents, device)}
-            )
+            try:
+                scores = scored(model, documents, device)
+            except NonFiniteError:
+                if self.purpose == VALIDATION:
+                    raise
+                scores = {"accuracy": None, "bits": None, "asked": 0}
+            found.append({"pairs": question.pairs, "length": question.length, **scores})
         result: dict[str, Any] = {self.key: found}
         if self.purpose == VALIDATION:
             result["valid"] = float(np.mean([one["bits"] for one in found]))

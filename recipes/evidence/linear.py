@@ -5,9 +5,9 @@
     python recipes/evidence/linear.py --table-only
 
 Memories of one matrix and of two, with and without momentum and forgetting, keep the same number of bytes
-from token to token (arms.py). Four parts: the bare operation (operation.py), where no model is trained; models
-that learn to recall values that are a function of their keys, shown and not (relations.py); models that learn
-to recall more and more random pairs (associations.py); and text, in bits a byte of novels. Each part is
+from token to token (arms.py). Four parts: the bare operation (operation.py), where no model is trained;
+models that learn to recall values that are a function of their keys, shown or not (relations.py); models that
+learn to recall more and more random pairs (associations.py); and text, in bits a byte of novels. Each part is
 written as linear-PART.json, with a table and plots, and linear.md has what follows from all that there are.
 Every run is kept in the folder --out; the same command goes on where it was stopped.
 """

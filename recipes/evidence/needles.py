@@ -33,7 +33,7 @@ from nestor.data.tasks import (
 )
 from nestor.data.tasks.haystack import as_lines, breaks
 from nestor.data.tasks.stream import loss_weights
-from nestor.errors import ConfigError
+from nestor.errors import ConfigError, NonFiniteError
 from nestor.evaluation.needle import DEPTHS, NeedleProbe, draw_needles
 from nestor.evaluation.scoring import PIECE, Row, score_rows
 from nestor.evaluation.statistics import wilson_interval
@@ -145,7 +145,8 @@ class Found:
     Attributes:
         file: with the novels that they are hidden in.
         count: needles of a variant, length and depth.
-        seed: VALIDATION or TEST. The first has `valid` in its result: the mean bits of an answer's byte.
+        seed: VALIDATION or TEST. The first has `valid` in its result: the mean bits of an answer's byte. In
+            the second lengths whose scores are no numbers have None.
     """
 
     file: str
@@ -160,8 +161,14 @@ class Found:
                 probes = hidden(self.file, variant, length, self.count, self.seed)
                 rows = [Row(one.ids.tolist(), one.start, len(one.ids)) for one in probes]
                 batch_size = max(1, min(ROWS, AT_ONCE // min(length, PIECE)))
-                with precision(device):
-                    scored = score_rows(model, rows, batch_size=batch_size, piece=PIECE)
+                try:
+                    with precision(device):
+                        scored = score_rows(model, rows, batch_size=batch_size, piece=PIECE)
+                except NonFiniteError:
+                    if self.seed == VALIDATION:
+                        raise
+                    found.append({"variant": variant, "length": length, "exact": None, "by_depth": None})
+                    continue
                 right = [bool(correct.all()) for _, correct in scored]
                 depths = [probe.depth for probe in probes]
                 bits += [float(row.mean()) for row, _ in scored]

@@ -1,17 +1,17 @@
 """Recall of values that are a function of their keys: of keys that were shown, and of keys that were not.
 
 A key is a token of 8 bits and a value one of 4. Each document draws a function of its own (a relation), shows
-it on some keys, `k v k v ...`, and then asks for keys, `k _ k _ ...`: for some that were shown, which takes
-a memory of pairs, and for others, which takes one of the function. Where an answer is due the value itself is
+it on some keys, `k v k v ...`, and then asks for keys, `k _ k _ ...`: for some that were shown, which takes a
+memory of pairs, and for others, which takes one of the function. Where an answer is due the value itself is
 never read, so no question helps with another. Relations, each a function for every bit of the value:
 
     linear   sign(W x): what one matrix can hold
     xor      x_i x_j for a pair of bits i, j: linear in the products of two bits, of which there are 28
     network  sign(W_2 tanh(W_1 x)), a network of 8 hidden units
-    random   any value for every key: of keys that were not shown nothing can be known, so none is asked for
+    random   any value for every key: of keys that were not shown nothing is known, and none is asked for
 
-Bits x are +1 or -1. Models may learn what to make of a key token, so a linear memory is not one that is linear
-in bits: which features of keys it needs for a relation is for the training to find.
+Bits x are +1 or -1. Models may learn what to make of a key token, so a linear memory is not one that is
+linear in bits: which features of keys it needs for a relation is for the training to find.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Related:
     Attributes:
         count: documents of each number.
         purpose: VALIDATION or TEST. The first has `valid` in its result: the mean bits of an answer, every
-            number of pairs counting the same.
+            number of pairs counting the same. In the second numbers whose scores are none are left out.
     """
 
     relation: Relation
@@ -165,7 +165,13 @@ class Related:
     purpose: int
 
     def __call__(self, model: Any, device: str) -> dict[str, Any]:
-        found = [{"pairs": pairs, **self._scored(model, pairs, device)} for pairs in self.relation.pairs]
+        found = []
+        for pairs in self.relation.pairs:
+            try:
+                found.append({"pairs": pairs, **self._scored(model, pairs, device)})
+            except NonFiniteError:
+                if self.purpose == VALIDATION:
+                    raise
         result: dict[str, Any] = {"answers": found}
         if self.purpose == VALIDATION:
             result["valid"] = float(np.mean([one["bits"] for one in found]))

@@ -85,8 +85,7 @@ def table(results: Mapping[str, Any]) -> str:
             cells += [f"{row['learning_rate']:g}{edge}", f"{row['parameters']['non_embedding'] / 1e6:.2f} M"]
             lines.append("| " + " | ".join(cells) + " |")
         ahead = [
-            f"{one['ahead']} ({one['deep']} less {one['linear']}: "
-            f"{with_interval(one['gain'], as_percent=asked != 'text')})"
+            f"{one['ahead']} ({difference(one)}: {with_interval(one['gain'], as_percent=asked != 'text')})"
             for pairs in columns
             for one in results["comparisons"]
             if (one["group"], one["pairs"], one["asked"]) == (group, pairs, asked)
@@ -111,6 +110,13 @@ def table(results: Mapping[str, Any]) -> str:
         + "\n".join(lines)
         + f"\n\nRun on: {'; '.join(results['places'])}; {results['date']}.\n"
     )
+
+
+def difference(one: Mapping[str, Any]) -> str:
+    """Which two memories a gain is between: of bits less is better."""
+    ends = (one["deep"], one["linear"])
+    first, last = reversed(ends) if one["asked"] == "text" else ends
+    return f"{first} less {last}"
 
 
 def plots(results: Mapping[str, Any]) -> dict[str, Plot]:

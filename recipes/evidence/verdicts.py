@@ -56,5 +56,5 @@ def verdict(what: str, comparisons: Sequence[Mapping[str, Any]]) -> str:
         end = "no difference is clear of chance"
     return (
         f"{what}: of {len(comparisons)} comparisons the deep memory is ahead in {counts[DEEP]} and the "
-        f"linear one in {counts[LINEAR]}, and {counts[UNDECIDED]} are undecided; {end}."
+        f"linear one in {counts[LINEAR]}, with {counts[UNDECIDED]} undecided; {end}."
     )
