@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +73,7 @@ class Sweep:
         order: what is compared of the results of `tuning`; the least is the best.
         line: what is said of a result.
         device: of runs that are not made by workers.
+        also: settings of `make` that a result depends on besides its trial, as JSON.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Sweep:
     line: Callable[[dict[str, Any]], str]
     device: str = "cpu"
     say: Say = print
+    also: Mapping[str, Any] = field(default_factory=dict)
 
     def run_missing(self, rows: Sequence[Row], workers: Workers, title: str) -> None:
         """Make what is not in the folder, many runs at once. Raises as `kept`; JobError: runs failed."""
@@ -123,7 +125,7 @@ class Sweep:
         result = self.kept(name, trial)
         if result is None:
             result = self.make(trial, name, self.device)
-            write_json(self.path(name), {"settings": trial.settings(), "result": result})
+            write_json(self.path(name), {"settings": self.settings(trial), "result": result})
             self.say(f"{name} at {trial.learning_rate:g}: {self.line(result)}")
         return result
 
@@ -143,7 +145,7 @@ class Sweep:
             before, result, _ = kept["settings"], kept["result"], kept["result"]["place"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a result of this program ({error!r}); remove it") from error
-        settings = json.loads(json.dumps(trial.settings()))
+        settings = self.settings(trial)
         other = {key: before.get(key) for key, value in settings.items() if before.get(key) != value}
         if other:
             now = {key: settings[key] for key in other}
@@ -151,6 +153,10 @@ class Sweep:
                 f"{path} is of a run with {other}, and this one has {now}; name another folder with --out"
             )
         return result
+
+    def settings(self, trial: Trial) -> dict[str, Any]:
+        """All that a result depends on."""
+        return json.loads(json.dumps({**trial.settings(), **self.also}))
 
     def path(self, name: str) -> Path:
         """Where the result of that name is kept."""

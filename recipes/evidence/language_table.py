@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+from novel_runs import about_training, chosen
+
 from nestor.evaluation.plots import Axes, Mark, Plot, Point, Series, curves, scatter, short_count
 from nestor.evaluation.report import with_interval
 
@@ -29,33 +31,17 @@ def table(results: dict[str, Any]) -> str:
         cells.append("-" if memory is None else f"{memory / 2**30:.1f}")
         cells += [chosen(row), f"{row['parameters']['non_embedding'] / 1e6:.2f} M"]
         lines.append("| " + " | ".join(cells) + " |")
-    count = len(settings["seeds"])
-    over = (
-        f"mean of {count} seeds with Student's 95 % interval, differences by seed"
-        if count > 1
-        else f"seed {settings['seeds'][0]} alone, so without intervals"
-    )
     names = "\n".join(f"- {row['model']}: {row['about']}." for row in rows)
     missing = "".join(f"\n- {name}: left out, {why}." for name, why in results["left_out"].items())
     return (
         f"# Language modelling, {settings['size']}\n\n"
         f"Bits a byte of novels by authors that were not trained on, read {settings['context']:,} bytes at a "
-        f"time from fresh States: {over}. Long: by position in {settings['long_documents']} long documents "
-        f"of {settings['long']:,} bytes, each read as one stream. Trained on {settings['tokens'] / 1e6:.1f} "
-        f"M bytes in rows of {settings['context']:,}, {settings['batch_size']} rows an update; learning "
-        f"rates {', '.join(f'{rate:g}' for rate in settings['learning_rates'])} tried once for each model "
-        f"on a quarter of that, and chosen by other held-out novels (* at an end of those tried). "
-        f"Parameters without embeddings. Tokens/s and GiB are of training alone on the device.\n\n"
+        f"time from fresh States. Long: by position in {settings['long_documents']} long documents of "
+        f"{settings['long']:,} bytes, each read as one stream. {about_training(settings)} Tokens/s and GiB "
+        f"are of training alone on the device.\n\n"
         + "\n".join(lines)
         + f"\n\n{names}{missing}\n\nRun on: {'; '.join(results['places'])}; {results['date']}.\n"
     )
-
-
-def chosen(row: dict[str, Any]) -> str:
-    """The learning rate, marked if a lower or higher one was not tried."""
-    tried = [float(rate) for rate in row["tuning"]]
-    edge = bool(tried) and row["learning_rate"] in (min(tried), max(tried))
-    return f"{row['learning_rate']:g}{'*' if edge else ''}"
 
 
 def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

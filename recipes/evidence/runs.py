@@ -6,6 +6,7 @@ processes. A run here takes minutes, so that one which is cut starts again.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -204,6 +205,16 @@ def load_weights(folder: Path, device: str | torch.device, **overrides: Any) -> 
         FileFormatError: it cannot be read. ConfigError: the weights do not fit the overrides.
     """
     return open_model(folder, torch.float32, overrides).to(device).eval()
+
+
+def with_settings(model: Any, **overrides: Any) -> Any:
+    """The same weights under settings of `NestorConfig` on which no weight depends; `memory` is merged."""
+    config = copy.deepcopy(model.config)
+    for name, value in overrides.items():
+        setattr(config, name, {**config.memory, **value} if name == "memory" else value)
+    other = NestorForCausalLM(config)
+    other.load_state_dict(model.state_dict())
+    return other.to(model.device).train(model.training)
 
 
 def now(device: torch.device) -> float:
