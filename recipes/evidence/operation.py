@@ -105,7 +105,8 @@ def draw_pairs(cell: Cell, count: int, seed: int, dtype: torch.dtype = torch.flo
     if cell.relation == "linear":
         values = keys @ one
     elif cell.relation == "product":
-        values = (keys @ one) * (keys @ two)
+        # Less its mean over keys of length 1, which no memory here has a bias for.
+        values = (keys @ one) * (keys @ two) - (one * two).sum(1, keepdim=True) / FEATURES
     else:
         hidden = torch.tanh(GAIN * keys @ normal(count, FEATURES, HIDDEN))
         values = hidden @ normal(count, HIDDEN, WIDTH)

@@ -47,9 +47,9 @@ def mqar_parts(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
         f"Right answers. Models of the size {settings['mqar_size']} are trained on documents of {context:,} "
         f"tokens with {', '.join(map(str, settings['pairs']))} pairs, mixed, {settings['mqar_batch']} an "
         f"update for {settings['mqar_steps']:,} updates; only answers are learned. A guess among all values "
-        f"is right in {100 / (settings['vocabulary'] // 3):.1f} %. {settings['documents']} documents for each "
-        f"number of pairs, {settings['documents'] // 4} of the longer ones, where keys are asked for in the "
-        f"second half only."
+        f"is right in {100 / (settings['vocabulary'] // 3):.1f} %. {settings['documents']} documents for "
+        f"each number of pairs, {settings['documents'] // 4} of the longer ones, where keys are asked for in "
+        f"the second half only."
     )
     tables = [grid("By the number of pairs", rows, "answers", lambda one: f"{one['pairs']} pairs")]
     for pairs in settings["long_pairs"]:

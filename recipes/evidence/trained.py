@@ -41,8 +41,8 @@ class TrainedSettings:
     """Of those in relations.py."""
     shown: tuple[int, ...] = (32, 64, 128, 192)
     """Numbers of pairs that a relation is shown on."""
-    relation_steps: int = 1500
-    """Updates of a run."""
+    relation_steps: int = 2000
+    """Updates of a run; of one that tries a learning rate half of them."""
     relation_batch: int = 64
     """Documents of an update."""
     capacities: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
@@ -52,7 +52,7 @@ class TrainedSettings:
     capacity_context: int = 2048
     """Tokens of a document of random pairs."""
     capacity_steps: int = 2000
-    """Updates of a run."""
+    """Updates of a run; of one that tries a learning rate half of them."""
     capacity_batch: int = 16
     """Documents of an update."""
     documents: int = 128
@@ -221,7 +221,7 @@ def text_plans(settings: TrainedSettings, arms: Sequence[str], seeds: Sequence[i
     for arm in arms:
         one = text_model(settings, arm)
         run = Run(one, reading, 0.0, steps, settings.text_batch, settings.text_context, 0)
-        rows[arm] = row(arm, run, seeds, tuning_steps=steps // 4)
+        rows[arm] = row(arm, run, seeds, share=4)
     choose, report = valid(settings.data, settings.text_context)
     return [Plan("text", rows, settings.text_rates, choose, report, text_scores)]
 
@@ -251,9 +251,9 @@ def with_arm(
     return Model("titans-lmm", size, overrides | {"memory": memory})
 
 
-def row(name: str, run: Run, seeds: Sequence[int], tuning_steps: int | None = None) -> Row:
-    """The runs of a memory."""
-    tuning = replace(run, seed=TUNING_SEED, steps=tuning_steps or run.steps)
+def row(name: str, run: Run, seeds: Sequence[int], share: int = 2) -> Row:
+    """The runs of a memory; those that try a learning rate have a `share`-th of the steps."""
+    tuning = replace(run, seed=TUNING_SEED, steps=max(1, run.steps // share))
     return Row(name, tuning, {seed: replace(run, seed=seed) for seed in seeds})
 
 
