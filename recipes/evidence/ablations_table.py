@@ -112,7 +112,8 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
                 [point(one) for one in mine],
                 Axes(
                     f"What the parts of {name} are worth", "change of the loss in the paper, %",
-                    "change of bits a byte here, %", log_x=False, marks=[Mark(0.0, "no change", horizontal=True)],
+                    "change of bits a byte here, %", log_x=False,
+                    marks=[Mark(0.0, "no change", horizontal=True)],
                 ),
                 f"For each part of {name}, how much the loss grows without it, here and in the paper.",
             )  # fmt: skip
@@ -120,7 +121,7 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
         found["chunks"] = curves(
             [by_chunk(row) for row in results["chunks"]],
             Axes(
-                "A memory runs best with the chunks of its training", "chunk size of the run, tokens",
+                "Bits a byte by the chunk size of the run", "chunk size of the run, tokens",
                 "bits a byte",
                 marks=[
                     Mark(row["trained"], f"trained at {row['trained']}", series=number)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import tyro
 from language_table import plots, table
-from models import MODELS, check_models, obstacle
+from models import MODELS, check_models, obstacle, slowest_first
 from novel_runs import NovelOptions, summarised
 from runs import WARM, Run, train
 from study import about, differences
@@ -87,8 +87,8 @@ def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     timing = replace(sweep, rates=args.rates[:1], make=timed, line=timed_line, also={})
     timings = {name: timed_row(name, rows[name].tuning) for name in names}
     if args.workers > 1:
-        # Slower ones first, so that none is left for the end.
-        sweep.run_missing(list(reversed(rows.values())), Workers(args.workers, args.device), args.title)
+        begin = [rows[name] for name in slowest_first(names)]
+        sweep.run_missing(begin, Workers(args.workers, args.device), args.title)
         alone = Workers(max(1, torch.cuda.device_count()) if args.device == "cuda" else 1, args.device)
         timing.run_missing(list(timings.values()), alone, "speed")
     found = {}
@@ -138,6 +138,7 @@ def described(name: str, timing: dict[str, Any]) -> dict[str, Any]:
         "model": name,
         "about": entry.about,
         "group": entry.group,
+        "recomputed": entry.recomputed,
         "tokens_per_second": timing["tokens_per_second"],
         "peak_memory": timing["peak_memory"],
     }

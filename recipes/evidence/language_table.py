@@ -38,10 +38,16 @@ def table(results: dict[str, Any]) -> str:
         f"Bits a byte of novels by authors that were not trained on, read {settings['context']:,} bytes at a "
         f"time from fresh States. Long: by position in {settings['long_documents']} long documents of "
         f"{settings['long']:,} bytes, each read as one stream. {about_training(settings)} Tokens/s and GiB "
-        f"are of training alone on the device.\n\n"
+        f"are of training alone on the device{recomputed(rows)}.\n\n"
         + "\n".join(lines)
         + f"\n\n{names}{missing}\n\nRun on: {'; '.join(results['places'])}; {results['date']}.\n"
     )
+
+
+def recomputed(rows: list[dict[str, Any]]) -> str:
+    """Who saves memory by time."""
+    names = [row["model"] for row in rows if row["recomputed"]]
+    return f"; backward computes the inside of chunks again for {', '.join(names)}" if names else ""
 
 
 def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

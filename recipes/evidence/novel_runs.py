@@ -156,10 +156,15 @@ def about_training(settings: Mapping[str, Any]) -> str:
         if count > 1
         else f"Seed {settings['seeds'][0]} alone, so without intervals."
     )
+    rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
+    tried = (
+        f"learning rates {rates} tried once for each model on a quarter of that, and chosen by other "
+        f"held-out novels (* at an end of those tried)"
+        if len(settings["learning_rates"]) > 1
+        else f"learning rate {rates}"
+    )
     return (
         f"{over} Trained on {settings['tokens'] / 1e6:.1f} M bytes of novels in rows of "
-        f"{settings['context']:,}, {settings['batch_size']} rows an update; learning rates "
-        f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])} tried once for each model on a "
-        f"quarter of that, and chosen by other held-out novels (* at an end of those tried). Parameters "
+        f"{settings['context']:,}, {settings['batch_size']} rows an update; {tried}. Parameters "
         f"without embeddings."
     )
