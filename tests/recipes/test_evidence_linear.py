@@ -1,4 +1,4 @@
-"""Deep against linear: bytes are equal, tasks can be solved and give nothing away, words follow from numbers."""
+"""Deep against linear: bytes are equal, tasks can be solved and give nothing away, words follow numbers."""
 
 import itertools
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ from nestor.errors import ConfigError
 def args(evidence, some_novels, tmp_path):
     linear = evidence.linear
     return linear.Args(
-        arms=("linear", "deep-momentum"), seeds=(0,), learning_rates=(1e-3,), relations=("xor",), shown=(4, 8),
+        arms=("linear", "deep-momentum"), seeds=(0,), learning_rates=(1e-3,), relations=("xor",),
+        shown=(4, 8),
         relation_steps=1, relation_batch=2, capacities=(2, 4), vocabulary=30, capacity_context=24,
         capacity_steps=1, capacity_batch=2, documents=4, text_size="quick", text_linear_width=64,
         text_rates=(1e-3,), text_tokens=4 * 64, text_batch=1, text_context=64, data=some_novels,
