@@ -78,9 +78,9 @@ class Args(Options):
     """A third of these are keys and a third values."""
     mqar_context: int = 1024
     """Tokens of a document of training."""
-    mqar_steps: int = 3000
-    """Updates of a run; of one that tries a learning rate half of them."""
-    mqar_batch: int = 16
+    mqar_steps: int = 2000
+    """Updates of a run."""
+    mqar_batch: int = 64
     """Documents of an update."""
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16_384, 32_768)
     """Longer documents, asked in their second half only."""
@@ -123,10 +123,7 @@ class Args(Options):
                         f"{suggest(name, known)}".rstrip()
                     )
         least = min(*self.mqar_rates, *self.needle_rates, self.documents // 4, self.needles // 2)
-        if (
-            least <= 0
-            or min(self.mqar_steps // 2, self.mqar_batch, self.needle_steps // 2, self.needle_batch) < 1
-        ):
+        if least <= 0 or min(self.mqar_steps, self.mqar_batch, self.needle_steps // 2, self.needle_batch) < 1:
             raise ConfigError(
                 "learning rates, steps and batches must be above 0, with 4 documents and 2 needles at least"
             )
@@ -214,7 +211,7 @@ def mqar_plan(args: Args) -> Plan:
     far = tuple(Question(pairs, length, far=True) for pairs in args.long_pairs for length in args.lengths)
     return Plan(
         run, args.mqar_size, {"vocab_size": args.vocabulary, "tokenizer_name": None},
-        args.mqar_steps // 2, args.mqar_rates,
+        args.mqar_steps, args.mqar_rates,
         Answers(near, args.vocabulary, args.documents // 4, associations.VALIDATION),
         Recalled(
             Answers(near, args.vocabulary, args.documents, associations.TEST),
