@@ -131,9 +131,9 @@ def train(run: Run, device: str | torch.device = "cpu", model: Any = None) -> Tr
     """
     device = torch.device(device)
     begin = time.perf_counter()
+    model = (run.model.build(run.seed) if model is None else model).to(device).train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model = (run.model.build(run.seed) if model is None else model).to(device).train()
     optimizers = build_optimizers(model, replace(run.optimizer, lr=run.learning_rate))
     batches = run.reading.batches(run.seed, run.batch_size, run.context)
     curve: list[tuple[int, float]] = []

@@ -36,6 +36,9 @@ def test_a_run_learns_and_is_the_same_again(evidence, run) -> None:
     assert trained.tokens_per_second > 0 and trained.peak_memory is None
     assert evidence.runs.train(run).curve == trained.curve
     assert evidence.runs.train(replace(run, seed=1)).curve != trained.curve
+    # A model that is given is trained on, from where it is.
+    on = evidence.runs.train(replace(run, steps=5, learning_rate=1e-4), model=trained.model)
+    assert on.model is trained.model and on.loss < trained.curve[0][1]
 
 
 def test_what_is_read_is_a_function_of_seed_and_step(evidence, run, some_novels) -> None:
