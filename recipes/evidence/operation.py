@@ -3,8 +3,8 @@
 Two questions are put to memories of the same number of bytes (`arms.py`). Capacity: of N random pairs, how
 many are read back, from well below to well above the rank of the linear memory; a read counts if the value
 nearest to it, of the N, is its own. Relation: values are a fresh random function of keys of 8 numbers, which
-is linear, a network of two layers, or a product of two linear functions; which share of the values' variance
-is read, for keys that were written and for keys that were not.
+is linear, a network of two layers, or a product of two linear functions less its mean; which share of the
+values' variance is read, for keys that were written and for keys that were not.
 
 Memories have the width that heads share, `WIDTH`; a head of p numbers of a key reads its own share of them.
 Chunks are of one token, so every step is taken at the newest weights. Step size, momentum and forgetting are
