@@ -1,7 +1,7 @@
 """Table 4: what the parts of Titans and of Hope are worth, and what a memory's chunk size is to it.
 
-    python recipes/evidence/ablations.py --data NOVELS --device cuda --workers 24
-    python recipes/evidence/ablations.py --data NOVELS --device cuda --workers 24 --tables Titans chunks
+    python recipes/evidence/ablations.py --data NOVELS --device cuda --workers 20
+    python recipes/evidence/ablations.py --data NOVELS --device cuda --workers 20 --tables Titans chunks
     python recipes/evidence/ablations.py --table-only
 
 Every model is trained as those of language.py, and its feed-forward takes the parameters that a part left out

@@ -1,7 +1,7 @@
 """Table 1: how well models with and without a memory predict novels, within and beyond their context.
 
-    python recipes/evidence/language.py --data NOVELS --device cuda --workers 24
-    python recipes/evidence/language.py --data NOVELS --device cuda --workers 8 --size 60m --seeds 0 \
+    python recipes/evidence/language.py --data NOVELS --device cuda --workers 20
+    python recipes/evidence/language.py --data NOVELS --device cuda --workers 6 --size 60m --seeds 0 \
         --models transformer titans-mac titans-mag hope lact
     python recipes/evidence/language.py --table-only
 

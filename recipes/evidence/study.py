@@ -95,20 +95,19 @@ class Maker:
     def __call__(self, run: Run, name: str, device: str) -> dict[str, Any]:
         trained = train(run, device)
         result = {"parameters": count_parameters(trained.model), **trained.summary(), "place": place(device)}
-        try:
-            found = self.validate(trained.model, device) if trained.finite else {}
-        except NonFiniteError:
-            found = {}
-        result |= found
+        found = attempt(self.validate, trained.model, device) if trained.finite else {}
         if found and not name.startswith(TUNING):
             keep_weights(trained.model, self.weights / name)
-            result |= self.measure(trained.model, device)
-        return result
+            found |= attempt(self.measure, trained.model, device)
+        return result | found
 
 
-def nothing(model: Any, device: str) -> dict[str, Any]:
-    """For a Maker: no more to measure than the validation."""
-    return {}
+def attempt(measure: Measure, model: Any, device: str) -> dict[str, Any]:
+    """What is measured; nothing where a score is no number."""
+    try:
+        return measure(model, device)
+    except NonFiniteError:
+        return {}
 
 
 def by_validation(result: dict[str, Any]) -> float:
