@@ -49,11 +49,15 @@ def draw_needles(
     depths: Sequence[float] = DEPTHS,
     variants: Sequence[str] = VARIANTS,
     seeds: Sequence[int] = (0,),
+    others: int = 0,
 ) -> list[NeedleProbe]:
     """`count` needles for each variant, length, depth and seed; the same arguments give the same needles.
 
+    others: needles in the same text that are not asked for (see `needle`).
+
     Raises:
-        ConfigError: an unknown variant, a depth outside 0..1, a length without room for the needle.
+        ConfigError: an unknown variant, a depth outside 0..1, a length without room for the needles, others
+            beside a pass key.
     """
     for variant in variants:
         if variant not in NEEDLE_KINDS:
@@ -71,7 +75,7 @@ def draw_needles(
                     rng = np.random.default_rng(
                         (seed, NEEDLE_KINDS.index(variant), length, round(1000 * depth))
                     )
-                    probes += [_probe(haystack, rng, variant, length, depth) for _ in range(count)]
+                    probes += [_probe(haystack, rng, variant, length, depth, others) for _ in range(count)]
     return probes
 
 
@@ -146,9 +150,9 @@ def compare_needle(names: Sequence[str], results: Sequence[dict[str, Any]]) -> l
 
 
 def _probe(
-    haystack: Haystack, rng: np.random.Generator, variant: str, length: int, depth: float
+    haystack: Haystack, rng: np.random.Generator, variant: str, length: int, depth: float, others: int
 ) -> NeedleProbe:
-    hidden = needle(haystack, rng, kind=variant, length=length, depth=depth)
+    hidden = needle(haystack, rng, kind=variant, length=length, depth=depth, others=others)
     prompt = encode_text(haystack.tokenizer, hidden.prompt)
     answer = encode_text(haystack.tokenizer, hidden.answer)
     return NeedleProbe(

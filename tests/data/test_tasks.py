@@ -364,3 +364,24 @@ def test_answers_weigh_what_they_are_told_to_in_the_batch(books):
     assert (only_weights[inside] == 7).all() and (only_weights[~inside][:-1] == 0).all()
     with pytest.raises(ConfigError, match="answer_weight is -1"):
         RecallTask(books, 600, answer_weight=-1)
+
+
+@pytest.mark.parametrize("kind", ["number", "word", "uuid"])
+@pytest.mark.parametrize("seed", range(3))
+def test_needles_among_others_of_their_kind(books, kind, seed):
+    found = needle(books, rng_of(seed), kind=kind, length=1500, depth=0.5, others=5)
+    *statements, question = [line for line in found.prompt.splitlines() if line.startswith("The secret ")]
+    # Six are told, each for another noun, and the question is the beginning of the one that is asked for.
+    assert len({line.split(" is ")[0] for line in statements}) == len(set(statements)) == 6
+    assert found.prompt.endswith(question) and statements.count(question + found.answer) == 1
+    assert 800 < len((found.prompt + found.answer).encode()) <= 1500
+    behind = found.prompt.split(question + found.answer + "\n", 1)[1].removesuffix(question)
+    assert found.meta["distance"] == len(behind.encode())
+    assert found == needle(books, rng_of(seed), kind=kind, length=1500, depth=0.5, others=5)
+
+
+def test_secrets_are_refused_where_there_cannot_be_so_many(books):
+    with pytest.raises(ConfigError, match="4 secrets of kind 'passkey' are wanted; there can be 1 to 1"):
+        needle(books, rng_of(0), kind="passkey", others=3)
+    with pytest.raises(ConfigError, match="length is 40; the needle with 2 others and its question alone"):
+        needle(books, rng_of(0), length=40, others=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -74,23 +75,49 @@ class MqarTask:
         values = third + rng.choice(third, n, replace=False)
         ids = rng.integers(2 * third, self.vocab_size, self.document_length)
         ids[0 : 2 * n : 2], ids[1 : 2 * n : 2] = keys, values
-        answers = []
-        free = np.ones((self.document_length - 2 * n) // 2, dtype=bool)
         low, high = self.distances
         high = min(high or self.document_length, self.document_length)
-        for pair in rng.permutation(n):
-            pair_end = 2 * int(pair) + 2
-            gap = np.exp(rng.uniform(np.log(low), np.log(max(high, low + 1))))
-            slot = _nearest_free(free, (pair_end + gap - 2 * n) / 2)
-            query = 2 * n + 2 * slot
-            ids[query], ids[query + 1] = keys[pair], values[pair]
-            free[slot] = False
-            answers.append(Answer(query + 1, query + 2, query - pair_end))
+        order = rng.permutation(n)
+        gaps = np.exp(rng.uniform(np.log(low), np.log(max(high, low + 1)), n))
+        free = _FreeSlots((self.document_length - 2 * n) // 2)
+        slots = np.array([free.take(wanted) for wanted in ((2 * order + 2 + gaps - 2 * n) / 2).tolist()])
+        queries = 2 * n + 2 * slots
+        ids[queries], ids[queries + 1] = keys[order], values[order]
+        answers = [
+            Answer(query + 1, query + 2, query - (2 * pair + 2))
+            for query, pair in zip(queries.tolist(), order.tolist(), strict=True)
+        ]
         answers.sort(key=lambda answer: answer.start)
         weights = loss_weights(self.document_length, answers, self.loss_on, 1.0)
         return TaskDocument(ids, weights, tuple(answers))
 
 
-def _nearest_free(free: np.ndarray, wanted: float) -> int:
-    slots = np.flatnonzero(free)
-    return int(slots[np.argmin(np.abs(slots - wanted))])
+class _FreeSlots:
+    """Places 0 .. count - 1 that are taken one after another.
+
+    `_before[i]` leads to the last free place below i, and `_after[i]` to the first from i on; paths are
+    shortened when they are walked, so that a full document costs little more than an empty one."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._before, self._after = list(range(count + 1)), list(range(count + 1))
+
+    def take(self, wanted: float) -> int:
+        """The free place nearest to `wanted`, the lower one of two; it is free no more."""
+        middle = min(max(math.floor(wanted) + 1, 0), self._count)
+        before, after = _walk(self._before, middle) - 1, _walk(self._after, middle)
+        slot = before
+        if before < 0 or (after < self._count and after - wanted < wanted - before):
+            slot = after
+        self._before[slot + 1] = slot
+        self._after[slot] = slot + 1
+        return slot
+
+
+def _walk(links: list[int], start: int) -> int:
+    end = start
+    while links[end] != end:
+        end = links[end]
+    while links[start] != end:
+        links[start], start = end, links[start]
+    return end

@@ -1,4 +1,4 @@
-"""One sentence hidden in a long text, and a question for what it said."""
+"""A sentence hidden in a long text, perhaps among others of its kind, and a question for what it said."""
 
 from __future__ import annotations
 
@@ -31,6 +31,42 @@ NEEDLE_KINDS = tuple(_WORDINGS)
 
 
 @dataclass(frozen=True)
+class Secret:
+    """What a needle tells. `statement` ends with a line end; `question` is followed by `answer`, which begins
+    with a space. `word` is what a value is kept for; a pass key is kept for none."""
+
+    kind: str
+    word: str
+    value: str
+    statement: str
+    question: str
+    answer: str
+
+
+def draw_secrets(rng: np.random.Generator, kind: str, count: int = 1) -> list[Secret]:
+    """`count` secrets of one kind, each kept for another noun.
+
+    Raises:
+        ConfigError: unknown kind, several pass keys, or more than there are nouns for.
+    """
+    if kind not in _WORDINGS:
+        raise ConfigError(
+            f"no needle kind {kind!r}; there are {', '.join(NEEDLE_KINDS)}. {suggest(kind, NEEDLE_KINDS)}"
+        )
+    most = 1 if kind == "passkey" else len(NOUNS) // 2
+    if not 1 <= count <= most:
+        raise ConfigError(f"{count} secrets of kind {kind!r} are wanted; there can be 1 to {most}")
+    nouns = [NOUNS[i] for i in rng.choice(len(NOUNS), 2 * count, replace=False)]
+    secrets = []
+    for word, other in zip(nouns[:count], nouns[count:], strict=True):
+        value = _value(kind, rng, other)
+        statement = _WORDINGS[kind].statement.format(word=word, value=value)
+        question = _WORDINGS[kind].question.format(word=word)
+        secrets.append(Secret(kind, word, value, statement, question, f" {value}."))
+    return secrets
+
+
+@dataclass(frozen=True)
 class Needle:
     """`prompt` ends with the question; `answer` begins with a space. `meta` holds kind, word, value, wanted
     and real depth, number of tokens of the prompt, and `distance`, the tokens between statement and
@@ -48,8 +84,9 @@ def needle(
     kind: str = "number",
     length: int = 1024,
     depth: float = 0.5,
+    others: int = 0,
 ) -> Needle:
-    """Hide one needle.
+    """Hide one needle, and others that are not asked for.
 
     Args:
         haystack: text to hide it in.
@@ -58,42 +95,46 @@ def needle(
             prompt comes as near to it as the last break of a line or clause allows.
         depth: 0 puts the needle at the beginning, 1 right before the question; in between at the nearest
             break.
+        others: needles of the same kind for other nouns, anywhere in the text.
 
     Raises:
-        ConfigError: unknown kind, a depth outside 0..1, or no room for the needle.
+        ConfigError: unknown kind, a depth outside 0..1, too many others, or no room for the needles.
     """
-    if kind not in _WORDINGS:
-        raise ConfigError(
-            f"no needle kind {kind!r}; there are {', '.join(NEEDLE_KINDS)}. {suggest(kind, NEEDLE_KINDS)}"
-        )
     if not 0.0 <= depth <= 1.0:
         raise ConfigError(f"depth is {depth}; it must lie in 0..1")
-    word, other = (NOUNS[i] for i in rng.choice(len(NOUNS), 2, replace=False))
-    value = _value(kind, rng, other)
-    statement = _WORDINGS[kind].statement.format(word=word, value=value)
-    question = _WORDINGS[kind].question.format(word=word)
-    answer = f" {value}."
+    asked, *rest = draw_secrets(rng, kind, 1 + others)
     count = _Counter(haystack)
-    room = length - count(statement) - count(question) - count(answer)
+    statements = sum(count(secret.statement) for secret in (asked, *rest))
+    # Each other needle may end a line where the text has a space.
+    room = length - statements - count(asked.question) - count(asked.answer) - others * count("\n")
     if room < 0:
+        company = f" with {others} others" if others else ""
         raise ConfigError(
-            f"length is {length}; the needle and its question alone take {length - room} tokens"
+            f"length is {length}; the needle{company} and its question alone take {length - room} tokens"
         )
     text = _at_most(haystack, rng, room, count)
     allowed = np.append(breaks(text), len(text))
     cut = int(allowed[np.argmin(np.abs(allowed - depth * len(text)))])
-    front, back = as_lines(text[:cut]), as_lines(text[cut:])
-    prompt = front + statement + back + question
+    places = [cut, *(int(allowed[i]) for i in rng.integers(len(allowed), size=len(rest)))]
+    parts, start, before = [], 0, 0
+    for place, which in sorted(zip(places, range(1 + others), strict=True)):
+        parts.append(as_lines(text[start:place]))
+        parts.append((asked, *rest)[which].statement)
+        start = place
+        if which == 0:
+            before = len(parts)
+    parts.append(as_lines(text[start:]))
+    prompt = "".join(parts) + asked.question
     meta = {
         "kind": kind,
-        "word": word,
-        "value": value,
+        "word": asked.word,
+        "value": asked.value,
         "depth": depth,
         "real_depth": cut / len(text) if text else depth,
         "tokens": count(prompt),
-        "distance": count(back),
+        "distance": count("".join(parts[before:])),
     }
-    return Needle(prompt, answer, meta)
+    return Needle(prompt, asked.answer, meta)
 
 
 class _Counter:
