@@ -185,7 +185,8 @@ def t_interval(values: ArrayLike, *, level: float = LEVEL) -> Interval:
     """Student's interval of the mean of a few independent `values` [n], such as those of training seeds.
 
     mean +- t s / sqrt(n), with t of n - 1 degrees of freedom: a bootstrap over three values, whose draws are
-    but ten, is too narrow. Of two models with the same seeds, give the differences.
+    but ten, is too narrow. Of two models with the same seeds, give the differences. Values that are all the
+    same have no interval.
 
     Raises:
         DataError: values that are not one finite row, or a level outside (0, 1).
@@ -198,6 +199,8 @@ def t_interval(values: ArrayLike, *, level: float = LEVEL) -> Interval:
     if n < 2:
         return Interval(float(array[0]) if n else None, None, None, level, "t", n)
     mean = float(array.mean())
+    if np.ptp(array) <= 1e-12 * np.abs(array).max():
+        return Interval(mean, None, None, level, "t", n)
     half = t_quantile(0.5 + level / 2, n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, level, "t", n)
 

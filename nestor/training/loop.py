@@ -329,7 +329,7 @@ class Run:
         """Measure on the held-out text; a new best is saved."""
         assert self.held_out is not None
         self.log()
-        carry = self.config.run.state_mode != "reset"
+        carry = self.config.run.state_mode in HANDED_ON
         with self.reporter.pause():
             result = validate(
                 self.model,

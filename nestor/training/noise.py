@@ -22,6 +22,8 @@ from nestor.errors import ConfigError
 Noise = dict[str, Tensor]
 
 _MEMORY = {"weights", "momentum", "recurrent"}
+# What the numbers that choose fresh lanes are for, so that no others come from the same seed.
+_FRESH = 0xF4E5
 
 
 def is_memory(name: str) -> bool:
@@ -132,7 +134,7 @@ def fresh_state(model: Any) -> Any:
 
 def fresh_lanes(share: float, seed: int, step: int, lanes: int) -> Tensor:
     """Which of all lanes start a step from a fresh State although another is at hand, `[lanes]` bool."""
-    return torch.from_numpy(np.random.default_rng((seed, step)).random(lanes) < share)
+    return torch.from_numpy(np.random.default_rng((seed, step, _FRESH)).random(lanes) < share)
 
 
 def _normal(count: int, key: tuple[int, int, int], device: torch.device) -> Tensor:

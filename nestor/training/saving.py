@@ -37,7 +37,7 @@ def save_run(run: Run) -> None:
         if waiting:
             write_tensors(folder / "waiting.safetensors", waiting)
         checkpoints.write_random_states(folder / "rng.safetensors", generators)
-        if run.noise is not None:
+        if run.config.run.state_mode == "fitted-noise" and run.noise is not None:
             write_tensors(folder / "noise.safetensors", run.noise)
         if state is not None:
             write_tensors(folder / "state.safetensors", checkpoints.state_tensors(state))

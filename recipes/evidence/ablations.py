@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import tyro
@@ -114,7 +114,6 @@ def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     plain = args.sweep(args.title, say)
     _, report = valid(args.data, args.context)
     at_chunks = args.sweep(args.title, say, AtChunks(report, args.run_chunks))
-    at_chunks = replace(at_chunks, also={**plain.also, "run_chunks": args.run_chunks})
     # The ablations' memory is one of the chunk-size law, so it is run with other chunks in any case.
     sweeps = {name: at_chunks if name in (CHUNKED, *by_chunk.values()) else plain for name in rows}
     if args.workers > 1:

@@ -30,6 +30,7 @@ from study import about, differences
 from sweep import Row, place
 
 from nestor.errors import NestorError
+from nestor.evaluation.suites import device_name
 from nestor.files import write_json, write_text
 from nestor.jobs import Workers
 
@@ -84,7 +85,9 @@ def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     names = [name for name in args.models if name not in left_out]
     rows = {name: args.row(name, MODELS[name].model(args.size)) for name in names}
     sweep = args.sweep(args.title, say)
-    timing = replace(sweep, rates=args.rates[:1], make=timed, line=timed_line, also={})
+    timing = replace(
+        sweep, rates=args.rates[:1], make=timed, line=timed_line, also={"on": device_name(args.device)}
+    )
     timings = {name: timed_row(name, rows[name].tuning) for name in names}
     if args.workers > 1:
         begin = [rows[name] for name in slowest_first(names)]

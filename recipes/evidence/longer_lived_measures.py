@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestor.cli.loading import load_model
-from nestor.data.tasks.needle import needle
+from nestor.data.tasks.needle import NEEDLE_KINDS, needle
 from nestor.data.tokenizers import encode_text
 from nestor.errors import ConfigError
 from nestor.evaluation.harness import run_harness
@@ -100,7 +100,7 @@ def draw(args: Args, variant: str, length: int, *, device: str = "cpu") -> None:
     probes = []
     for depth in args.depths:
         # The same for a variant and length, whatever the others are.
-        rng = np.random.default_rng([args.variants.index(variant), length, round(1000 * depth)])
+        rng = np.random.default_rng([NEEDLE_KINDS.index(variant), length, round(1000 * depth)])
         for _ in range(args.needles):
             made = needle(haystack, rng, kind=variant, length=length, depth=depth)
             prompt, answer = (encode_text(tokenizer, text) for text in (made.prompt, made.answer))

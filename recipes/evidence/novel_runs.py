@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models import check_size
-from novels import LONG, LongDocuments, corpus, existing, novels, valid
+from novels import LONG, LongDocuments, existing, novels, valid
 from runs import Model, Run
 from study import TUNING_SEED, Maker, Measure, Options, by_validation, line, over_seeds
 from sweep import Row, Sweep
@@ -79,12 +79,10 @@ class NovelOptions(Options):
         long = LongDocuments(file, self.long, self.long_documents, self.context)
         # Opened here once, the text is in the cache when workers want it.
         novels(self.data).identity()
-        also = {
-            "valid": corpus((report.file,)).identity,
-            "long": [corpus((file,)).identity, self.long, self.long_documents],
-        }
         maker = Maker(self.weights_folder(title), choose, Measures((report, long, *more)))
-        return Sweep(self.folder(title), self.rates, maker, by_validation, line, self.device, say, also)
+        return Sweep(
+            self.folder(title), self.rates, maker, by_validation, line, self.device, say, maker.identity()
+        )
 
 
 @dataclass(frozen=True)

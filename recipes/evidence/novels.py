@@ -60,18 +60,19 @@ def novels(folder: Path) -> Novels:
 
 @dataclass(frozen=True)
 class Valid:
-    """Novels by authors that no model was trained on, the one half or the other.
+    """Novels by authors that no model was trained on.
 
     A measure of `study.Maker`: bits a byte, each row of `context` bytes read from a fresh State.
 
     Attributes:
-        first: 0 or 1, which of two novels that follow each other is read.
+        first, last: which novels of the file are read, by number; None: all that follow.
         key: what the number is called in the result.
     """
 
     file: str
     context: int
     first: int
+    last: int | None
     key: str
 
     def __call__(self, model: Any, device: str) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Valid:
         # A row begins with the last byte of the one before, of which it is not asked.
         rows = [
             Row(piece, 1, len(piece))
-            for number in range(self.first, text.n_documents, 2)
+            for number in range(text.n_documents)[self.first : self.last]
             for piece in windows(text.document(number).tolist(), self.context + 1)
         ]
         with precision(device):
@@ -89,9 +90,10 @@ class Valid:
 
 
 def valid(folder: Path, context: int) -> tuple[Valid, Valid]:
-    """What learning rates are chosen by, and what is reported: other novels, by other authors."""
+    """What learning rates are chosen by, the first two novels, which are of one author, and what is reported:
+    the others, which are of others."""
     file = str(existing(folder, VALID))
-    return Valid(file, context, 1, "valid"), Valid(file, context, 0, "bits_per_byte")
+    return Valid(file, context, 0, 2, "valid"), Valid(file, context, 2, None, "bits_per_byte")
 
 
 @dataclass(frozen=True)

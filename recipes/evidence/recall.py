@@ -29,7 +29,7 @@ from associations import Answers, Associations, Question
 from models import MODELS as EVIDENCE
 from models import OTHERS, Entry, obstacle
 from needles import Found, Needles
-from novels import LONG, TRAIN, existing
+from novels import LONG, TRAIN, VALID, existing
 from recall_table import plots, table
 from runs import Run
 from study import TUNING_SEED, Maker, Options, about, by_validation, line, over_seeds
@@ -179,7 +179,16 @@ def measured(args: Args, task: str, say: Callable[[str], None]) -> dict[str, Any
         say(f"{name} is left out: {reason}")
     rows = {name: row(args, plan, task, name) for name in args.models if name not in left_out}
     maker = Maker(args.weights_folder("recall") / task, plan.validate, plan.measure)
-    sweep = Sweep(args.folder("recall") / task, plan.rates, maker, by_validation, line, args.device, say)
+    sweep = Sweep(
+        args.folder("recall") / task,
+        plan.rates,
+        maker,
+        by_validation,
+        line,
+        args.device,
+        say,
+        maker.identity(),
+    )
     if args.workers > 1:
         # Slower ones first, so that none is left for the end.
         sweep.run_missing(list(reversed(rows.values())), Workers(args.workers, args.device), task)
@@ -233,7 +242,7 @@ def needle_plan(args: Args) -> Plan:
     )  # fmt: skip
     return Plan(
         run, args.needle_size, {}, args.needle_steps // 2, args.needle_rates,
-        Found(hay, (args.needle_context,), args.needles // 2, needles.VALIDATION),
+        Found(str(existing(args.data, VALID)), (args.needle_context,), args.needles // 2, needles.VALIDATION),
         Found(hay, args.needle_lengths, args.needles, needles.TEST), ("needle",),
         {"text_weight": needles.TEXT_WEIGHT},
     )  # fmt: skip

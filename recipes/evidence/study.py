@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from novels import corpus
 from runs import Run, keep_weights, train
 
 from nestor.errors import ConfigError, NonFiniteError
@@ -92,6 +93,10 @@ class Maker:
     validate: Measure
     measure: Measure
 
+    def identity(self) -> dict[str, Any]:
+        """What results depend on besides their runs, for `Sweep.also`."""
+        return identity(self.validate, "validate") | identity(self.measure, "measure")
+
     def __call__(self, run: Run, name: str, device: str) -> dict[str, Any]:
         trained = train(run, device)
         result = {"parameters": count_parameters(trained.model), **trained.summary(), "place": place(device)}
@@ -100,6 +105,18 @@ class Maker:
             keep_weights(trained.model, self.weights / name)
             found |= attempt(self.measure, trained.model, device)
         return result | found
+
+
+def identity(value: Any, name: str) -> dict[str, Any]:
+    """What a measure depends on, by dotted name: files by their text and not their place."""
+    if is_dataclass(value):
+        parts = {"kind": type(value).__name__} | {one.name: getattr(value, one.name) for one in fields(value)}
+    elif isinstance(value, tuple) and any(map(is_dataclass, value)):
+        parts = dict(enumerate(value))
+    else:
+        is_file = isinstance(value, str) and Path(value).is_file()
+        return {name: corpus((value,)).identity if is_file else value}
+    return {k: v for part, one in parts.items() for k, v in identity(one, f"{name}.{part}").items()}
 
 
 def attempt(measure: Measure, model: Any, device: str) -> dict[str, Any]:

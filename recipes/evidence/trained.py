@@ -101,7 +101,14 @@ def measured(
     for plan in plans:
         maker = Maker(options.weights_folder("linear") / part, plan.validate, plan.measure)
         sweep = Sweep(
-            options.folder("linear") / part, plan.rates, maker, by_validation, line, options.device, say
+            options.folder("linear") / part,
+            plan.rates,
+            maker,
+            by_validation,
+            line,
+            options.device,
+            say,
+            maker.identity(),
         )
         if options.workers > 1:
             title = f"{part} {plan.group}".strip()

@@ -163,6 +163,9 @@ def test_student_s_interval_covers_the_mean_of_three_as_often_as_it_says() -> No
     draws = np.random.default_rng(0).normal(2.0, 0.3, (4000, 3))
     hits = [one.low < 2.0 < one.high for one in map(t_interval, draws)]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.012)
+    # Seeds that all agree say nothing of how far others would not.
+    same = t_interval([0.1, 0.1, 0.1])
+    assert same.low is None and same.high is None and not same.excludes_zero
     alone = t_interval([1.5])
     assert (alone.estimate, alone.low, alone.n) == (1.5, None, 1)
     with pytest.raises(DataError, match="one row of finite numbers"):

@@ -179,7 +179,9 @@ def test_the_matrix_has_what_a_memory_gives_at_its_own_chunk(evidence, args) -> 
     (args.out / "titans-1.json").unlink()
     again = evidence.ablations.main(args, say=lambda _: None)
     assert again["chunks"] == results["chunks"]
-    with pytest.raises(ConfigError, match=r"chunk-16-1.json is of a run with \{'run_chunks': \[16, 64\]\}"):
+    with pytest.raises(
+        ConfigError, match=r"chunk-16-1.json is of a run with \{'measure.each.2.chunks': \[16, 64\]\}"
+    ):
         evidence.ablations.main(replace(args, run_chunks=(16, 32)), say=lambda _: None)
 
 

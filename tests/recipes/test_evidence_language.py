@@ -125,7 +125,7 @@ def test_the_table_is_made_of_runs_that_are_kept(evidence, args, monkeypatch) ->
         del row["seconds"]
     assert again["rows"] == results["rows"]
 
-    for changes, which in (({"tokens": 2048}, "'steps': 1"), ({"long": 128}, "'long'")):
+    for changes, which in (({"tokens": 2048}, "'steps': 1"), ({"long": 128}, "'measure.each.1.length'")):
         with pytest.raises(ConfigError, match=f"transformer-1e-07.json is of a run with .*{which}"):
             evidence.language.main(replace(args, **changes), say=lambda _: None)
 

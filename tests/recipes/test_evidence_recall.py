@@ -1,6 +1,7 @@
 """The table of recall: questions have an answer in the text, nothing gives it away, and runs make a table."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,6 +190,11 @@ def test_runs_make_tables_and_are_kept(evidence, args) -> None:
     args.table_only, args.models = False, ("linear-attention",)
     evidence.recall.main(args, said.append)
     assert not any("in validation" in text for text in said)
+    # Runs that were tested otherwise are no results of this test.
+    for name in ("documents", "lengths"):
+        other = replace(args, **{name: (16, 128) if name == "lengths" else 2 * args.documents})
+        with pytest.raises(ConfigError, match=r"is of a run with .*measure"):
+            evidence.recall.main(other, said.append)
 
 
 def test_scores_of_one_seed_have_the_interval_over_documents(evidence) -> None:
