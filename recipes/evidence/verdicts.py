@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,17 +42,27 @@ def compared(
     }  # fmt: skip
 
 
+def wanted(comparisons: int) -> int:
+    """Of so many comparisons, the number in which one must be ahead that has less than 5 % chance where none
+    is: of 95 % intervals each is above 0 in 2.5 %. Comparisons count as independent."""
+    chance = [
+        math.comb(comparisons, k) * 0.025**k * 0.975 ** (comparisons - k) for k in range(comparisons + 1)
+    ]
+    return next(k for k in range(1, comparisons + 2) if sum(chance[k:]) < 0.05)
+
+
 def verdict(what: str, comparisons: Sequence[Mapping[str, Any]]) -> str:
     """A sentence on all questions of a kind."""
     counts = {word: sum(one["ahead"] == word for one in comparisons) for word in (DEEP, LINEAR, UNDECIDED)}
     if not comparisons:
         return f"{what}: nothing was compared."
-    if counts[DEEP] and counts[LINEAR]:
+    deep, linear = (counts[family] >= wanted(len(comparisons)) for family in (DEEP, LINEAR))
+    if deep and linear:
         end = "each does something that the other of its bytes does not do as well"
-    elif counts[DEEP]:
+    elif deep:
         end = "the deep memory does what a linear one of its bytes does not do as well"
-    elif counts[LINEAR]:
-        end = "the deep memory does nothing that a linear one of its bytes does not do as well"
+    elif linear:
+        end = "the deep memory does nothing clear of chance that a linear one of its bytes does not as well"
     else:
         end = "no difference is clear of chance"
     return (

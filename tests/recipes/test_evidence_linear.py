@@ -202,7 +202,11 @@ def test_words_follow_from_numbers(evidence) -> None:
         "Text: of 2 comparisons the deep memory is ahead in 1 and the linear one in 0, with 1 undecided; the "
         "deep memory does what a linear one of its bytes does not do as well."
     )
-    assert "does nothing that a linear one" in said("linear", "linear", "undecided")
+    assert "does nothing clear of chance that a linear one" in said("linear", "linear", "undecided")
+    # Of eight intervals of 95 % one is above 0 by chance in a fifth of all cases.
+    assert "no difference is clear of chance" in said("deep", *["undecided"] * 7)
+    assert "the deep memory does what" in said("deep", "deep", *["undecided"] * 6)
+    assert [verdicts.wanted(n) for n in (1, 2, 3, 14, 38)] == [1, 1, 2, 2, 4]
     assert "no difference is clear of chance" in said("undecided")
     assert "each does something" in said("linear", "deep")
     assert said() == "Text: nothing was compared."
