@@ -89,6 +89,10 @@ class Sweep:
         """Make what is not in the folder, many runs at once. Raises as `kept`; JobError: runs failed."""
         run_jobs(self.jobs(rows), workers, title)
 
+    def finished(self, row: Row) -> bool:
+        """Whether the runs of all seeds are in the folder."""
+        return all(self.path(row.run_name(seed)).is_file() for seed in row.runs)
+
     def jobs(self, rows: Sequence[Row]) -> list[Job]:
         """The runs that are missing in the folder, those of seeds after those that choose their learning
         rates. Raises as `kept`."""

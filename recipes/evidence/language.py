@@ -26,7 +26,7 @@ from language_table import plots, table
 from models import MODELS, check_models, obstacle, slowest_first
 from novel_runs import NovelOptions, summarised
 from runs import WARM, Run, train
-from study import about, differences
+from study import about, differences, run_rows
 from sweep import Row, place
 
 from nestor.errors import NestorError
@@ -90,10 +90,12 @@ def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     )
     timings = {name: timed_row(name, rows[name].tuning) for name in names}
     if args.workers > 1:
-        begin = [rows[name] for name in slowest_first(names)]
-        sweep.run_missing(begin, Workers(args.workers, args.device), args.title)
+        begin = {name: rows[name] for name in slowest_first(names)}
+        left_out |= run_rows(sweep, begin, Workers(args.workers, args.device), args.title, say)
         alone = Workers(max(1, torch.cuda.device_count()) if args.device == "cuda" else 1, args.device)
-        timing.run_missing(list(timings.values()), alone, "speed")
+        timings = {name: row for name, row in timings.items() if name not in left_out}
+        left_out |= run_rows(timing, timings, alone, "speed", say)
+        names = [name for name in names if name not in left_out]
     found = {}
     for name in names:
         rate, tried = sweep.rate(rows[name])

@@ -32,7 +32,7 @@ from needles import Found, Needles
 from novels import LONG, TRAIN, VALID, existing
 from recall_table import plots, table
 from runs import Run
-from study import TUNING_SEED, Maker, Options, about, by_validation, line, over_seeds
+from study import TUNING_SEED, Maker, Options, about, by_validation, line, over_seeds, run_rows
 from sweep import Row, Sweep
 
 from nestor.errors import ConfigError, NestorError, suggest
@@ -191,7 +191,9 @@ def measured(args: Args, task: str, say: Callable[[str], None]) -> dict[str, Any
     )
     if args.workers > 1:
         # Slower ones first, so that none is left for the end.
-        sweep.run_missing(list(reversed(rows.values())), Workers(args.workers, args.device), task)
+        begin = dict(reversed(rows.items()))
+        left_out |= run_rows(sweep, begin, Workers(args.workers, args.device), task, say)
+        rows = {name: one for name, one in rows.items() if name not in left_out}
     found, places = [], []
     for name, one in rows.items():
         rate, tried = sweep.rate(one)

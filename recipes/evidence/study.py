@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from novels import corpus
 from runs import Run, keep_weights, train
 
-from nestor.errors import ConfigError, NonFiniteError
+from nestor.errors import ConfigError, JobError, NonFiniteError
 from nestor.evaluation.statistics import t_interval
 from nestor.evaluation.suites import versions
 from nestor.jobs import Workers
@@ -25,7 +25,7 @@ from nestor.models.presets import count_parameters
 
 # Beside the folders of the recipes lies what they share.
 sys.path.append(str(Path(__file__).parents[1]))
-from sweep import TUNING, place
+from sweep import TUNING, Row, Sweep, place
 
 RESULTS = Path(__file__).parents[1] / "results"
 #: The seed of the runs that choose a learning rate.
@@ -136,6 +136,26 @@ def line(result: dict[str, Any]) -> str:
     """For a Sweep: a result in a few words."""
     found = f"{result['valid']:.4f} in validation" if "valid" in result else "training came to no number"
     return f"{found}, {result['seconds']} s"
+
+
+def run_rows(
+    sweep: Sweep, rows: Mapping[str, Row], workers: Workers, title: str, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Make what is missing in workers, in the order of the rows; those that then are not finished, with what
+    a table says of them.
+
+    A model that fails, as for want of memory, leaves the others their rows. Raises JobError: no row is
+    finished. Otherwise as `Sweep.run_missing`.
+    """
+    try:
+        sweep.run_missing(list(rows.values()), workers, title)
+    except JobError as error:
+        left_out = {name: "a run failed" for name, row in rows.items() if not sweep.finished(row)}
+        if len(left_out) == len(rows):
+            raise
+        say(str(error))
+        return left_out
+    return {}
 
 
 def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:

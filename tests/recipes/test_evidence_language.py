@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nestor import NestorForCausalLM
-from nestor.errors import ConfigError, DataError, NonFiniteError
+from nestor.errors import ConfigError, DataError, JobError, NonFiniteError
 from nestor.models.presets import count_parameters
 
 RATES = (1e-7, 1e-2)
@@ -191,3 +191,20 @@ def test_refusals(evidence, args, changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
         evidence.language.main(replace(args, **changes), say=lambda _: None)
     assert not args.out.exists()
+
+
+def test_a_run_that_fails_leaves_the_others_their_rows(evidence, tmp_path) -> None:
+    sweep = evidence.study.Sweep(tmp_path, (1.0,), None, None, None)
+    rows = {name: evidence.study.Row(name, None, {0: None, 1: None}) for name in ("small", "large")}
+    said = []
+
+    def fail(*_given):
+        raise JobError("large-1: no memory")
+
+    object.__setattr__(sweep, "run_missing", fail)
+    with pytest.raises(JobError):
+        evidence.study.run_rows(sweep, rows, None, "", said.append)
+    for name in ("small-0", "small-1", "large-0"):
+        sweep.path(name).touch()
+    assert evidence.study.run_rows(sweep, rows, None, "", said.append) == {"large": "a run failed"}
+    assert said == ["large-1: no memory"]
