@@ -128,7 +128,8 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
 
         Raises:
             ShapeError: padding, no token, or rows at different places of their windows.
-            StateMismatchError: a State of another number of rows.
+            StateMismatchError: a State of another number of rows, or one that has read and holds nothing.
+            ConfigError: the model kept no keys or memories of what it read.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ShapeError("attention_mask has zeros; give texts of one length, without padding")
@@ -139,6 +140,8 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         if state.batch_size != batch:
             raise StateMismatchError(f"the State has {state.batch_size} rows, the tokens {batch}")
         clocks: list[int] = state.clock.tolist()
+        if any(clocks) and not state.layers:
+            raise StateMismatchError(f"the State has read {clocks} tokens and holds nothing of them")
         count = None if shift_labels is None else (shift_labels != -100).sum()
         keep = logits_to_keep or length
         found, losses, read = [], [], 0
@@ -157,6 +160,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
                 found += [logits] if wanted else []
             else:
                 losses.append(self._loss(part, shift_labels[:, read:end], count, options))
+            self._check_read(cache, cached + end - read)
             clocks = [clock + end - read for clock in clocks]
             state = State(_closed(cache), state.clock + (end - read))
             read = end
@@ -205,6 +209,21 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
                 values = torch.cat((values[:, :, :first], values[:, :, stored - last :]), 2)
             cache.update(keys, values, index)
         return cache
+
+    def _check_read(self, cache: WindowCache, length: int) -> None:
+        """Raises ConfigError: the cache has not the keys of so many tokens, and every memory."""
+        lengths = {cache.get_seq_length(index) for index in range(len(cache.layers))}
+        layers = self.config.get_text_config().num_hidden_layers
+        if (
+            len(cache.layers) < layers
+            or lengths != {length}
+            or not self.branches.keys() <= cache.memories.keys()
+        ):
+            raise ConfigError(
+                f"a {type(self.model).__name__} kept keys of {len(cache.layers)} layers of {layers}, and "
+                f"{len(cache.memories)} memories of {len(self.branches)}; it has to keep all of them. "
+                f"Gradient checkpointing in training mode keeps none: switch it off, or call model.eval()"
+            )
 
     def _loss(self, ids: Tensor, targets: Tensor, count: Any, options: dict[str, Any]) -> Tensor:
         """The summed loss over `count`."""

@@ -204,6 +204,28 @@ def test_the_suites_read_it_beyond_the_context(plain) -> None:
     assert Subject("windowed", WindowedDecoder(plain, 64), None).limit is None
 
 
+def test_a_model_that_keeps_nothing_of_what_it_reads_is_refused() -> None:
+    """Hugging Face's gradient checkpointing takes the cache away from every layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    model, ids = LlamaForCausalLM(config), tokens(40) % 31
+    Branches(layers=(1,), memory={"chunk_size": 8}).attach(model)
+    decoder = WindowedDecoder(model, 16)
+    model.gradient_checkpointing_enable()
+    decoder.train()
+    for targets in (None, ids):
+        with pytest.raises(ConfigError, match="kept keys of 0 layers of 2, and 0 memories of 1"):
+            decoder(ids, shift_labels=targets)
+    decoder.eval()
+    assert int(decoder(ids).past_key_values.clock[0]) == 40
+    nothing = State.empty(2)
+    nothing.clock += 32
+    with pytest.raises(StateMismatchError, match="holds nothing of them"):
+        decoder(ids, past_key_values=nothing)
+
+
 def test_what_cannot_be_read_is_refused(plain, model) -> None:
     for window, stride in ((513, None), (64, 65)):
         with pytest.raises(ConfigError, match="give a window within the context"):
