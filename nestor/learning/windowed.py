@@ -94,6 +94,11 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         """Layers with a memory, by index."""
         return {x.index: x for x in self.model.modules() if isinstance(x, BesideAttention)}
 
+    @property
+    def state_settings(self) -> dict[str, Any]:
+        """What gives a State its meaning beside the model (`nestor.models.state.fingerprint`)."""
+        return {name: getattr(self, name) for name in ("window", "stride", "sinks", "forget")}
+
     def initial_state(self, batch_size: int) -> State:
         """The State of rows that have read nothing, with every tensor in place."""
         shapes, hidden = self._shapes
@@ -128,7 +133,8 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
 
         Raises:
             ShapeError: padding, no token, or rows at different places of their windows.
-            StateMismatchError: a State of another number of rows, or one that has read and holds nothing.
+            StateMismatchError: a State of another number of rows or another window, or one that has read and
+                holds nothing.
             ConfigError: the model kept no keys or memories of what it read.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
@@ -192,15 +198,17 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         memories = {index: part_of(state.layers.get(index), "memory") for index in branches}
         cache = WindowCache({index: memory for index, memory in memories.items() if memory})
         cached, cut = place.cached, place.cut
-        if not cached:
-            return cache
-        stored = self.window if cut else cached
+        stored = self.window if cut or not cached else cached
         for index, layer in state.layers.items():
             keys, values = (layer[name].transpose(1, 2) for name in ("keys.cache", "values.cache"))
-            if keys.shape[2] < stored:
+            more = keys.shape[2] - stored
+            # Keys that no token will see may be gone already. `State.stack` puts zeros in front.
+            if (more < 0 and (cached or keys.shape[2])) or bool(keys[:, :, : max(0, more)].any()):
                 raise StateMismatchError(
                     f"the State has {keys.shape[2]} keys where {stored} are wanted; it is of another window"
                 )
+            if not cached:
+                continue
             keys, values = keys[:, :, -stored:], values[:, :, -stored:]
             if cut:
                 first, last = self.sinks, cached - self.sinks

@@ -226,6 +226,37 @@ def test_a_model_that_keeps_nothing_of_what_it_reads_is_refused() -> None:
         decoder(ids, past_key_values=nothing)
 
 
+def test_a_state_of_another_window_is_refused(plain, tmp_path) -> None:
+    ids = tokens(70)
+    for first, read_before, second in (
+        ((64,), 40, (32,)),
+        ((64,), 64, (32,)),
+        ((32,), 64, (64,)),
+        ((32, 16), 40, (32, 8)),
+        ((32, 8), 40, (32,)),
+    ):
+        state = WindowedDecoder(plain, *first)(ids[:, :read_before]).past_key_values
+        with pytest.raises(StateMismatchError, match="keys where .* wanted; it is of another window"):
+            WindowedDecoder(plain, *second)(ids[:, read_before:], past_key_values=state)
+    # Both have 32 keys, and as many are wanted: the file knows.
+    decoder, path = WindowedDecoder(plain, 32, 16), tmp_path / "state.safetensors"
+    state = decoder(ids[:, :48]).past_key_values
+    state.save(path, decoder)
+    again = State.load(path, decoder)
+    same(
+        decoder(ids[:, 48:], past_key_values=again).logits, decoder(ids[:, 48:], past_key_values=state).logits
+    )
+    with pytest.raises(StateMismatchError, match="stride is 16 in the file and 8 in the model"):
+        State.load(path, WindowedDecoder(plain, 32, 8))
+    # Shorter rows of a stack have zeros in front, which are no keys.
+    decoder = WindowedDecoder(plain, 32)
+    parts = [decoder(ids[:1, :length]).past_key_values for length in (5, 20)]
+    alone = State.stack(parts).select([0])
+    assert alone.layers[0]["keys.cache"].shape[1] == 20
+    found = decoder(ids[:1, 5:], past_key_values=alone).logits
+    same(found, decoder(ids[:1, 5:], past_key_values=parts[0]).logits)
+
+
 def test_what_cannot_be_read_is_refused(plain, model) -> None:
     for window, stride in ((513, None), (64, 65)):
         with pytest.raises(ConfigError, match="give a window within the context"):
