@@ -246,7 +246,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
     def _shapes(self) -> tuple[dict[int, list[tuple[str, tuple[int, int], torch.dtype]]], Tensor]:
         """By layer, of keys and values, name, heads, width and dtype; and a hidden state, for its dtype."""
         cache, ids = WindowCache(), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        with torch.no_grad(), torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             hidden = self.model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
         shapes = {
             index: [(name, (x.shape[2], x.shape[3]), x.dtype) for name, x in layer.items() if is_cache(name)]
@@ -263,24 +263,23 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         """
         rotary = getattr(self.model.base_model, "rotary_emb", None)
         place = torch.tensor([[self.stride]], device=self.device)
-        with torch.no_grad(), torch.inference_mode(False):
-            if rotary is not None:
-                wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-                cos, sin = rotary(torch.zeros(1, device=self.device, dtype=wide), place)
-                there, here = (self._first_keys(x).to(wide) for x in (place, torch.zeros_like(place)))
-                scale = float(here.abs().max())
-                if torch.allclose(_turned(there, cos, sin), here, rtol=0, atol=0.02 * scale):
-                    return cos, sin
+        with torch.inference_mode(False), torch.no_grad():
+            if rotary is not None and (pair := _rotation(rotary, place, self.dtype)) is not None:
+                there, here = self._keys_of_one(place), self._keys_of_one(torch.zeros_like(place))
+                if all(_is_turn(x, y, *pair) for x, y in zip(there, here, strict=True)):
+                    return pair
         raise ConfigError(
             f"stride is {self.stride}, below the window, but keys of a {type(self.model).__name__} cannot be "
             f"turned to other positions; leave it out to read window by window"
         )
 
-    def _first_keys(self, position: Tensor) -> Tensor:
-        """Keys of the first layer for some token, which depend on its position alone."""
+    def _keys_of_one(self, position: Tensor) -> list[Tensor]:
+        """Keys of each layer for one token, which depend on its position alone: it sees only itself."""
         cache = WindowCache()
-        self.model.base_model(torch.ones_like(position), past_key_values=cache, position_ids=position)
-        return _closed(cache)[0]["keys.cache"].transpose(1, 2)
+        self.model.base_model(
+            torch.ones_like(position), past_key_values=cache, position_ids=position, use_cache=True
+        )
+        return [layer["keys.cache"].transpose(1, 2) for layer in _closed(cache).values()]
 
     @cached_property
     def _plain_head(self) -> bool:
@@ -289,6 +288,26 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         with torch.no_grad():
             head = self.get_output_embeddings()(self.model.base_model(ids).last_hidden_state)
             return torch.equal(head, self.model(ids).logits)
+
+
+def _rotation(rotary: nn.Module, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines `[..., p]` of places, at least in float32; None: the module gives no rotation."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    try:
+        cos, sin = rotary(torch.zeros(1, device=places.device, dtype=wide), places)
+    except (TypeError, AttributeError):
+        # One with a rotation for each type of layer, which it wants to be told.
+        return None
+    # Some scale attention by what they give, and a cut must not scale keys again.
+    return (cos, sin) if torch.allclose(cos**2 + sin**2, torch.ones_like(cos), rtol=0, atol=1e-4) else None
+
+
+def _is_turn(there: Tensor, here: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether keys of one place are those of another, turned, but for rounding."""
+    # Hugging Face's rotary angles are of float32.
+    rounding = max(torch.finfo(x).eps for x in (here.dtype, torch.float32))
+    turned, here = _turned(there.to(cos.dtype), cos, sin), here.to(cos.dtype)
+    return torch.allclose(turned, here, rtol=0, atol=4 * rounding * float(here.abs().max()))
 
 
 def _turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from nestor.cli.loading import load_model
 from nestor.errors import ConfigError, ShapeError, StateMismatchError
@@ -255,6 +264,33 @@ def test_a_state_of_another_window_is_refused(plain, tmp_path) -> None:
     assert alone.layers[0]["keys.cache"].shape[1] == 20
     found = decoder(ids[:1, 5:], past_key_values=alone).logits
     same(found, decoder(ids[:1, 5:], past_key_values=parts[0]).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_a_rotation_does_not_turn_are_refused_when_they_slide(dtype) -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "intermediate_size": 24, "head_dim": 16, "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    yarn = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    scaled = {**yarn, "attention_factor": 1.01}
+    ids = tokens(40) % 31
+    for model in (
+        SmolLM3ForCausalLM(SmolLM3Config(**sizes, no_rope_layers=[1, 0])),
+        Gemma3ForCausalLM(Gemma3TextConfig(**sizes)),
+        LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=scaled)),
+    ):
+        with pytest.raises(ConfigError, match="cannot be turned to other positions"):
+            WindowedDecoder(model.to(dtype), 32, 8)(ids)
+    for model in (
+        SmolLM3ForCausalLM(SmolLM3Config(**sizes, no_rope_layers=[1, 1])),
+        LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={**yarn, "attention_factor": 1.0})),
+    ):
+        assert WindowedDecoder(model.to(dtype), 32, 8)(ids).logits.isfinite().all()
 
 
 def test_what_cannot_be_read_is_refused(plain, model) -> None:
