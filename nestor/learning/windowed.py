@@ -36,8 +36,9 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
     turned back, so that positions are always within the window. Memory branches (`nestor.learning.Branches`)
     of the model keep what they know, from window to window.
 
-    State, by layer: `keys.cache`, `values.cache` `[B, n, H, p]`, and `memory.*` of a branch. Rows of a batch
-    do not touch each other; all must be at the same place of their windows.
+    State, by layer: `keys.cache` (as they were read, before any turn), `values.cache` `[B, n, H, p]`, and
+    `memory.*` of a branch. Rows of a batch do not touch each other; all must be at the same place of their
+    windows.
 
     Args:
         model: of Hugging Face, with rotary positions; it is used as it is, not copied.
@@ -155,7 +156,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             place = self._place(clocks)
             cached, end = place.cached, min(length, read + place.room)
             lasting = [] if self.forget and not cached else list(self.branches)
-            cache = self._opened(state, place, lasting)
+            cache, read_keys = self._opened(state, place, lasting)
             positions = torch.arange(cached, cached + end - read, device=input_ids.device)
             options = {"past_key_values": cache, "position_ids": positions[None], "use_cache": True}
             part = input_ids[:, read:end]
@@ -167,8 +168,11 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             else:
                 losses.append(self._loss(part, shift_labels[:, read:end], count, options))
             self._check_read(cache, cached + end - read)
+            layers = _closed(cache)
+            for index, first in read_keys.items():
+                layers[index]["keys.cache"] = torch.cat((first, layers[index]["keys.cache"][:, cached:]), 1)
             clocks = [clock + end - read for clock in clocks]
-            state = State(_closed(cache), state.clock + (end - read))
+            state = State(layers, state.clock + (end - read))
             read = end
         after: Any = state if use_cache is not False else None
         return CausalLMOutputWithPast(
@@ -193,30 +197,53 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             )
         return places.pop()
 
-    def _opened(self, state: State, place: _Place, branches: list[int]) -> WindowCache:
-        """The keys and values of a State that stay, and its memories."""
+    def _opened(
+        self, state: State, place: _Place, branches: list[int]
+    ) -> tuple[WindowCache, dict[int, Tensor]]:
+        """The keys and values of a State that stay, and its memories; where keys are turned, as they were."""
         memories = {index: part_of(state.layers.get(index), "memory") for index in branches}
         cache = WindowCache({index: memory for index, memory in memories.items() if memory})
         cached, cut = place.cached, place.cut
         stored = self.window if cut or not cached else cached
+        slid = self.stride < self.window and bool((state.clock >= self.window).any())
+        turn = self._turn(state.clock, cached) if slid else None
+        read_keys: dict[int, Tensor] = {}
         for index, layer in state.layers.items():
-            keys, values = (layer[name].transpose(1, 2) for name in ("keys.cache", "values.cache"))
-            more = keys.shape[2] - stored
+            keys, values = (layer[f"{name}.cache"] for name in ("keys", "values"))
+            more = keys.shape[1] - stored
             # Keys that no token will see may be gone already. `State.stack` puts zeros in front.
-            if (more < 0 and (cached or keys.shape[2])) or bool(keys[:, :, : max(0, more)].any()):
+            if (more < 0 and (cached or keys.shape[1])) or bool(keys[:, : max(0, more)].any()):
                 raise StateMismatchError(
-                    f"the State has {keys.shape[2]} keys where {stored} are wanted; it is of another window"
+                    f"the State has {keys.shape[1]} keys where {stored} are wanted; it is of another window"
                 )
             if not cached:
                 continue
-            keys, values = keys[:, :, -stored:], values[:, :, -stored:]
+            keys, values = keys[:, -stored:], values[:, -stored:]
             if cut:
-                first, last = self.sinks, cached - self.sinks
-                turned = _turned(keys[:, :, stored - last :], *self._turn)
-                keys = torch.cat((keys[:, :, :first], turned), 2)
-                values = torch.cat((values[:, :, :first], values[:, :, stored - last :]), 2)
-            cache.update(keys, values, index)
-        return cache
+                last = stored - cached + self.sinks
+                keys, values = (torch.cat((x[:, : self.sinks], x[:, last:]), 1) for x in (keys, values))
+            now = keys.transpose(1, 2)
+            if turn is not None:
+                read_keys[index], now = keys, _turned(now, *turn)
+            cache.update(now, values.transpose(1, 2), index)
+        return cache, read_keys
+
+    def _turn(self, clock: Tensor, cached: int) -> tuple[Tensor, Tensor]:
+        """The rotation `[B, 1, n, p]` from where each key was read to where it is now.
+
+        A State has keys as they were read. If each cut turned them anew, what they lose in half precision
+        would add up.
+        """
+        self._check_turns()
+        index = torch.arange(cached, device=clock.device)
+        token = clock[:, None] - cached + index
+        cuts, before = (((x - self.window) // self.stride + 1).clamp(min=0) for x in (clock[:, None], token))
+        moved = (cuts - before) * self.stride
+        moved = torch.where(index < self.sinks, 0, moved)
+        pair = _rotation(self.model.base_model.rotary_emb, moved, self.dtype)
+        assert pair is not None
+        cos, sin = pair
+        return cos[:, None], sin[:, None]
 
     def _check_read(self, cache: WindowCache, length: int) -> None:
         """Raises ConfigError: the cache has not the keys of so many tokens, and every memory."""
@@ -254,24 +281,25 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         }
         return shapes, hidden
 
-    @cached_property
-    def _turn(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a rotation by a stride.
-
-        Raises:
-            ConfigError: the model's keys are not rotated that way.
-        """
-        rotary = getattr(self.model.base_model, "rotary_emb", None)
-        place = torch.tensor([[self.stride]], device=self.device)
-        with torch.inference_mode(False), torch.no_grad():
-            if rotary is not None and (pair := _rotation(rotary, place, self.dtype)) is not None:
-                there, here = self._keys_of_one(place), self._keys_of_one(torch.zeros_like(place))
-                if all(_is_turn(x, y, *pair) for x, y in zip(there, here, strict=True)):
-                    return pair
+    def _check_turns(self) -> None:
+        """Raises ConfigError: the model's keys are not rotated as its rotation says."""
+        if self._turns:
+            return
         raise ConfigError(
             f"stride is {self.stride}, below the window, but keys of a {type(self.model).__name__} cannot be "
             f"turned to other positions; leave it out to read window by window"
         )
+
+    @cached_property
+    def _turns(self) -> bool:
+        """Whether a rotation by a stride is what makes keys of one place those of another, in each layer."""
+        rotary = getattr(self.model.base_model, "rotary_emb", None)
+        place = torch.tensor([[self.stride]], device=self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            if rotary is None or (pair := _rotation(rotary, place, self.dtype)) is None:
+                return False
+            there, here = self._keys_of_one(place), self._keys_of_one(torch.zeros_like(place))
+            return all(_is_turn(x, y, *pair) for x, y in zip(there, here, strict=True))
 
     def _keys_of_one(self, position: Tensor) -> list[Tensor]:
         """Keys of each layer for one token, which depend on its position alone: it sees only itself."""

@@ -94,6 +94,22 @@ def test_first_tokens_stay_in_a_sliding_window_and_positions_close_up(family) ->
         same(found[:, end - 8 : end], model(left).logits[:, -8:], 1e-5)
 
 
+@pytest.mark.parametrize("cuts", [700, [100, 1, 1, 500, 98]])
+def test_many_cuts_of_half_precision_lose_no_more_than_one(cuts) -> None:
+    """What a key loses when it is turned must not add up."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64,
+        max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config).eval().bfloat16().requires_grad_(False), tokens(700)
+    decoder = WindowedDecoder(model, 200, 1, sinks=2)
+    found, _ = read(decoder, ids, cuts)
+    left = torch.cat((ids[:, :2], ids[:, -198:]), 1)
+    expected = model(left).logits[:, -1]
+    same(found[:, -1], expected, 0.05 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("stride", [None, 8])
 def test_where_a_stream_is_cut_does_not_matter(model, stride) -> None:
     decoder, ids = WindowedDecoder(model, 32, stride), tokens(110)
@@ -115,6 +131,12 @@ def test_rows_do_not_touch_each_other(model, stride) -> None:
     other[0, 3] = 7
     changed, _ = read(decoder, other, [40, 30])
     assert torch.equal(changed[1:], together[1:]) and not torch.allclose(changed[0, 40:], together[0, 40:])
+    if stride:
+        # Rows that have not slid yet go with rows that have.
+        parts = [decoder(ids[row : row + 1, :length]).past_key_values for row, length in ((0, 25), (1, 41))]
+        mixed = decoder(ids[:2, 41:], past_key_values=State.stack(parts)).logits
+        for row, part in enumerate(parts):
+            same(mixed[row : row + 1], decoder(ids[row : row + 1, 41:], past_key_values=part).logits)
     # Rows of several States make one.
     parts = [decoder(ids[row : row + 1, :40]).past_key_values for row in range(3)]
     same(decoder(ids[:, 40:], past_key_values=State.stack(parts)).logits, together[:, 40:])
