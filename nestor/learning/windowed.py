@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nestor.errors import ConfigError, ShapeError, StateMismatchError
@@ -34,7 +34,8 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
     stride of the whole window each window is read as a text of its own. With a smaller one the oldest go, but
     for the first `sinks` of the text, on which trained attention leans (arXiv 2309.17453); keys that stay are
     turned back, so that positions are always within the window. Memory branches (`nestor.learning.Branches`)
-    of the model keep what they know, from window to window.
+    of the model keep what they know, from window to window. `generate` takes prompts of one length, without
+    padding.
 
     State, by layer: `keys.cache` (as they were read, before any turn), `values.cache` `[B, n, H, p]`, and
     `memory.*` of a branch. Rows of a batch do not touch each other; all must be at the same place of their
@@ -180,6 +181,12 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             logits=torch.cat(found, 1) if found else None,
             past_key_values=after,
         )
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        # Hugging Face takes each padding token of a prompt for padding, and texts can have that token.
+        return torch.ones(inputs_tensor.shape[:2], dtype=torch.int64, device=inputs_tensor.device)
 
     def _place(self, clocks: list[int]) -> _Place:
         window, stride = self.window, self.stride

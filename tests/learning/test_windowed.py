@@ -214,6 +214,16 @@ def test_generation_goes_on_from_a_state_across_windows(model) -> None:
     assert made[:, 21:].tolist() == expected.tolist()
 
 
+def test_a_prompt_with_the_padding_token_is_a_prompt_like_any(plain) -> None:
+    decoder, ids = WindowedDecoder(plain, 32), tokens(10)
+    ids[:, 4] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    made = decoder.generate(ids, **options)
+    assert torch.equal(made, decoder.generate(ids, attention_mask=torch.ones_like(ids), **options))
+    with pytest.raises(ShapeError, match="without padding"):
+        decoder.generate(ids, attention_mask=(ids != 0).long(), **options)
+
+
 def test_levels_learn_from_a_windowed_stream_with_memories(model) -> None:
     decoder, ids = WindowedDecoder(model, 32), tokens(80, 1)
     name = "model.model.layers.4.mlp.down_proj.weight"
