@@ -120,8 +120,6 @@ class Branches:
         config: Any = model.config
         source = fingerprint(model)
         settings = {"heads": config.num_attention_heads, **self.memory}
-        like = next(model.parameters())
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         found = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -130,6 +128,9 @@ class Branches:
                     branch = MemoryBranch(config.hidden_size, **settings)
                 except TypeError as error:
                     raise ConfigError(f"memory is {self.memory}; {error}") from error
+                # Layers of one model can be on several devices.
+                like = next(model.get_submodule(places[index]).parameters())
+                dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
                 found[index] = branch.to(like.device, dtype)
         for index, branch in found.items():
             model.set_submodule(

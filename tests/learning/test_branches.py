@@ -158,3 +158,15 @@ def test_padding_and_packed_texts_are_refused_where_one_memory_would_read_them(a
     own = model(ids).logits
     assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, own)
     assert torch.equal(model(ids, position_ids=torch.arange(12)[None], use_cache=False).logits, own)
+
+
+def test_a_branch_is_where_the_attention_beside_it_is(monkeypatch) -> None:
+    model = stories()
+    model.model.layers[3].to("meta")
+    # Weights of that device have no values to make a digest of.
+    monkeypatch.setattr("nestor.learning.branches.fingerprint", lambda model: {})
+    found = {
+        index: {p.device.type for p in module.parameters()}
+        for index, module in SMALL.attach(model).modules.items()
+    }
+    assert found == {1: {"cpu"}, 3: {"meta"}}
