@@ -97,6 +97,12 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         return {x.index: x for x in self.model.modules() if isinstance(x, BesideAttention)}
 
     @property
+    def attention_reach(self) -> tuple[int, int]:
+        """Tokens that one layer sees, and all of them together (`Subject.reach`), beside the sinks."""
+        layers = self.config.get_text_config().num_hidden_layers if self.stride < self.window else 1
+        return self.window, layers * (self.window - 1) + 1
+
+    @property
     def state_settings(self) -> dict[str, Any]:
         """What gives a State its meaning beside the model (`nestor.models.state.fingerprint`)."""
         return {name: getattr(self, name) for name in ("window", "stride", "sinks", "forget")}

@@ -19,6 +19,7 @@ from transformers import (
 from nestor.cli.loading import load_model
 from nestor.errors import ConfigError, ShapeError, StateMismatchError
 from nestor.evaluation import Subject
+from nestor.evaluation.subjects import Reach
 from nestor.learning import Branches, Learner, Level, WindowedDecoder
 from nestor.models.state import State
 
@@ -323,6 +324,18 @@ def test_keys_that_a_rotation_does_not_turn_are_refused_when_they_slide(dtype) -
         LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={**yarn, "attention_factor": 1.0})),
     ):
         assert WindowedDecoder(model.to(dtype), 32, 8)(ids).logits.isfinite().all()
+
+
+def test_its_reach_is_what_a_token_depends_on(plain) -> None:
+    ids = tokens(60, 1)
+    for stride, reach in ((None, Reach(6, 6)), (1, Reach(6, 5 * 5 + 1))):
+        decoder = WindowedDecoder(plain, 6, stride, sinks=0)
+        assert Subject("windowed", decoder, None).reach == reach
+        last = decoder(ids).logits[0, -1]
+        for back, changes in ((reach.tokens - 1, True), (reach.tokens, False)):
+            other = ids.clone()
+            other[0, -1 - back] += 1
+            assert bool((decoder(other).logits[0, -1] != last).any()) == changes
 
 
 def test_what_cannot_be_read_is_refused(plain, model) -> None:
