@@ -80,6 +80,8 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
                 raise ConfigError(f"forget goes with windows read one by one, not with a stride of {stride}")
             if not 0 <= sinks <= window - self.stride:
                 raise ConfigError(f"sinks are {sinks}; {window - self.stride} tokens stay at most")
+        # By device and dtype, which a model can change.
+        self._known_shapes: dict[tuple[torch.device, torch.dtype], Any] = {}
         self.generation_config = model.generation_config
         self.eval()
 
@@ -109,7 +111,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
 
     def initial_state(self, batch_size: int) -> State:
         """The State of rows that have read nothing, with every tensor in place."""
-        shapes, hidden = self._shapes
+        shapes, hidden = self._shapes(self.device, self.dtype)
         layers: dict[int, LayerState] = {
             index: {
                 name: torch.zeros(batch_size, 0, *shape, dtype=dtype, device=self.device)
@@ -137,7 +139,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             input_ids: int64 `[B, T]`. attention_mask: without zeros; padding cannot be read.
             logits_to_keep: last positions to compute logits for; 0: all.
             shift_labels: int64 `[B, T]`, the target of each position, -100 for none; given, the mean loss is
-                returned and no logits.
+                returned and no logits; 0 where no position has one.
 
         Raises:
             ShapeError: padding, no token, or rows at different places of their windows.
@@ -156,7 +158,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         clocks: list[int] = state.clock.tolist()
         if any(clocks) and not state.layers:
             raise StateMismatchError(f"the State has read {clocks} tokens and holds nothing of them")
-        count = None if shift_labels is None else (shift_labels != -100).sum()
+        count = None if shift_labels is None else (shift_labels != -100).sum().clamp(min=1)
         keep = logits_to_keep or length
         found, losses, read = [], [], 0
         while read < length:
@@ -200,9 +202,8 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         for clock in clocks:
             since = (clock - window) % stride
             begun = _Place(clock, window - clock, False)
-            places.add(
-                begun if clock < window else _Place(window - stride + since, stride - since, not since)
-            )
+            cut = not since and stride < window
+            places.add(begun if clock < window else _Place(window - stride + since, stride - since, cut))
         if len(places) > 1:
             raise ShapeError(
                 f"rows have read {clocks} tokens, and so are at different places of their windows of "
@@ -282,9 +283,12 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
         hidden = self.model.base_model(ids, **options).last_hidden_state
         return hidden_loss(hidden, self.get_output_embeddings(), targets, count)
 
-    @cached_property
-    def _shapes(self) -> tuple[dict[int, list[tuple[str, tuple[int, int], torch.dtype]]], Tensor]:
+    def _shapes(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> tuple[dict[int, list[tuple[str, tuple[int, int], torch.dtype]]], Tensor]:
         """By layer, of keys and values, name, heads, width and dtype; and a hidden state, for its dtype."""
+        if (device, dtype) in self._known_shapes:
+            return self._known_shapes[device, dtype]
         cache, ids = WindowCache(), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with torch.inference_mode(False), torch.no_grad():
             hidden = self.model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
@@ -292,6 +296,7 @@ class WindowedDecoder(StatefulGeneration, PreTrainedModel, GenerationMixin):
             index: [(name, (x.shape[2], x.shape[3]), x.dtype) for name, x in layer.items() if is_cache(name)]
             for index, layer in _closed(cache).items()
         }
+        self._known_shapes[device, dtype] = shapes, hidden
         return shapes, hidden
 
     def _check_turns(self) -> None:

@@ -206,6 +206,40 @@ def test_the_loss_is_that_of_the_logits(model) -> None:
     same(decoder(ids[:, :-1], shift_labels=targets).loss, expected)
 
 
+def test_without_a_target_the_loss_is_nothing(model) -> None:
+    decoder, ids = WindowedDecoder(model, 32), tokens(40)
+    assert decoder(ids, shift_labels=torch.full_like(ids, -100)).loss.item() == 0
+
+
+def test_rows_that_begin_a_window_go_with_rows_that_begin_a_text(model) -> None:
+    decoder, ids = WindowedDecoder(model, 32), tokens(72)
+    parts = [decoder.initial_state(1), decoder(ids[1:, :32]).past_key_values]
+    found = decoder(ids[:, 32:], past_key_values=State.stack(parts)).logits
+    for row, part in enumerate(parts):
+        same(found[row : row + 1], decoder(ids[row : row + 1, 32:], past_key_values=part).logits)
+
+
+def test_a_first_state_is_of_the_dtype_that_the_model_has_now(plain) -> None:
+    decoder = WindowedDecoder(plain, 32)
+    for dtype in (torch.float64, torch.float32):
+        decoder.to(dtype)
+        assert decoder.initial_state(1).layers[0]["keys.cache"].dtype == dtype
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_sliding_window_of_half_precision_is_what_is_left_of_the_text() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64,
+        max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().bfloat16().cuda().requires_grad_(False)
+    ids = tokens(400).cuda()
+    found = WindowedDecoder(model, 200, 8, sinks=2)(ids).logits[:, -8:]
+    expected = model(torch.cat((ids[:, :2], ids[:, -198:]), 1)).logits[:, -8:]
+    same(found, expected, 0.05 * float(expected.abs().max()))
+
+
 def test_generation_goes_on_from_a_state_across_windows(model) -> None:
     decoder, ids = WindowedDecoder(model, 32), tokens(50, 1)
     state = decoder(ids[:, :29]).past_key_values
