@@ -46,7 +46,7 @@ def run_harness(
         include_path: folder with task files (.yaml) of your own.
         max_length: tokens of a request at most; default the model's limit, or 2,048 for one without.
         items: also what each item of a task scored, as `items`, in the order of the data, so that two models
-            can be compared item by item.
+            can be compared item by item (`by_item`).
 
     Raises:
         ConfigError: the harness is not installed, or a task is unknown.
@@ -86,15 +86,24 @@ def run_harness(
     }
     kept |= {"model": subject.describe(), "limit": limit, "seed": seed}
     if items:
-        kept["items"] = {
-            task: [
-                {metric: sample[metric] for metric in sample["metrics"]}
-                for sample in sorted(samples, key=lambda sample: sample["doc_id"])
-            ]
-            for task, samples in found["samples"].items()
-        }
+        kept["items"] = {task: by_item(samples) for task, samples in found["samples"].items()}
     # The harness puts functions and arrays into its results; what JSON does not know is written as text.
     return json.loads(json.dumps(kept, default=str))
+
+
+def by_item(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each item of a task scored, by metric, in the order of the data.
+
+    The harness gives a sample for each filter of an answer. Where a task has several, a score is named
+    `metric,filter`, as in the harness's results.
+    """
+    several = len({sample["filter"] for sample in samples}) > 1
+    items: dict[int, dict[str, Any]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        item = items.setdefault(sample["doc_id"], {})
+        for metric in sample["metrics"]:
+            item[f"{metric},{sample['filter']}" if several else metric] = sample[metric]
+    return list(items.values())
 
 
 def hugging_face_tokenizer(tokenizer: Any) -> Any:

@@ -81,7 +81,9 @@ class Subject:
 
     @property
     def reach(self) -> Reach:
-        return attention_reach(self.model.config)
+        """The model's own `attention_reach`, or that of its configuration."""
+        own = getattr(self.model, "attention_reach", None)
+        return attention_reach(self.model.config) if own is None else Reach(*own)
 
     def describe(self) -> dict[str, Any]:
         """Name, size, configuration, tokenizer, reach: all JSON."""

@@ -47,7 +47,8 @@ class BesideAttention(nn.Module):
         """As the attention. The memory's state is that of a `WindowCache`; without one it begins anew.
 
         Raises:
-            ConfigError: another cache that has read something, of which the memory knows nothing.
+            ConfigError: another cache that has read something, of which the memory knows nothing; or without
+                a `WindowCache`, padding or several texts in a row, which would go into one memory.
         """
         cache = options.get("past_key_values", options.get("layer_past"))
         ours = cache if isinstance(cache, WindowCache) else None
@@ -56,12 +57,34 @@ class BesideAttention(nn.Module):
                 "a model with memory branches reads on through nestor.learning.WindowedDecoder, which keeps "
                 "their state; by itself it reads one text from its beginning in one call"
             )
+        if ours is None:
+            _check_one_text(options.get("position_ids"), options.get("attention_mask"))
         attended, *rest = self.attention(hidden_states, *args, **options)
         before = None if ours is None else ours.memories.get(self.index)
         remembered, after = self.branch(hidden_states, before)
         if ours is not None:
             ours.memories[self.index] = after
         return attended + remembered, *rest
+
+
+def _check_one_text(positions: Tensor | None, mask: Any) -> None:
+    """Raises ConfigError: rows that are more, or less, than one text from end to end."""
+    packed = positions is not None and bool((positions.diff(dim=-1) != 1).any())
+    if packed or _hides(mask):
+        raise ConfigError(
+            "a model with memory branches reads one text in each row, without padding; give texts of one "
+            "length, and packed ones row by row"
+        )
+
+
+def _hides(mask: Any) -> bool:
+    """Whether some token does not see itself, or not the one before it: padding, or another text's end."""
+    if not isinstance(mask, Tensor):
+        return False
+    if mask.dim() < 4:
+        return not bool(mask.all())
+    near = torch.cat([mask.diagonal(offset, -2, -1).flatten() for offset in (0, -1)])
+    return not bool((near if near.dtype == torch.bool else near == 0).all())
 
 
 @dataclass(frozen=True)
@@ -97,8 +120,6 @@ class Branches:
         config: Any = model.config
         source = fingerprint(model)
         settings = {"heads": config.num_attention_heads, **self.memory}
-        like = next(model.parameters())
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         found = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -107,6 +128,9 @@ class Branches:
                     branch = MemoryBranch(config.hidden_size, **settings)
                 except TypeError as error:
                     raise ConfigError(f"memory is {self.memory}; {error}") from error
+                # Layers of one model can be on several devices.
+                like = next(model.get_submodule(places[index]).parameters())
+                dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
                 found[index] = branch.to(like.device, dtype)
         for index, branch in found.items():
             model.set_submodule(

@@ -19,7 +19,7 @@ class StatefulGeneration(GenerationMixin):
     A State that is handed in as `past_key_values` already holds the text before `input_ids`, which are new
     tokens only; it is not changed, and the State after generation comes back with
     `return_dict_in_generate=True`. As with every Hugging Face cache, the last token generated has not been
-    read yet. Prompts may be padded on either side.
+    read yet. Prompts may be padded on either side, where the model reads padding.
     """
 
     _is_stateful = True

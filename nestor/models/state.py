@@ -226,9 +226,13 @@ def is_cache(name: str) -> bool:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a State has to match: the architecture, and a digest of all weights, names and dtypes included."""
+    """What a State has to match: the architecture, and a digest of all weights, names and dtypes included.
+
+    A model with settings outside its configuration that a State depends on has them as `state_settings`.
+    """
     config = getattr(model, "config", None)
     architecture = {name: getattr(config, name, None) for name in ARCHITECTURE}
+    architecture |= getattr(model, "state_settings", {})
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())

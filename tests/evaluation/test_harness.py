@@ -34,6 +34,17 @@ def test_the_byte_tokenizer_has_a_twin_with_the_same_ids(words):
     assert harness.hugging_face_tokenizer(twin) is twin
 
 
+def test_filters_of_one_answer_are_scores_of_one_item():
+    def sample(item, name, score):
+        return {"doc_id": item, "filter": name, "metrics": ["exact_match"], "exact_match": score}
+
+    strict, lenient = [sample(i, "strict", i % 2) for i in (2, 0, 1)], [sample(i, "any", 1) for i in range(3)]
+    assert harness.by_item(strict) == [{"exact_match": score} for score in (0, 1, 0)]
+    assert harness.by_item(strict + lenient) == [
+        {"exact_match,strict": score, "exact_match,any": 1} for score in (0, 1, 0)
+    ]
+
+
 @needs_harness
 def test_a_local_task_is_scored_by_the_likelihood_of_its_choices(models, words, tmp_path):
     items = [

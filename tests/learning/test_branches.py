@@ -137,3 +137,36 @@ def test_another_cache_is_refused_where_the_memory_would_be_lost() -> None:
     model(ids, past_key_values=cache)
     with pytest.raises(ConfigError, match="reads on through nestor.learning.WindowedDecoder"):
         model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_and_packed_texts_are_refused_where_one_memory_would_read_them(attention) -> None:
+    model, ids = stories(), tokens(12)
+    model.set_attn_implementation(attention)
+    SMALL.attach(model)
+    for pad in (slice(0, 3), slice(9, 12)):
+        mask = torch.ones_like(ids)
+        mask[1, pad] = 0
+        with pytest.raises(ConfigError, match="one text in each row, without padding"):
+            model(ids, attention_mask=mask)
+    restarts = torch.cat((torch.arange(5), torch.arange(7)))[None].expand(2, -1)
+    with pytest.raises(ConfigError, match="packed ones row by row"):
+        model(ids, position_ids=restarts, use_cache=False)
+    same = torch.block_diag(torch.ones(5, 5), torch.ones(7, 7)).tril().bool()[None, None]
+    with pytest.raises(ConfigError, match="packed ones row by row"):
+        model(ids, attention_mask=same if attention == "sdpa" else torch.where(same, 0.0, -1e9))
+    own = model(ids).logits
+    assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, own)
+    assert torch.equal(model(ids, position_ids=torch.arange(12)[None], use_cache=False).logits, own)
+
+
+def test_a_branch_is_where_the_attention_beside_it_is(monkeypatch) -> None:
+    model = stories()
+    model.model.layers[3].to("meta")
+    # Weights of that device have no values to make a digest of.
+    monkeypatch.setattr("nestor.learning.branches.fingerprint", lambda model: {})
+    found = {
+        index: {p.device.type for p in module.parameters()}
+        for index, module in SMALL.attach(model).modules.items()
+    }
+    assert found == {1: {"cpu"}, 3: {"meta"}}

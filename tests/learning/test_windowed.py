@@ -5,11 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from nestor.cli.loading import load_model
 from nestor.errors import ConfigError, ShapeError, StateMismatchError
 from nestor.evaluation import Subject
+from nestor.evaluation.subjects import Reach
 from nestor.learning import Branches, Learner, Level, WindowedDecoder
 from nestor.models.state import State
 
@@ -85,6 +95,22 @@ def test_first_tokens_stay_in_a_sliding_window_and_positions_close_up(family) ->
         same(found[:, end - 8 : end], model(left).logits[:, -8:], 1e-5)
 
 
+@pytest.mark.parametrize("cuts", [700, [100, 1, 1, 500, 98]])
+def test_many_cuts_of_half_precision_lose_no_more_than_one(cuts) -> None:
+    """What a key loses when it is turned must not add up."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64,
+        max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config).eval().bfloat16().requires_grad_(False), tokens(700)
+    decoder = WindowedDecoder(model, 200, 1, sinks=2)
+    found, _ = read(decoder, ids, cuts)
+    left = torch.cat((ids[:, :2], ids[:, -198:]), 1)
+    expected = model(left).logits[:, -1]
+    same(found[:, -1], expected, 0.05 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("stride", [None, 8])
 def test_where_a_stream_is_cut_does_not_matter(model, stride) -> None:
     decoder, ids = WindowedDecoder(model, 32, stride), tokens(110)
@@ -106,6 +132,12 @@ def test_rows_do_not_touch_each_other(model, stride) -> None:
     other[0, 3] = 7
     changed, _ = read(decoder, other, [40, 30])
     assert torch.equal(changed[1:], together[1:]) and not torch.allclose(changed[0, 40:], together[0, 40:])
+    if stride:
+        # Rows that have not slid yet go with rows that have.
+        parts = [decoder(ids[row : row + 1, :length]).past_key_values for row, length in ((0, 25), (1, 41))]
+        mixed = decoder(ids[:2, 41:], past_key_values=State.stack(parts)).logits
+        for row, part in enumerate(parts):
+            same(mixed[row : row + 1], decoder(ids[row : row + 1, 41:], past_key_values=part).logits)
     # Rows of several States make one.
     parts = [decoder(ids[row : row + 1, :40]).past_key_values for row in range(3)]
     same(decoder(ids[:, 40:], past_key_values=State.stack(parts)).logits, together[:, 40:])
@@ -174,6 +206,40 @@ def test_the_loss_is_that_of_the_logits(model) -> None:
     same(decoder(ids[:, :-1], shift_labels=targets).loss, expected)
 
 
+def test_without_a_target_the_loss_is_nothing(model) -> None:
+    decoder, ids = WindowedDecoder(model, 32), tokens(40)
+    assert decoder(ids, shift_labels=torch.full_like(ids, -100)).loss.item() == 0
+
+
+def test_rows_that_begin_a_window_go_with_rows_that_begin_a_text(model) -> None:
+    decoder, ids = WindowedDecoder(model, 32), tokens(72)
+    parts = [decoder.initial_state(1), decoder(ids[1:, :32]).past_key_values]
+    found = decoder(ids[:, 32:], past_key_values=State.stack(parts)).logits
+    for row, part in enumerate(parts):
+        same(found[row : row + 1], decoder(ids[row : row + 1, 32:], past_key_values=part).logits)
+
+
+def test_a_first_state_is_of_the_dtype_that_the_model_has_now(plain) -> None:
+    decoder = WindowedDecoder(plain, 32)
+    for dtype in (torch.float64, torch.float32):
+        decoder.to(dtype)
+        assert decoder.initial_state(1).layers[0]["keys.cache"].dtype == dtype
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_sliding_window_of_half_precision_is_what_is_left_of_the_text() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64,
+        max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().bfloat16().cuda().requires_grad_(False)
+    ids = tokens(400).cuda()
+    found = WindowedDecoder(model, 200, 8, sinks=2)(ids).logits[:, -8:]
+    expected = model(torch.cat((ids[:, :2], ids[:, -198:]), 1)).logits[:, -8:]
+    same(found, expected, 0.05 * float(expected.abs().max()))
+
+
 def test_generation_goes_on_from_a_state_across_windows(model) -> None:
     decoder, ids = WindowedDecoder(model, 32), tokens(50, 1)
     state = decoder(ids[:, :29]).past_key_values
@@ -181,6 +247,16 @@ def test_generation_goes_on_from_a_state_across_windows(model) -> None:
     whole = torch.cat((ids[:, :29], made), 1)
     expected = decoder(whole).logits[:, 49:-1].argmax(-1)
     assert made[:, 21:].tolist() == expected.tolist()
+
+
+def test_a_prompt_with_the_padding_token_is_a_prompt_like_any(plain) -> None:
+    decoder, ids = WindowedDecoder(plain, 32), tokens(10)
+    ids[:, 4] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    made = decoder.generate(ids, **options)
+    assert torch.equal(made, decoder.generate(ids, attention_mask=torch.ones_like(ids), **options))
+    with pytest.raises(ShapeError, match="without padding"):
+        decoder.generate(ids, attention_mask=(ids != 0).long(), **options)
 
 
 def test_levels_learn_from_a_windowed_stream_with_memories(model) -> None:
@@ -202,6 +278,98 @@ def test_levels_learn_from_a_windowed_stream_with_memories(model) -> None:
 def test_the_suites_read_it_beyond_the_context(plain) -> None:
     assert Subject("own", plain, None).limit == 512
     assert Subject("windowed", WindowedDecoder(plain, 64), None).limit is None
+
+
+def test_a_model_that_keeps_nothing_of_what_it_reads_is_refused() -> None:
+    """Hugging Face's gradient checkpointing takes the cache away from every layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    model, ids = LlamaForCausalLM(config), tokens(40) % 31
+    Branches(layers=(1,), memory={"chunk_size": 8}).attach(model)
+    decoder = WindowedDecoder(model, 16)
+    model.gradient_checkpointing_enable()
+    decoder.train()
+    for targets in (None, ids):
+        with pytest.raises(ConfigError, match="kept keys of 0 layers of 2, and 0 memories of 1"):
+            decoder(ids, shift_labels=targets)
+    decoder.eval()
+    assert int(decoder(ids).past_key_values.clock[0]) == 40
+    nothing = State.empty(2)
+    nothing.clock += 32
+    with pytest.raises(StateMismatchError, match="holds nothing of them"):
+        decoder(ids, past_key_values=nothing)
+
+
+def test_a_state_of_another_window_is_refused(plain, tmp_path) -> None:
+    ids = tokens(70)
+    for first, read_before, second in (
+        ((64,), 40, (32,)),
+        ((64,), 64, (32,)),
+        ((32,), 64, (64,)),
+        ((32, 16), 40, (32, 8)),
+        ((32, 8), 40, (32,)),
+    ):
+        state = WindowedDecoder(plain, *first)(ids[:, :read_before]).past_key_values
+        with pytest.raises(StateMismatchError, match="keys where .* wanted; it is of another window"):
+            WindowedDecoder(plain, *second)(ids[:, read_before:], past_key_values=state)
+    # Both have 32 keys, and as many are wanted: the file knows.
+    decoder, path = WindowedDecoder(plain, 32, 16), tmp_path / "state.safetensors"
+    state = decoder(ids[:, :48]).past_key_values
+    state.save(path, decoder)
+    again = State.load(path, decoder)
+    same(
+        decoder(ids[:, 48:], past_key_values=again).logits, decoder(ids[:, 48:], past_key_values=state).logits
+    )
+    with pytest.raises(StateMismatchError, match="stride is 16 in the file and 8 in the model"):
+        State.load(path, WindowedDecoder(plain, 32, 8))
+    # Shorter rows of a stack have zeros in front, which are no keys.
+    decoder = WindowedDecoder(plain, 32)
+    parts = [decoder(ids[:1, :length]).past_key_values for length in (5, 20)]
+    alone = State.stack(parts).select([0])
+    assert alone.layers[0]["keys.cache"].shape[1] == 20
+    found = decoder(ids[:1, 5:], past_key_values=alone).logits
+    same(found, decoder(ids[:1, 5:], past_key_values=parts[0]).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_a_rotation_does_not_turn_are_refused_when_they_slide(dtype) -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "intermediate_size": 24, "head_dim": 16, "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    yarn = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    scaled = {**yarn, "attention_factor": 1.01}
+    ids = tokens(40) % 31
+    for model in (
+        SmolLM3ForCausalLM(SmolLM3Config(**sizes, no_rope_layers=[1, 0])),
+        Gemma3ForCausalLM(Gemma3TextConfig(**sizes)),
+        LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=scaled)),
+    ):
+        with pytest.raises(ConfigError, match="cannot be turned to other positions"):
+            WindowedDecoder(model.to(dtype), 32, 8)(ids)
+    for model in (
+        SmolLM3ForCausalLM(SmolLM3Config(**sizes, no_rope_layers=[1, 1])),
+        LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={**yarn, "attention_factor": 1.0})),
+    ):
+        assert WindowedDecoder(model.to(dtype), 32, 8)(ids).logits.isfinite().all()
+
+
+def test_its_reach_is_what_a_token_depends_on(plain) -> None:
+    ids = tokens(60, 1)
+    for stride, reach in ((None, Reach(6, 6)), (1, Reach(6, 5 * 5 + 1))):
+        decoder = WindowedDecoder(plain, 6, stride, sinks=0)
+        assert Subject("windowed", decoder, None).reach == reach
+        last = decoder(ids).logits[0, -1]
+        for back, changes in ((reach.tokens - 1, True), (reach.tokens, False)):
+            other = ids.clone()
+            other[0, -1 - back] += 1
+            assert bool((decoder(other).logits[0, -1] != last).any()) == changes
 
 
 def test_what_cannot_be_read_is_refused(plain, model) -> None:
