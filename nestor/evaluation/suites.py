@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -270,14 +271,7 @@ def _facts(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[st
                 resample_seed=settings.seeds[0],
                 progress=progress,
             )
-    # Facts are placed by tokens: with different tokenizers the texts differ, and nothing is paired.
-    paired = same_tokenizer(subjects)
-    differences = (
-        recall.compare_recall(list(found), list(found.values()), resample_seed=settings.seeds[0])
-        if paired
-        else []
-    )
-    return {"models": found, "differences": differences, "paired": paired}
+    return _paired(subjects, found, partial(recall.compare_recall, resample_seed=settings.seeds[0]))
 
 
 def _needle(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[str, Any]:
@@ -298,9 +292,7 @@ def _needle(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[s
             found[subject.name] = needle.measure_needle(
                 subject, probes, batch_size=settings.batch_size, piece=settings.piece, progress=progress
             )
-    paired = same_tokenizer(subjects)
-    differences = needle.compare_needle(list(found), list(found.values())) if paired else []
-    return {"needle": {"models": found, "differences": differences, "paired": paired}}
+    return {"needle": _paired(subjects, found, needle.compare_needle)}
 
 
 def _remembrance(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> dict[str, Any]:
@@ -325,14 +317,18 @@ def _remembrance(subjects: Sequence[Subject], settings: Settings, bar: Bar) -> d
                 resample_seed=settings.seeds[0],
                 progress=progress,
             )
-    # By tokens of different kinds the same text has different lengths.
+    compare = partial(remembrance.compare_remembrance, resample_seed=settings.seeds[0])
+    return {"remembrance": _paired(subjects, found, compare)}
+
+
+def _paired(
+    subjects: Sequence[Subject], found: dict[str, Any], compare: Callable[[list[str], list[Any]], Any]
+) -> dict[str, Any]:
+    """Results by model with their differences. Texts are drawn and cut by tokens: of different tokenizers
+    they differ, and nothing is paired."""
     paired = same_tokenizer(subjects)
-    differences = (
-        remembrance.compare_remembrance(list(found), list(found.values()), resample_seed=settings.seeds[0])
-        if paired
-        else []
-    )
-    return {"remembrance": {"models": found, "differences": differences, "paired": paired}}
+    differences = compare(list(found), list(found.values())) if paired else []
+    return {"models": found, "differences": differences, "paired": paired}
 
 
 def _retention(

@@ -24,7 +24,7 @@ from ablations_table import plots, table
 from novel_runs import NovelOptions, summarised
 from novels import Valid, valid
 from runs import with_settings
-from study import about, over_seeds
+from study import about, over_seeds, write_table
 from variants import (
     CHUNKED,
     COMPARISONS,
@@ -38,7 +38,6 @@ from variants import (
 )  # fmt: skip
 
 from nestor.errors import ConfigError, NestorError, NonFiniteError
-from nestor.files import write_json, write_text
 from nestor.jobs import Workers, run_jobs
 
 
@@ -97,11 +96,7 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     path = args.results / f"{args.title}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if args.table_only else measured(args, say)
-    write_json(path, results)
-    write_text(path.with_suffix(".md"), table(results))
-    for name, plot in plots(results).items():
-        plot.write(args.results / f"{args.title}-{name}.png")
-    say(table(results))
+    write_table(path, results, table, plots, say)
     return results
 
 

@@ -26,12 +26,11 @@ from language_table import plots, table
 from models import MODELS, check_models, obstacle, slowest_first
 from novel_runs import NovelOptions, summarised
 from runs import WARM, Run, train
-from study import about, differences, run_rows
+from study import about, differences, run_rows, write_table
 from sweep import Row, place
 
 from nestor.errors import NestorError
 from nestor.evaluation.suites import device_name
-from nestor.files import write_json, write_text
 from nestor.jobs import Workers
 
 #: Steps that are timed.
@@ -68,11 +67,7 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     path = args.results / f"{args.title}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if args.table_only else measured(args, say)
-    write_json(path, results)
-    write_text(path.with_suffix(".md"), table(results))
-    for name, plot in plots(results).items():
-        plot.write(args.results / f"{args.title}-{name}.png")
-    say(table(results))
+    write_table(path, results, table, plots, say)
     return results
 
 

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 import tyro
 from length_table import plots, summarised, table
+from study import write_table
 
 from nestor.cli.loading import Opener
 from nestor.errors import ConfigError, DataError, NestorError, NonFiniteError
 from nestor.evaluation import Settings, evaluate
 from nestor.evaluation.figures import file_name
 from nestor.evaluation.suites import device_name, versions
-from nestor.files import write_json, write_text
+from nestor.files import write_json
 from nestor.jobs import Job, Workers, run_jobs
 from nestor.training import TrainConfig, train
 
@@ -319,11 +320,7 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     path = args.results / "length.json"
     results = json.loads(path.read_text(encoding="utf-8")) if args.table_only else collected(args, say)
-    write_json(path, results)
-    write_text(path.with_suffix(".md"), table(results))
-    for name, plot in plots(results).items():
-        plot.write(args.results / f"length-{name}.png")
-    say(table(results))
+    write_table(path, results, table, plots, say)
     return results
 
 

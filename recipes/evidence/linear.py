@@ -26,13 +26,13 @@ import operation_table
 import trained_table
 import tyro
 from arms import ARMS, check_arms
-from study import Options, about
+from study import Options, about, write_table
 from sweep import Sweep
 from trained import PARTS as TRAINED
 from trained import TrainedSettings, measured
 
 from nestor.errors import ConfigError, NestorError
-from nestor.files import write_json, write_text
+from nestor.files import write_text
 from nestor.jobs import Workers
 
 PARTS = ("operation", *TRAINED)
@@ -88,11 +88,7 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
         results[part] = found
         tables = tables_of(part)
         found["comparisons"] = tables.comparisons(found["rows"])
-        write_json(path, found)
-        write_text(path.with_suffix(".md"), tables.table(found))
-        for name, plot in tables.plots(found).items():
-            plot.write(args.results / f"linear-{part}-{name}.png")
-        say(tables.table(found))
+        write_table(path, found, tables.table, tables.plots, say)
     write_text(args.results / "linear.md", summary(args.results))
     return results
 

@@ -24,10 +24,11 @@ import tyro
 from longer_lived_measures import Reader, draw
 from longer_lived_settings import RESULTS, Args, Arm, kept
 from longer_lived_table import collect, write_report
-from longer_lived_training import texts, train
+from longer_lived_training import train
 from rich.progress import track
 
 from nestor.cli.loading import pick_device
+from nestor.data import open_corpus
 from nestor.errors import NestorError
 from nestor.evaluation.harness import require
 from nestor.files import write_json
@@ -119,7 +120,7 @@ def count_documents(args: Args) -> int:
 
 @lru_cache
 def _count(path: Path) -> int:
-    return sum(1 for _ in texts(path))
+    return sum(1 for _ in open_corpus(path))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from longer_lived_settings import Args, Arm, keep, kept
-from longer_lived_training import texts
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from nestor.cli.loading import load_model
+from nestor.data import open_corpus
 from nestor.data.tasks.needle import NEEDLE_KINDS, needle
 from nestor.data.tokenizers import encode_text
 from nestor.errors import ConfigError
@@ -78,7 +78,7 @@ class Texts:
 @lru_cache(maxsize=2)
 def long_document(path: Path, index: int, tokens: int, tokenizer: Any) -> tuple[list[int], NDArray]:
     """Ids of a document's beginning, one more than `tokens`, and the bytes of each."""
-    text = next(text for number, text in enumerate(texts(path)) if number == index)
+    text = next(text for number, text in enumerate(open_corpus(path)) if number == index)
     # More than enough characters: no tokenizer here makes tokens of more than 8 on average.
     ids, size = encode_with_bytes(tokenizer, text[: 8 * tokens])
     if len(ids) <= tokens:
@@ -96,7 +96,7 @@ def draw(args: Args, variant: str, length: int, *, device: str = "cpu") -> None:
     from nestor.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
-    haystack = Texts(list(texts(args.text("novels-valid"))), tokenizer)
+    haystack = Texts(list(open_corpus(args.text("novels-valid"))), tokenizer)
     probes = []
     for depth in args.depths:
         # The same for a variant and length, whatever the others are.

@@ -16,7 +16,7 @@ from rich.progress import Progress, track
 from torch import Tensor
 
 from nestor.cli.loading import load_model
-from nestor.data.corpora.reading import read_pieces
+from nestor.data import open_corpus
 from nestor.errors import ConfigError, DataError, NonFiniteError
 from nestor.evaluation.suites import device_name
 from nestor.files import read_tensors, write_json, write_tensors
@@ -28,22 +28,11 @@ CORPORA = ("novels-train-a", "novels-train-b")
 BOOKS = 32
 
 
-def texts(path: Any) -> Iterator[str]:
-    """Whole documents of a file."""
-    parts: list[str] = []
-    for starts, piece in read_pieces(path):
-        if starts and parts:
-            yield "".join(parts)
-            parts = []
-        parts.append(piece)
-    yield "".join(parts)
-
-
 def read_books(args: Args, tokenizer: Any) -> list[NDArray]:
     """Ids of each book, int32; kept in the folder once they are made."""
     path = args.out / "books.safetensors"
     if not path.is_file():
-        documents = [text for name in CORPORA for text in texts(args.text(name))]
+        documents = [text for name in CORPORA for text in open_corpus(args.text(name))]
         books = []
         # Encodings take a hundred bytes a token.
         for begin in track(range(0, len(documents), BOOKS), "tokens of books"):

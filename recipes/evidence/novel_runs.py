@@ -11,7 +11,7 @@ from typing import Any
 from models import check_size
 from novels import LONG, LongDocuments, existing, novels, valid
 from runs import Model, Run
-from study import TUNING_SEED, Maker, Measure, Options, by_validation, line, over_seeds
+from study import TUNING_SEED, Maker, Measure, Measures, Options, by_validation, line, over_seeds
 from sweep import Row, Sweep
 
 from nestor.errors import ConfigError
@@ -83,19 +83,6 @@ class NovelOptions(Options):
         return Sweep(
             self.folder(title), self.rates, maker, by_validation, line, self.device, say, maker.identity()
         )
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Several measures of `study.Maker` as one."""
-
-    each: tuple[Measure, ...]
-
-    def __call__(self, model: Any, device: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for measure in self.each:
-            found |= measure(model, device)
-        return found
 
 
 def summarised(

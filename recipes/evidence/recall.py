@@ -32,11 +32,21 @@ from needles import Found, Needles
 from novels import LONG, TRAIN, VALID, existing
 from recall_table import plots, table
 from runs import Run
-from study import TUNING_SEED, Maker, Options, about, by_validation, line, over_seeds, run_rows
+from study import (
+    TUNING_SEED,
+    Maker,
+    Measures,
+    Options,
+    about,
+    by_validation,
+    line,
+    over_seeds,
+    run_rows,
+    write_table,
+)
 from sweep import Row, Sweep
 
 from nestor.errors import ConfigError, NestorError, suggest
-from nestor.files import write_json, write_text
 from nestor.jobs import Workers
 
 TASKS = ("mqar", "needles")
@@ -160,11 +170,7 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
             continue
         found = json.loads(path.read_text(encoding="utf-8")) if args.table_only else measured(args, task, say)
         results[task] = found
-        write_json(path, found)
-        write_text(path.with_suffix(".md"), table(found))
-        for name, plot in plots(found).items():
-            plot.write(args.results / f"recall-{task}-{name}.png")
-        say(table(found))
+        write_table(path, found, table, plots, say)
     return results
 
 
@@ -224,10 +230,10 @@ def mqar_plan(args: Args) -> Plan:
         run, args.mqar_size, {"vocab_size": args.vocabulary, "tokenizer_name": None},
         args.mqar_steps, args.mqar_rates,
         Answers(near, args.vocabulary, args.documents // 4, associations.VALIDATION),
-        Recalled(
+        Measures((
             Answers(near, args.vocabulary, args.documents, associations.TEST),
             Answers(far, args.vocabulary, args.documents // 4, associations.TEST, key="longer"),
-        ),
+        )),
         ("mqar", "pairs", "vocabulary", "lengths", "long_pairs", "documents"),
     )  # fmt: skip
 
@@ -248,17 +254,6 @@ def needle_plan(args: Args) -> Plan:
         Found(hay, args.needle_lengths, args.needles, needles.TEST), ("needle",),
         {"text_weight": needles.TEXT_WEIGHT},
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Recalled:
-    """Two measures of `study.Maker` as one."""
-
-    near: Answers
-    far: Answers
-
-    def __call__(self, model: Any, device: str) -> dict[str, Any]:
-        return self.near(model, device) | self.far(model, device)
 
 
 def row(args: Args, plan: Plan, task: str, name: str) -> Row:

@@ -18,8 +18,10 @@ from novels import corpus
 from runs import Run, keep_weights, train
 
 from nestor.errors import ConfigError, JobError, NonFiniteError
+from nestor.evaluation.plots import Axes
 from nestor.evaluation.statistics import t_interval
 from nestor.evaluation.suites import versions
+from nestor.files import write_json, write_text
 from nestor.jobs import Workers
 from nestor.models.presets import count_parameters
 
@@ -77,6 +79,19 @@ class Options:
         Workers(self.workers, self.device).devices()
         if min(self.seeds) < 0 or TUNING_SEED in self.seeds:
             raise ConfigError(f"--seeds are {list(self.seeds)}; give none below 0, and not {TUNING_SEED}")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Several measures of a `Maker` as one."""
+
+    each: tuple[Measure, ...]
+
+    def __call__(self, model: Any, device: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for measure in self.each:
+            found |= measure(model, device)
+        return found
 
 
 @dataclass(frozen=True)
@@ -156,6 +171,21 @@ def run_rows(
         say(str(error))
         return left_out
     return {}
+
+
+def write_table(
+    path: Path,
+    results: Mapping[str, Any],
+    table: Callable[[Any], str],
+    plots: Callable[[Any], Mapping[str, Axes]],
+    say: Callable[[str], None],
+) -> None:
+    """Results as JSON, and beside it the table and the plots that are made from them."""
+    write_json(path, results)
+    write_text(path.with_suffix(".md"), table(results))
+    for name, plot in plots(results).items():
+        plot.write(path.with_name(f"{path.stem}-{name}.png"))
+    say(table(results))
 
 
 def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:

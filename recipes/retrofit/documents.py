@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -27,7 +26,7 @@ from rich.progress import Progress
 from torch.nn import functional as F
 
 from nestor.cli.loading import Dtype, load_model
-from nestor.data.corpora.reading import read_pieces
+from nestor.data import open_corpus
 from nestor.data.windows import windows
 from nestor.errors import ConfigError, NonFiniteError
 from nestor.evaluation.plots import Axes, Series, curves
@@ -86,17 +85,6 @@ class Measured:
     frozen_seconds: float
     updates: dict[str, int]
     change: dict[str, float]
-
-
-def texts(path: Path) -> Iterator[str]:
-    """Whole documents of a file."""
-    parts: list[str] = []
-    for starts, piece in read_pieces(path):
-        if starts and parts:
-            yield "".join(parts)
-            parts = []
-        parts.append(piece)
-    yield "".join(parts)
 
 
 def encode(tokenizer: Any, text: str, tokens: int) -> tuple[list[int], list[int]]:
@@ -165,7 +153,7 @@ def choose_rate(args: Args, model: Any, tokenizer: Any, progress: Progress) -> d
     """Mean bits a byte at each learning rate of the grid, infinite where it came to no number."""
     trials: dict[str, float] = {}
     documents = [encode(tokenizer, text, args.tune_tokens) for text, _ in zip(
-        texts(args.tune), range(args.tune_documents), strict=False
+        open_corpus(args.tune), range(args.tune_documents), strict=False
     )]  # fmt: skip
     total = sum(len(ids) - 1 for ids, _ in documents) * len(args.grid)
     task = progress.add_task("learning rates", total=total)
@@ -268,7 +256,7 @@ def main(args: Args) -> None:
                 "settings": settings, "trials": trials, "learning_rate": rate, "rows": [],
             }  # fmt: skip
         learner = Learner(model, retrofit(args, result["learning_rate"]).apply(model))
-        for index, text in enumerate(texts(args.documents)):
+        for index, text in enumerate(open_corpus(args.documents)):
             if index < len(result["rows"]):
                 continue
             if args.limit is not None and index >= args.limit:

@@ -18,19 +18,13 @@ from nestor.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 STORIES = ROOT / "checkpoints" / "stories260K"
-MODULES = tuple(f"longer_lived{suffix}" for suffix in ("", "_settings", "_training", "_measures", "_table"))
 SOME = ("as it is", "levels", "branch", "forgetful branch", "both", "sliding", "branch, sliding")
 WORDS = "The raven keeps the red key under the old clock. Ann took 4,821 boats to the island, café.\n"
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "recipes" / "evidence")
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("longer_lived")
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def recipe(evidence):
+    return evidence.longer_lived
 
 
 @pytest.fixture

@@ -1,31 +1,15 @@
 """The recipe for length generalisation: its starts are what they are called, its pieces are kept and its
 numbers are those of the suites."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nestor.errors import ConfigError, DataError, NonFiniteError
 from nestor.training import TrainConfig, train
-
-FOLDER = Path(__file__).parents[2] / "recipes" / "evidence"
-NAMES = ("length_table", "length")
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """The modules of the recipe, forgotten after these tests."""
-    sys.path.insert(0, str(FOLDER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    sys.path.remove(str(FOLDER))
-    for name in NAMES:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +29,8 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def args(recipe, models, tmp_path):
-    return recipe.length.Args(
+def args(evidence, models, tmp_path):
+    return evidence.length.Args(
         (f"lmm={models / 'titans-lmm/final'}", f"attention={models / 'transformer/final'}"), seeds=(0, 1),
         steps=2, multiple=4, passages=2, questions=1, out=tmp_path / "out", results=tmp_path / "results",
     )  # fmt: skip
@@ -56,8 +40,8 @@ def quiet(text):
     pass
 
 
-def test_all_pieces_are_made_once_and_come_to_a_table_and_plots(recipe, args, monkeypatch):
-    results = recipe.length.main(args, quiet)
+def test_all_pieces_are_made_once_and_come_to_a_table_and_plots(evidence, args, monkeypatch):
+    results = evidence.length.main(args, quiet)
     files = sorted(path.name for path in args.out.glob("*.json"))
     assert (
         len(files) == 2 + 5 * 2 and "lmm-state-passing-1.json" in files and "attention-before.json" in files
@@ -65,7 +49,7 @@ def test_all_pieces_are_made_once_and_come_to_a_table_and_plots(recipe, args, mo
     assert not list((args.out / "training").iterdir())
     rows = {(row["model"], row["start"]): row for row in results["rows"]}
     assert list(rows) == [
-        ("lmm", start) for start in ("before", *recipe.length.STARTS)
+        ("lmm", start) for start in ("before", *evidence.length.STARTS)
     ] + [("attention", "before")]  # fmt: skip
     for (_, start), row in rows.items():
         bits = row["numbers"]["last half"]
@@ -85,25 +69,25 @@ def test_all_pieces_are_made_once_and_come_to_a_table_and_plots(recipe, args, mo
 
     made = []
     monkeypatch.setattr(
-        recipe.length.Piece,
+        evidence.length.Piece,
         "measure",
         lambda piece, device: made.append(piece.name) or {"place": "here", "failed": "no"},
     )
     (args.out / "lmm-none-1.json").unlink()
-    again = recipe.length.main(args, quiet)
+    again = evidence.length.main(args, quiet)
     assert made == ["lmm-none-1"]
     none = next(row for row in again["rows"] if row["start"] == "none")
     assert none["numbers"]["within"]["estimate"] is None and none["failed"] == ["no"] and not none["curves"]
     assert "No numbers of lmm from none: no." in (args.results / "length.md").read_text()
     # From the JSON alone, without models.
     (args.results / "length.md").unlink()
-    recipe.length.main(replace(args, models=(), table_only=True), quiet)
+    evidence.length.main(replace(args, models=(), table_only=True), quiet)
     assert (args.results / "length.md").is_file() and made == ["lmm-none-1"]
 
 
-def test_pieces_of_other_settings_or_of_other_weights_are_refused(recipe, args, models, tmp_path):
+def test_pieces_of_other_settings_or_of_other_weights_are_refused(evidence, args, models, tmp_path):
     args = replace(args, starts=("random-noise",), seeds=(0,))
-    pieces = recipe.length.pieces_of(args, "lmm", models / "titans-lmm/final")
+    pieces = evidence.length.pieces_of(args, "lmm", models / "titans-lmm/final")
     assert [piece.name for piece in pieces] == ["lmm-before", "lmm-random-noise-0"]
     noised = pieces[1]
     args.out.mkdir()
@@ -127,12 +111,12 @@ def test_pieces_of_other_settings_or_of_other_weights_are_refused(recipe, args, 
         noised.kept()
 
 
-def test_post_training_is_the_training_of_the_model_from_another_start(recipe, args, models, tmp_path):
+def test_post_training_is_the_training_of_the_model_from_another_start(evidence, args, models, tmp_path):
     def config(start, **changes):
-        piece = recipe.length.Piece(replace(args, **changes), "lmm", models / "titans-lmm/final", start, 1)
+        piece = evidence.length.Piece(replace(args, **changes), "lmm", models / "titans-lmm/final", start, 1)
         return piece.config()
 
-    found = {start: config(start).run for start in recipe.length.STARTS}
+    found = {start: config(start).run for start in evidence.length.STARTS}
     assert [run.state_mode for run in found.values()] == [
         "reset",
         "pass",
@@ -148,7 +132,7 @@ def test_post_training_is_the_training_of_the_model_from_another_start(recipe, a
         ("shakespeare",),
     )
     assert plain.optimizer.lr == pytest.approx(1e-3) and plain.run.seed == 1001
-    for name in recipe.length.TRAIN:
+    for name in evidence.length.TRAIN:
         (tmp_path / name.removesuffix(".xz")).write_text('{"text": "A novel."}\n')
     other = config("none", data=tmp_path, context=64, batch_size=8, learning_rate=0.5)
     assert (other.data.sequence_length, other.data.batch_size, other.optimizer.lr) == (64, 8, 0.5)
@@ -158,7 +142,7 @@ def test_post_training_is_the_training_of_the_model_from_another_start(recipe, a
     ]
 
 
-def test_a_folder_that_does_not_say_how_it_was_trained_needs_to_be_told(recipe, args, models, tmp_path):
+def test_a_folder_that_does_not_say_how_it_was_trained_needs_to_be_told(evidence, args, models, tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -170,25 +154,25 @@ def test_a_folder_that_does_not_say_how_it_was_trained_needs_to_be_told(recipe, 
         ({"context": 32, "batch_size": 4, "learning_rate": 1e-3}, "--data"),
     ):
         with pytest.raises(ConfigError, match=f"does not say.*{missing}"):
-            recipe.length.Piece(replace(args, **changes), "lmm", folder, "none").config()
+            evidence.length.Piece(replace(args, **changes), "lmm", folder, "none").config()
 
 
-def test_a_run_that_comes_to_no_number_is_a_result(recipe, args, models, monkeypatch):
+def test_a_run_that_comes_to_no_number_is_a_result(evidence, args, models, monkeypatch):
     def fail(*_, **__):
         raise NonFiniteError("the loss is not finite at step 1")
 
-    monkeypatch.setattr(recipe.length, "train", fail)
-    piece = recipe.length.Piece(args, "lmm", models / "titans-lmm/final", "state-passing")
+    monkeypatch.setattr(evidence.length, "train", fail)
+    piece = evidence.length.Piece(args, "lmm", models / "titans-lmm/final", "state-passing")
     assert piece.measure("cpu")["failed"] == "the loss is not finite at step 1"
 
 
-def test_the_numbers_of_the_table_are_those_of_the_right_stretches(recipe):
+def test_the_numbers_of_the_table_are_those_of_the_right_stretches(evidence):
     result = {
         "context": 32, "edges": [0, 16, 32, 64, 128, 256, 512], "bits": [32, 16, 32, 64, 256, 1024],
         "bytes": [16, 16, 32, 64, 128, 256], "distances": [16, 32, 64, 128], "right": [1.0, 0.5, 0.25, 0.0],
         "length": 512, "dropped": [1, 32, 256, 500], "remembrance": [0.0, 0.1, 0.2, 0.9],
     }  # fmt: skip
-    assert recipe.length_table.numbers(result) == {
+    assert evidence.length_table.numbers(result) == {
         "within": 1.5, "to 4 times": 1.0, "last half": 4.0, "recall within": 0.75, "recall beyond": 0.125,
         "sixteenth": 0.1, "half": 0.2,
     }  # fmt: skip
@@ -206,7 +190,7 @@ def test_the_numbers_of_the_table_are_those_of_the_right_stretches(recipe):
         ({"data": Path("/nowhere")}, "has no novels-train-a.jsonl.xz"),
     ],
 )
-def test_refusals(recipe, args, changes, message):
+def test_refusals(evidence, args, changes, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        recipe.length.main(replace(args, **changes), quiet)
+        evidence.length.main(replace(args, **changes), quiet)
     assert not args.results.exists()
