@@ -67,6 +67,20 @@ def test_other_decoders_take_branches_too(make) -> None:
     assert not torch.allclose(other, decoder(ids[:, 16:]).logits, atol=1e-4)
 
 
+def test_what_a_branch_remembers_is_added_to_what_attention_gives() -> None:
+    model = stories()
+    attached = SMALL.attach(model)
+    open_up(attached)
+    beside, seen = model.model.layers[1].self_attn, {}
+    for name in ("attention", "branch"):
+        module = getattr(beside, name)
+        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out[0]}))
+    beside.register_forward_hook(lambda _, __, out: seen.update(sum=out[0]))
+    model(tokens(20))
+    assert seen["branch"].norm() > 0.01 * seen["attention"].norm()
+    assert torch.equal(seen["sum"], seen["attention"] + seen["branch"])
+
+
 def test_gradients_reach_the_branches_and_nothing_else() -> None:
     model, ids = stories(), tokens(41)
     attached = SMALL.attach(model)
