@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from runs import precision
+from gradients import precision
 
 from nestor.data import Batch
 from nestor.data.tasks import MqarTask, TaskDocument, TaskStream

@@ -120,7 +120,7 @@ def timed_row(name: str, run: Run) -> Row:
 def timed(run: Run, name: str, device: str) -> dict[str, Any]:
     """Speed and memory of training."""
     trained = train(run, device).summary()
-    return {key: trained[key] for key in ("tokens_per_second", "peak_memory", "seconds")} | {
+    return {key: trained[key] for key in ("tokens_per_second", "peak_memory", "captured", "seconds")} | {
         "place": place(device)
     }
 
@@ -141,6 +141,7 @@ def described(name: str, timing: dict[str, Any]) -> dict[str, Any]:
         "recomputed": entry.recomputed,
         "tokens_per_second": timing["tokens_per_second"],
         "peak_memory": timing["peak_memory"],
+        "captured": timing["captured"],
     }
 
 

@@ -38,7 +38,7 @@ def table(results: dict[str, Any]) -> str:
         f"Bits a byte of novels by authors that were not trained on, read {settings['context']:,} bytes at a "
         f"time from fresh States. Long: by position in {settings['long_documents']} long documents of "
         f"{settings['long']:,} bytes, each read as one stream. {about_training(settings)} Tokens/s and GiB "
-        f"are of training alone on the device{recomputed(rows)}.\n\n"
+        f"are of training alone on the device{as_graph(rows)}{recomputed(rows)}.\n\n"
         + "\n".join(lines)
         + f"\n\n{names}{missing}\n\nRun on: {'; '.join(results['places'])}; {results['date']}.\n"
     )
@@ -48,6 +48,14 @@ def recomputed(rows: list[dict[str, Any]]) -> str:
     """Who saves memory by time."""
     names = [row["model"] for row in rows if row["recomputed"]]
     return f"; backward computes the inside of chunks again for {', '.join(names)}" if names else ""
+
+
+def as_graph(rows: list[dict[str, Any]]) -> str:
+    """Who launches a step as a whole, and who one operation after another."""
+    eager = [row["model"] for row in rows if not row["captured"]]
+    if len(eager) == len(rows):
+        return ""
+    return ", loss and gradient replayed as a CUDA graph" + (f" (but {', '.join(eager)})" if eager else "")
 
 
 def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from gradients import precision
 from novels import corpus
-from runs import precision
 
 from nestor.data import Batch, ByteTokenizer
 from nestor.data.tasks import (

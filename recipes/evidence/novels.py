@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import precision
+from gradients import precision
 
 from nestor.data import Batch, ByteTokenizer, TokenStream, open_corpus, tokenize
 from nestor.data.tokenized import TokenizedCorpus

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradients import precision
 from numpy.typing import NDArray
-from runs import precision
 from torch.nn import functional as F
 
 from nestor.data import Batch

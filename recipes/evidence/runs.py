@@ -11,24 +11,27 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from gradients import Gradients
 from torch import Tensor
 
 from nestor import NestorForCausalLM, preset
-from nestor.data import IGNORED, Batch, ByteTokenizer
+from nestor.data import Batch, ByteTokenizer
 from nestor.training.config import OptimizerConfig, ScheduleConfig
 from nestor.training.distributed import clip_gradient
-from nestor.training.loop import seed_everything, to_device
+from nestor.training.loop import seed_everything
 from nestor.training.model import open_model
 from nestor.training.optimizer import build_optimizers, set_lr
 from nestor.training.schedule import lr_factor
 
-#: Steps before the clock starts: kernels are compiled and memory is reserved in them.
+#: The step from which on a GPU replays a graph of it, when kernels are compiled.
+CAPTURE = 3
+#: The step at which the clock starts.
 WARM = 5
 #: Steps from one look at the loss to the next, which on a GPU is a wait.
 LOOK = 25
@@ -104,6 +107,8 @@ class Trained:
     """After the first steps; None: there were no others. Of a GPU that others use too, its share."""
     peak_memory: int | None
     """Bytes on the GPU at most; None: on a CPU."""
+    captured: bool
+    """Whether steps were replayed from a CUDA graph."""
 
     @property
     def loss(self) -> float | None:
@@ -118,6 +123,7 @@ class Trained:
             "seconds": round(self.seconds, 1),
             "tokens_per_second": self.tokens_per_second,
             "peak_memory": self.peak_memory,
+            "captured": self.captured,
         }
 
 
@@ -136,56 +142,37 @@ def train(run: Run, device: str | torch.device = "cpu", model: Any = None) -> Tr
         torch.cuda.reset_peak_memory_stats(device)
     optimizers = build_optimizers(model, replace(run.optimizer, lr=run.learning_rate))
     batches = run.reading.batches(run.seed, run.batch_size, run.context)
+    gradients = Gradients(model, device)
     curve: list[tuple[int, float]] = []
     pending: list[Tensor] = []
     started, finite = None, True
-    for step in range(run.steps):
-        if step == WARM:
-            started = now(device)
-        set_lr(optimizers, lr_factor(step, run.steps, run.schedule))
-        with precision(device):
-            loss = batch_loss(model, next(batches), device)
-        loss.backward()
-        norm = clip_gradient(model, run.optimizer.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        pending.append(torch.stack([loss.detach(), norm.detach()]))
-        if (step + 1) % LOOK == 0 or step + 1 == run.steps:
-            values = torch.stack(pending)
-            pending = []
-            finite = bool(torch.isfinite(values).all())
-            curve.append((step + 1, float(values[:, 0].mean())))
-            if not finite:
-                break
+    with own_queue(device):
+        for step in range(run.steps):
+            if step == WARM:
+                started = now(device)
+            set_lr(optimizers, lr_factor(step, run.steps, run.schedule))
+            batch = next(batches)
+            if step == CAPTURE:
+                gradients.capture(batch)
+            loss = gradients(batch)
+            norm = clip_gradient(model, run.optimizer.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            pending.append(torch.stack([loss.detach(), norm.detach()]))
+            if (step + 1) % LOOK == 0 or step + 1 == run.steps:
+                values = torch.stack(pending)
+                pending = []
+                finite = bool(torch.isfinite(values).all())
+                curve.append((step + 1, float(values[:, 0].mean())))
+                if not finite:
+                    break
     end = now(device)
     speed = None
     if started is not None:
         speed = (curve[-1][0] - WARM) * run.batch_size * run.context / (end - started)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Trained(model.eval(), curve, finite, end - begin, speed, peak)
-
-
-def batch_loss(model: Any, batch: Batch, device: torch.device) -> Tensor:
-    """Nats a token of a batch, each by its weight, from fresh States."""
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "shift_labels": batch["labels"]}
-    resets = batch["resets"].clone()
-    # A fresh row needs no reset at its start, and without any reset the layers take shorter ways.
-    resets[:, 0] = False
-    if bool(resets.any()):
-        inputs["resets"] = resets
-    if bool((batch["weights"] != 1).any()):
-        inputs["loss_weights"] = batch["weights"]
-    targets = float((batch["weights"] * (batch["labels"] != IGNORED)).sum())
-    inputs = {name: to_device(tensor, device) for name, tensor in inputs.items()}
-    output = model(**inputs, num_items_in_batch=max(1.0, targets), loss_only=True, use_cache=False)
-    return output.loss
-
-
-def precision(device: str | torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 for the matrix products of a GPU."""
-    kind = torch.device(device).type
-    return torch.autocast("cuda", dtype=torch.bfloat16) if kind == "cuda" else nullcontext()
+    model.zero_grad(set_to_none=True)
+    return Trained(model.eval(), curve, finite, end - begin, speed, peak, gradients.captured)
 
 
 def keep_weights(model: Any, folder: Path) -> None:
@@ -215,6 +202,20 @@ def with_settings(model: Any, **overrides: Any) -> Any:
     other = NestorForCausalLM(config)
     other.load_state_dict(model.state_dict())
     return other.to(model.device).train(model.training)
+
+
+@contextmanager
+def own_queue(device: torch.device) -> Iterator[None]:
+    """On a GPU a queue besides the default one, in which nothing can be captured."""
+    if device.type != "cuda":
+        yield
+        return
+    default = torch.cuda.current_stream(device)
+    queue = torch.cuda.Stream(device)
+    queue.wait_stream(default)
+    with torch.cuda.stream(queue):
+        yield
+    default.wait_stream(queue)
 
 
 def now(device: torch.device) -> float:

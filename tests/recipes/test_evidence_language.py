@@ -64,8 +64,8 @@ def test_a_run_that_diverges_is_not_chosen(evidence, run, tmp_path, monkeypatch)
 
     maker = evidence.study.Maker(tmp_path, validate, validate)
     with monkeypatch.context() as patch:
-        loss = evidence.runs.batch_loss
-        patch.setattr(evidence.runs, "batch_loss", lambda *given: loss(*given) * float("nan"))
+        loss = evidence.gradients.Gradients.__call__
+        patch.setattr(evidence.gradients.Gradients, "__call__", lambda *given: loss(*given) * float("nan"))
         lost = maker(run, "lost-0", "cpu")
     assert lost["loss"] is None and evidence.study.by_validation(lost) == float("inf")
     assert not (tmp_path / "lost-0").exists() and lost["curve"] == [[25, None]]
@@ -208,3 +208,23 @@ def test_a_run_that_fails_leaves_the_others_their_rows(evidence, tmp_path) -> No
         sweep.path(name).touch()
     assert evidence.study.run_rows(sweep, rows, None, "", said.append) == {"large": "a run failed"}
     assert said == ["large-1: no memory"]
+
+
+def test_gradients_are_of_this_batch_alone(evidence, run) -> None:
+    model = run.model.build(0)
+    gradients = evidence.gradients.Gradients(model, torch.device("cpu"))
+    first, second = islice(run.reading.batches(0, 4, 64), 2)
+    assert not gradients.capture(first) and not gradients.captured
+    second["weights"][:, ::2] = 0.0
+    for batch in (first, second):
+        loss = gradients(batch)
+        output = model(batch["input_ids"]).logits.flatten(0, 1).log_softmax(-1)
+        labels = batch["labels"].flatten()
+        each = -output.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        weights = batch["weights"].flatten() * (labels >= 0)
+        expected = (each * weights).sum() / weights.sum()
+        used = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        wanted = torch.autograd.grad(expected, used)
+        torch.testing.assert_close(loss, expected.detach())
+        for parameter, gradient in zip(used, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)

@@ -25,7 +25,7 @@ from nestor.ops.neural_memory.mixing import Mix, mix, per_matrix, sum_of_steps, 
 from nestor.ops.neural_memory.muon import newton_schulz, restore_norms
 from nestor.ops.neural_memory.networks import Gradient, LossError, Network
 from nestor.ops.neural_memory.retention import Retention
-from nestor.ops.neural_memory.spec import MemorySpec
+from nestor.ops.neural_memory.spec import MemorySpec, nothing_pooled
 
 Layers = list[Tensor]  # one tensor per matrix of the memory network
 
@@ -323,7 +323,7 @@ def _close(plan: Walk, closed: bool | Tensor, state: Carried) -> Carried:
             plan.back(layer, keep * plan.away(layer, a) + move)
             for layer, (a, move) in enumerate(zip(state.anchor, moves, strict=True))
         ]
-        pooled = pooled.new_tensor([1.0, 0.0, 0.0, 0.0]).expand_as(pooled)
+        pooled = nothing_pooled(pooled)
     if spec.renormalize == "rows":
         weights = [restore_norms(w, m) for w, m in zip(weights, plan.initial, strict=True)]
     weights = [plan.retention.settle(w) for w in weights]

@@ -244,7 +244,7 @@ class MemoryState(NamedTuple):
         if spec.granularity == "chunk":
             state = state._replace(pending=tuple(torch.zeros_like(w) for w in weights))
         if spec.pools:
-            state = state._replace(pooled=like.new_tensor([1.0, 0.0, 0.0, 0.0]).expand(batch, heads, 4))
+            state = state._replace(pooled=nothing_pooled(like.new_empty(batch, heads, 4)))
         if spec.window > 1:
             place = (batch, heads, spec.window - 1)
             halo = (like.new_zeros(*place, width), like.new_zeros(*place, values), like.new_zeros(place))
@@ -262,3 +262,9 @@ class MemoryState(NamedTuple):
             grow(self.weights), grow(self.momentum), grow(self.anchor), grow((self.phase,))[0],
             grow(self.pending), pooled, grow(self.halo),
         )  # fmt: skip
+
+
+def nothing_pooled(like: Tensor) -> Tensor:
+    """`MemoryState.pooled` of a chunk without tokens yet, in the shape and on the device of `like`."""
+    # A list of numbers would be copied to the device for every chunk.
+    return torch.cat([torch.ones_like(like[..., :1]), torch.zeros_like(like[..., 1:])], -1)
