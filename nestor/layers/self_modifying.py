@@ -62,9 +62,11 @@ class SelfModifyingMemory(nn.Module):
         inner_loss, targets, dgd, dgd_hidden, read_mode, step_cap, activation, recompute: see
             `SelfModifyingSpec`. The paper's targets are "self".
         max_step: largest share of a token's error that a write takes away, to first order and at the initial
-            weights: eta over the square of the length of a hidden row. step_bias: of the sigmoid of eta; at
-            0 a first write with the L2 loss takes all that a linear memory answered to the key, and puts half
-            of the target in its place.
+            weights: eta over the square of the length of a hidden row.
+        step_bias: of the sigmoid of eta; None: such that at first `projection_chunk_size` decays of the same
+            key leave half of it (eta = 1/2 in chunks of one token). Memories that make the keys of each
+            other's writes amplify errors from chunk to chunk where writes are much larger: gradients then
+            grow with the length of the text.
         horizon: tokens that a memory lasts; at first it loses 1 / 4 of a part in `horizon` at each token.
         conv_kernel: tokens seen by the short convolution; 0: none. convolution: "projections", after each
             static projection, or "input", one before them all.
@@ -97,7 +99,7 @@ class SelfModifyingMemory(nn.Module):
         read_mode: str = "running",
         step_cap: str = "spectral",
         max_step: float = 1.0,
-        step_bias: float = 0.0,
+        step_bias: float | None = None,
         horizon: float = 4096.0,
         conv_kernel: int = 4,
         convolution: str = "projections",
@@ -147,6 +149,9 @@ class SelfModifyingMemory(nn.Module):
             recompute=recompute,
         )  # fmt: skip
         self.momentum, self.momentum_keep = momentum, momentum_keep
+        if step_bias is None:
+            share = min(0.5, (1.0 - 0.5 ** (1.0 / projection_chunk_size)) / max_step)
+            step_bias = math.log(share / (1.0 - share))
         self.biases = {"eta": step_bias, "alpha": RETENTION_BIAS}
 
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))

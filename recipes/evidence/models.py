@@ -74,8 +74,8 @@ MODELS = {
 
 
 #: What takes longest begins first, so that none of it is left for the end: models without kernels of their
-#: own, one whose kernels are tried out for minutes, and those with many small steps.
-SLOWEST = ("atlas", "moneta", "yaad", "memora", "kda", "lact", "tnt")
+#: own, those whose steps are not captured as a graph, and those with many small steps.
+SLOWEST = ("atlas", "moneta", "yaad", "memora", "kda", "titans-mac", "tnt", "lact")
 
 
 def slowest_first(names: Sequence[str]) -> list[str]:

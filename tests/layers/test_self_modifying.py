@@ -116,7 +116,17 @@ def test_retention_starts_at_the_horizon() -> None:
     torch.nn.init.zeros_(layer.gate_proj.weight)
     gates = layer.gates(normal(1, 3, DIM))
     torch.testing.assert_close(gates["alpha"], torch.full_like(gates["alpha"], math.exp(-1 / 4000)), **EXACT)
-    torch.testing.assert_close(gates["eta"], torch.full_like(gates["eta"], 0.5), **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("period", "max_step"), [(1, 1.0), (3, 1.0), (16, 1.0), (16, 0.2)])
+def test_a_period_of_one_key_leaves_half_of_the_answer_at_first(period, max_step) -> None:
+    layer = SelfModifyingMemory(
+        DIM, 2, adaptive=[], chunk_size=48, projection_chunk_size=period, max_step=max_step
+    ).double()
+    torch.nn.init.zeros_(layer.gate_proj.weight)
+    eta = layer.gates(normal(1, 3, DIM))["eta"]
+    torch.testing.assert_close((1 - eta) ** period, torch.full_like(eta, 0.5), **EXACT)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import torch
 
 import nestor
 from nestor import NestorForCausalLM, count_parameters, list_presets, preset
+from nestor.data import ByteTokenizer, open_corpus, tokenize
 from nestor.errors import ConfigError
 from nestor.models.presets import SIZES
 
@@ -61,3 +62,18 @@ def test_the_package_exports_what_it_lists():
         assert getattr(nestor, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nestor.nothing
+
+
+def test_gradients_of_hope_do_not_explode_along_a_text() -> None:
+    """With write steps that start at 1/2 the norm after one update is 10^13: an error in a key goes into what
+    makes the next ones."""
+    text = tokenize(open_corpus("classics"), ByteTokenizer()).document(0)[5000:7048]
+    ids = torch.from_numpy(text.astype("int64"))[None]
+    torch.manual_seed(2)
+    model = nestor.NestorForCausalLM(nestor.preset("hope", "quick"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) < 10
+        optimizer.step()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nestor.ops.neural_memory.coefficients import chunk_coefficients, gate_products
+from nestor.ops.neural_memory.mixing import suffix_products
 
 GATE = st.one_of(st.just(0.0), st.just(1.0), st.floats(0.0, 1.0))
 
@@ -124,6 +125,17 @@ def test_gate_products_have_exact_gradients_at_zero_gates(zeros) -> None:
     (expected,) = torch.autograd.grad((slow(gate) * weight).sum(), gate)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
     assert torch.autograd.gradcheck(gate_products, gate)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8])
+def test_suffix_products_have_exact_gradients_at_zeros(length) -> None:
+    x = torch.rand(3, length, dtype=torch.float64)
+    x[1, : length // 2], x[2] = 0.0, 0.0
+    x.requires_grad_()
+    found, expected = suffix_products(x), x.flip(-1).cumprod(-1).flip(-1)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream) for y in (found, expected)))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nestor.ops.neural_memory.chunked import Norm
 from nestor.ops.neural_memory.functions import Head
 from nestor.ops.neural_memory.losses import InnerLoss
-from nestor.ops.neural_memory.mixing import Mix, mix, per_matrix, sum_of_steps, window_band
+from nestor.ops.neural_memory.mixing import Mix, mix, per_matrix, suffix_products, sum_of_steps, window_band
 from nestor.ops.neural_memory.muon import newton_schulz, restore_norms
 from nestor.ops.neural_memory.networks import Gradient, LossError, Network
 from nestor.ops.neural_memory.retention import Retention
@@ -299,7 +299,7 @@ def _pool(tokens: Tokens, pooled: Tensor | None) -> Tensor | None:
     )
     if tokens.valid is not None:
         gates = torch.where(tokens.valid, gates, 0.0)
-    keep = pooled[:, :1] * (1.0 - gates[1]).prod(-1, keepdim=True)
+    keep = pooled[:, :1] * suffix_products(1.0 - gates[1])[:, :1]
     return torch.cat([keep, pooled[:, 1:] + gates.sum(-1).T], -1)
 
 

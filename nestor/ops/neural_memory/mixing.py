@@ -79,8 +79,17 @@ def mix(
 
 def _last_products(gate: Tensor) -> Tensor:
     """The last row of `gate_products`, ``[..., 1, C]``, without the others."""
-    later = gate[..., 1:].flip(-1).cumprod(-1).flip(-1)
-    return torch.cat([later, torch.ones_like(gate[..., :1])], -1).unsqueeze(-2)
+    return torch.cat([suffix_products(gate[..., 1:]), torch.ones_like(gate[..., :1])], -1).unsqueeze(-2)
+
+
+def suffix_products(x: Tensor) -> Tensor:
+    """``[..., n]``, at i the product of ``x[..., i:]``."""
+    # By doubling: the backwards of cumprod and prod ask the device for zeros and wait for the answer.
+    ahead = 1
+    while ahead < x.shape[-1]:
+        x = torch.cat([x[..., :-ahead] * x[..., ahead:], x[..., -ahead:]], -1)
+        ahead *= 2
+    return x
 
 
 def sum_of_steps(theta: Tensor, valid: Tensor | None, band: Tensor | None) -> Tensor:
