@@ -24,7 +24,7 @@ from ablations_table import plots, table
 from novel_runs import NovelOptions, summarised
 from novels import Valid, valid
 from runs import with_settings
-from study import about, over_seeds, write_table
+from study import about, over_seeds, run_rows, write_table
 from variants import (
     CHUNKED,
     COMPARISONS,
@@ -38,7 +38,7 @@ from variants import (
 )  # fmt: skip
 
 from nestor.errors import ConfigError, NestorError, NonFiniteError
-from nestor.jobs import Workers, run_jobs
+from nestor.jobs import Workers
 
 
 @dataclass
@@ -110,22 +110,29 @@ def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     _, report = valid(args.data, args.context)
     at_chunks = args.sweep(args.title, say, AtChunks(report, args.run_chunks))
     # The ablations' memory is one of the chunk-size law, so it is run with other chunks in any case.
-    sweeps = {name: at_chunks if name in (CHUNKED, *by_chunk.values()) else plain for name in rows}
+    measured_at = (CHUNKED, *by_chunk.values())
+    studied = {name: (at_chunks if name in measured_at else plain, row) for name, row in rows.items()}
+    left_out = {}
     if args.workers > 1:
-        jobs = [job for name, row in rows.items() for job in sweeps[name].jobs([row])]
-        run_jobs(jobs, Workers(args.workers, args.device), args.title)
+        left_out = run_rows(studied, Workers(args.workers, args.device), args.title, say)
     found, at = {}, {}
-    for name, row in rows.items():
-        runs = [sweeps[name].run(row, seed) for seed in args.seeds]
-        found[name] = {"about": about_model(name)} | summarised(*sweeps[name].rate(row), runs)
+    for name, (sweep, row) in studied.items():
+        if name in left_out:
+            continue
+        runs = [sweep.run(row, seed) for seed in args.seeds]
+        found[name] = {"about": about_model(name)} | summarised(*sweep.rate(row), runs)
         at[name] = [run.get("chunks") for run in runs]
+    pairs = [one for one in COMPARISONS if one.table in args.tables and {one.variant, one.base} <= {*found}]
     return {
         "format": "nestor-evidence-ablations",
         "settings": args.settings(),
         **about([place for one in found.values() for place in one.pop("places")]),
+        "left_out": left_out,
         "models": found,
-        "comparisons": [compared(one, found) for one in COMPARISONS if one.table in args.tables],
-        "chunks": [run_at(chunk, at[name], args.run_chunks) for chunk, name in by_chunk.items()],
+        "comparisons": [compared(one, found) for one in pairs],
+        "chunks": [
+            run_at(chunk, at[name], args.run_chunks) for chunk, name in by_chunk.items() if name in at
+        ],
     }
 
 

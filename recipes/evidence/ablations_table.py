@@ -61,7 +61,8 @@ def models(results: dict[str, Any]) -> str:
         f"{row['parameters']['non_embedding'] / 1e6:.2f} M |"
         for name, row in results["models"].items()
     ]
-    return "## Models\n\n" + "\n".join(lines)
+    missing = "".join(f"\n- {name}: left out, {why}." for name, why in results["left_out"].items())
+    return "## Models\n\n" + "\n".join(lines) + (f"\n{missing}" if missing else "")
 
 
 def chunks(results: dict[str, Any]) -> str:

@@ -85,11 +85,11 @@ def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     )
     timings = {name: timed_row(name, rows[name].tuning) for name in names}
     if args.workers > 1:
-        begin = {name: rows[name] for name in slowest_first(names)}
-        left_out |= run_rows(sweep, begin, Workers(args.workers, args.device), args.title, say)
+        begin = {name: (sweep, rows[name]) for name in slowest_first(names)}
+        left_out |= run_rows(begin, Workers(args.workers, args.device), args.title, say)
         alone = Workers(max(1, torch.cuda.device_count()) if args.device == "cuda" else 1, args.device)
-        timings = {name: row for name, row in timings.items() if name not in left_out}
-        left_out |= run_rows(timing, timings, alone, "speed", say)
+        begin = {name: (timing, row) for name, row in timings.items() if name not in left_out}
+        left_out |= run_rows(begin, alone, "speed", say)
         names = [name for name in names if name not in left_out]
     found = {}
     for name in names:

@@ -197,8 +197,8 @@ def measured(args: Args, task: str, say: Callable[[str], None]) -> dict[str, Any
     )
     if args.workers > 1:
         # Slower ones first, so that none is left for the end.
-        begin = dict(reversed(rows.items()))
-        left_out |= run_rows(sweep, begin, Workers(args.workers, args.device), task, say)
+        begin = {name: (sweep, one) for name, one in reversed(rows.items())}
+        left_out |= run_rows(begin, Workers(args.workers, args.device), task, say)
         rows = {name: one for name, one in rows.items() if name not in left_out}
     found, places = [], []
     for name, one in rows.items():

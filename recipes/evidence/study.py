@@ -22,7 +22,7 @@ from nestor.evaluation.plots import Axes
 from nestor.evaluation.statistics import t_interval
 from nestor.evaluation.suites import versions
 from nestor.files import write_json, write_text
-from nestor.jobs import Workers
+from nestor.jobs import Workers, run_jobs
 from nestor.models.presets import count_parameters
 
 # Beside the folders of the recipes lies what they share.
@@ -154,18 +154,18 @@ def line(result: dict[str, Any]) -> str:
 
 
 def run_rows(
-    sweep: Sweep, rows: Mapping[str, Row], workers: Workers, title: str, say: Callable[[str], None]
+    rows: Mapping[str, tuple[Sweep, Row]], workers: Workers, title: str, say: Callable[[str], None]
 ) -> dict[str, str]:
     """Make what is missing in workers, in the order of the rows; those that then are not finished, with what
     a table says of them.
 
     A model that fails, as for want of memory, leaves the others their rows. Raises JobError: no row is
-    finished. Otherwise as `Sweep.run_missing`.
+    finished. Otherwise as `Sweep.jobs`.
     """
     try:
-        sweep.run_missing(list(rows.values()), workers, title)
+        run_jobs([job for sweep, row in rows.values() for job in sweep.jobs([row])], workers, title)
     except JobError as error:
-        left_out = {name: "a run failed" for name, row in rows.items() if not sweep.finished(row)}
+        left_out = {name: "a run failed" for name, (sweep, row) in rows.items() if not sweep.finished(row)}
         if len(left_out) == len(rows):
             raise
         say(str(error))

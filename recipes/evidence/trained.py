@@ -16,7 +16,7 @@ from associations import Answers, Associations, Question
 from novels import novels, valid
 from relations import Related, Relation, Relations
 from runs import Model, Run
-from study import TUNING_SEED, Maker, Options, about, by_validation, line, over_seeds
+from study import TUNING_SEED, Maker, Options, about, by_validation, line, over_seeds, run_rows
 from sweep import Row, Sweep
 
 from nestor.errors import ConfigError
@@ -97,8 +97,9 @@ def measured(
     plans = {"relations": relation_plans, "capacity": capacity_plans, "text": text_plans}[part](
         settings, arms, options.seeds
     )
-    found, places = [], []
+    found, places, left_out = [], [], {}
     for plan in plans:
+        rows = plan.rows
         maker = Maker(options.weights_folder("linear") / part, plan.validate, plan.measure)
         sweep = Sweep(
             options.folder("linear") / part,
@@ -112,8 +113,11 @@ def measured(
         )
         if options.workers > 1:
             title = f"{part} {plan.group}".strip()
-            sweep.run_missing(list(plan.rows.values()), Workers(options.workers, options.device), title)
-        for name, row in plan.rows.items():
+            begin = {name: (sweep, row) for name, row in rows.items()}
+            failed = run_rows(begin, Workers(options.workers, options.device), title, say)
+            left_out |= {f"{plan.group}, {name}": why for name, why in failed.items()}
+            rows = {name: row for name, row in rows.items() if name not in failed}
+        for name, row in rows.items():
             rate, tried = sweep.rate(row)
             runs = [sweep.run(row, seed) for seed in options.seeds]
             found.append(summarised(plan, name, rate, tried, runs))
@@ -122,6 +126,7 @@ def measured(
         "format": f"nestor-evidence-linear-{part}",
         "settings": used(settings, part) | {"arms": list(arms), "seeds": list(options.seeds)},
         **about(places),
+        "left_out": left_out,
         "rows": found,
     }
 

@@ -108,6 +108,7 @@ def table(results: Mapping[str, Any]) -> str:
         + "\n".join(f"- {sentence}" for sentence in verdicts(results))
         + "\n"
         + "\n".join(lines)
+        + "".join(f"\n\nLeft out: {name}, {why}." for name, why in results["left_out"].items())
         + f"\n\nRun on: {'; '.join(results['places'])}; {results['date']}.\n"
     )
 

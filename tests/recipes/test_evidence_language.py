@@ -193,20 +193,21 @@ def test_refusals(evidence, args, changes, message) -> None:
     assert not args.out.exists()
 
 
-def test_a_run_that_fails_leaves_the_others_their_rows(evidence, tmp_path) -> None:
+def test_a_run_that_fails_leaves_the_others_their_rows(evidence, tmp_path, monkeypatch) -> None:
     sweep = evidence.study.Sweep(tmp_path, (1.0,), None, None, None)
-    rows = {name: evidence.study.Row(name, None, {0: None, 1: None}) for name in ("small", "large")}
+    seeds = {0: None, 1: None}
+    rows = {name: (sweep, evidence.study.Row(name, None, seeds)) for name in ("small", "large")}
     said = []
 
     def fail(*_given):
         raise JobError("large-1: no memory")
 
-    object.__setattr__(sweep, "run_missing", fail)
+    monkeypatch.setattr(evidence.study, "run_jobs", fail)
     with pytest.raises(JobError):
-        evidence.study.run_rows(sweep, rows, None, "", said.append)
+        evidence.study.run_rows(rows, None, "", said.append)
     for name in ("small-0", "small-1", "large-0"):
         sweep.path(name).touch()
-    assert evidence.study.run_rows(sweep, rows, None, "", said.append) == {"large": "a run failed"}
+    assert evidence.study.run_rows(rows, None, "", said.append) == {"large": "a run failed"}
     assert said == ["large-1: no memory"]
 
 
