@@ -38,8 +38,14 @@ class Processes:
             mixed_precision="no",
             log_with=tracker,
             project_dir=str(config.folder) if tracker else None,
-            # Gradients as views of the buckets save a copy of each.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    # Gradients as views of the buckets save a copy of each.
+                    gradient_as_bucket_view=True,
+                    # Where a State is handed on, no row may begin with what a memory learned to begin with.
+                    find_unused_parameters=config.run.state_mode != "reset",
+                )
+            ],
             **arguments,
         )
         self.sharded = config.run.parallel == "fsdp2"

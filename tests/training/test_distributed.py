@@ -83,6 +83,24 @@ def test_two_processes_equal_one(tiny, tmp_path, weights, parallel, optimizer):
     assert len(lines[0]) == len(lines[1])
 
 
+def test_two_processes_carry_states_of_models_whose_start_is_then_not_read(tiny, tmp_path, weights):
+    """Without a forget gate what a memory began with is of no account once a State is handed on."""
+    settings = {
+        "model__preset": "ttt-linear",
+        "model__overrides": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32},
+        "run__precision": "fp64",
+        "run__steps": 4,
+        "run__eval_every": 0,
+    }
+    one = tiny(run__out=str(tmp_path / "one"), **settings)
+    two = tiny(run__out=str(tmp_path / "two"), **settings)
+    train(one, quiet=True)
+    run(command(two, tmp_path, processes=2, name="two.toml"))
+    together = weights(two.folder / "final")
+    for name, tensor in weights(one.folder / "final").items():
+        assert torch.allclose(tensor, together[name], rtol=0, atol=1e-6), name
+
+
 SHARDED = """
 import torch
 from torch import nn
