@@ -1,7 +1,7 @@
 """Run the tests that need a GPU, and keep what came out: how many of each file passed, on what.
 
-    python benchmarks/gpu_tests.py                       # all of tests/
-    python benchmarks/gpu_tests.py tests/layers -n 4     # some, with further arguments of pytest
+    python benchmarks/gpu_tests.py                           # all of tests/
+    python benchmarks/gpu_tests.py -n 4 -- tests/layers      # some files or folders, and arguments of pytest
 
 A file that is run again replaces what was kept of it in benchmarks/results/gpu-tests.json, so that tests can
 be run in parts, as long as these are of whole files.
@@ -35,8 +35,15 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of a test's three phases the call counts, and those before and after it if they say otherwise."""
-        if report.when != "call" and report.passed:
-            return
+        if report.when == "call" or not report.passed:
+            self._count(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be read."""
+        if report.failed:
+            self._count(report)
+
+    def _count(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         self.files[report.nodeid.split("::")[0]][report.outcome] += 1
         if report.failed:
             self.failed.append(report.nodeid)
@@ -48,7 +55,7 @@ class Recorder:
         return {
             name: {
                 **dict(sorted(counts.items())),
-                "failures": [one for one in self.failed if one.startswith(f"{name}::")],
+                "failures": [one for one in self.failed if one.split("::")[0] == name],
                 **where,
             }
             for name, counts in self.files.items()
@@ -61,10 +68,14 @@ def main(arguments: list[str]) -> int:
         print("gpu_tests.py: there is no GPU here, and all tests would be skipped", file=sys.stderr)
         return 2
     recorder = Recorder()
-    paths = [] if any("tests" in one for one in arguments) else [str(ROOT / "tests")]
-    status = pytest.main(["-m", "gpu", "-p", "no:cacheprovider", *paths, *arguments], plugins=[recorder])
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    options, paths = arguments[:at], arguments[at + 1 :] or [str(ROOT / "tests")]
+    status = pytest.main(["-m", "gpu", "-p", "no:cacheprovider", *options, *paths], plugins=[recorder])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return int(status)
     kept = json.loads(OUTPUT.read_text(encoding="utf-8")) if OUTPUT.is_file() else {}
-    write_json(OUTPUT, dict(sorted((kept | recorder.about()).items())))
+    kept = {name: one for name, one in (kept | recorder.about()).items() if (ROOT / name).is_file()}
+    write_json(OUTPUT, dict(sorted(kept.items())))
     return int(status)
 
 

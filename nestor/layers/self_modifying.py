@@ -64,9 +64,9 @@ class SelfModifyingMemory(nn.Module):
         max_step: largest share of a token's error that a write takes away, to first order and at the initial
             weights: eta over the square of the length of a hidden row.
         step_bias: of the sigmoid of eta; None: such that at first `projection_chunk_size` decays of the same
-            key leave half of it (eta = 1/2 in chunks of one token). Memories that make the keys of each
-            other's writes amplify errors from chunk to chunk where writes are much larger: gradients then
-            grow with the length of the text.
+            key leave half of it (eta = 1/2 in chunks of one token), but eta at most half of its greatest.
+            Memories that make the keys of each other's writes can amplify errors from chunk to chunk where
+            writes are much larger: gradients then grow with the length of the text.
         horizon: tokens that a memory lasts; at first it loses 1 / 4 of a part in `horizon` at each token.
         conv_kernel: tokens seen by the short convolution; 0: none. convolution: "projections", after each
             static projection, or "input", one before them all.

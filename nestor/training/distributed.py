@@ -42,7 +42,7 @@ class Processes:
                 DistributedDataParallelKwargs(
                     # Gradients as views of the buckets save a copy of each.
                     gradient_as_bucket_view=True,
-                    # Where a State is handed on, no row may begin with what a memory learned to begin with.
+                    # Where a State is handed on it can be that no row begins with a memory's learned start.
                     find_unused_parameters=config.run.state_mode != "reset",
                 )
             ],

@@ -14,61 +14,73 @@ import torch
 from torch import Tensor
 
 from nestor.data import IGNORED, Batch
+from nestor.errors import ShapeError
 from nestor.training.loop import to_device
 
 #: Kinds of layers that a graph cannot hold: they ask the GPU for numbers that decide what comes next, or try
 #: out kernels.
 ASKING = ("memory_as_context", "kda", "gated_deltanet")
+#: Batches before the one with which a graph is captured: kernels are compiled in them.
+EAGER = 3
 
 
 class Gradients:
     """Computes the loss of a batch, and leaves its gradient in the parameters.
 
+    On a GPU, called in a queue besides the default one, it replays a graph from the batch after `EAGER`
+    others on, unless the model has layers of `ASKING`. All batches must then be alike.
+
     Attributes:
-        captured: whether it does so by replaying a graph.
+        replays: how often it has.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
+        asking = set(model.config.layer_types) & set(ASKING)
+        self._captures = device.type == "cuda" and not asking
+        self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, Tensor] = {}
-        self._loss: Tensor | None = None
-
-    @property
-    def captured(self) -> bool:
-        return self._graph is not None
+        self._loss = torch.empty(())
+        self.replays = 0
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Nats a token of a batch, each by its weight, from fresh States; the next call may overwrite it."""
-        inputs = {name: to_device(tensor, self._device) for name, tensor in of_batch(batch).items()}
-        if self._graph is not None and inputs.keys() == self._inputs.keys():
-            for name, tensor in inputs.items():
-                self._inputs[name].copy_(tensor)
-            self._graph.replay()
-            assert self._loss is not None
-            return self._loss
-        # The gradients of a graph stay where they are, for it to find them again.
-        self._model.zero_grad(set_to_none=self._graph is None)
-        return self._differentiate(inputs)
+        """Nats a token of a batch, each by its weight, from fresh States; the next call may overwrite it.
 
-    def capture(self, batch: Batch) -> bool:
-        """Capture the graph for batches like this one, of which nothing is computed yet; False: there is no
-        GPU, or the model has layers of `ASKING`. Kernels must have been compiled by earlier calls."""
-        if self._device.type != "cuda" or set(self._model.config.layer_types) & set(ASKING):
-            return False
-        self._inputs = {name: tensor.to(self._device) for name, tensor in of_batch(batch).items()}
+        Raises:
+            ShapeError: the batch is not like those before, and a graph knows only these.
+        """
+        inputs = {name: to_device(tensor, self._device) for name, tensor in of_batch(batch).items()}
+        self._calls += 1
+        if not self._captures or self._calls <= EAGER:
+            return self._differentiate(inputs)
+        if self._graph is None:
+            self._capture(inputs)
+        assert self._graph is not None
+        given, wanted = (
+            {name: tuple(x.shape) for name, x in each.items()} for each in (inputs, self._inputs)
+        )
+        if given != wanted:
+            raise ShapeError(f"a batch has {given}, and the graph of the steps was captured with {wanted}")
+        for name, tensor in inputs.items():
+            self._inputs[name].copy_(tensor)
+        self._graph.replay()
+        self.replays += 1
+        return self._loss
+
+    def _capture(self, inputs: dict[str, Tensor]) -> None:
+        """Capture the graph; nothing is computed yet."""
+        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         graph = torch.cuda.CUDAGraph()
-        # Without gradients, backward makes them among the tensors of the graph, and each replay anew.
-        self._model.zero_grad(set_to_none=True)
-        # Other threads of this process may use the GPU meanwhile, such as those that pin memory.
         here = torch.cuda.current_stream(self._device)
         with torch.cuda.graph(graph, stream=here, capture_error_mode="thread_local"):
-            self._loss = self._differentiate(self._inputs, cast_once=False)
+            self._loss = self._differentiate(self._inputs)
         self._graph = graph
-        return True
 
-    def _differentiate(self, inputs: dict[str, Tensor], cast_once: bool = True) -> Tensor:
-        with precision(self._device, cast_once):
+    def _differentiate(self, inputs: dict[str, Tensor]) -> Tensor:
+        # Without gradients backward makes them: of a graph among its own tensors, and each replay anew.
+        self._model.zero_grad(set_to_none=True)
+        with precision(self._device):
             output = self._model(**inputs, loss_only=True, use_cache=False)
         output.loss.backward()
         return output.loss.detach()
@@ -92,10 +104,7 @@ def of_batch(batch: Batch) -> dict[str, Tensor]:
     return inputs
 
 
-def precision(device: str | torch.device, cast_once: bool = True) -> AbstractContextManager[Any]:
-    """bfloat16 for the matrix products of a GPU. cast_once: keep the bfloat16 of weights from one use to the
-    next, which a graph, that would find those of its capture, must not."""
+def precision(device: str | torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 for the matrix products of a GPU."""
     kind = torch.device(device).type
-    if kind != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=cast_once)
+    return torch.autocast("cuda", dtype=torch.bfloat16) if kind == "cuda" else nullcontext()

@@ -29,9 +29,7 @@ from nestor.training.model import open_model
 from nestor.training.optimizer import build_optimizers, set_lr
 from nestor.training.schedule import lr_factor
 
-#: The step from which on a GPU replays a graph of it, when kernels are compiled.
-CAPTURE = 3
-#: The step at which the clock starts.
+#: Steps before the clock starts: kernels are compiled in them, and on a GPU a graph is captured.
 WARM = 5
 #: Steps from one look at the loss to the next, which on a GPU is a wait.
 LOOK = 25
@@ -106,7 +104,7 @@ class Trained:
     tokens_per_second: float | None
     """After the first steps; None: there were no others. Of a GPU that others use too, its share."""
     peak_memory: int | None
-    """Bytes on the GPU at most; None: on a CPU."""
+    """Bytes of all tensors on the GPU at most; None: on a CPU."""
     captured: bool
     """Whether steps were replayed from a CUDA graph."""
 
@@ -151,10 +149,7 @@ def train(run: Run, device: str | torch.device = "cpu", model: Any = None) -> Tr
             if step == WARM:
                 started = now(device)
             set_lr(optimizers, lr_factor(step, run.steps, run.schedule))
-            batch = next(batches)
-            if step == CAPTURE:
-                gradients.capture(batch)
-            loss = gradients(batch)
+            loss = gradients(next(batches))
             norm = clip_gradient(model, run.optimizer.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -171,8 +166,13 @@ def train(run: Run, device: str | torch.device = "cpu", model: Any = None) -> Tr
     if started is not None:
         speed = (curve[-1][0] - WARM) * run.batch_size * run.context / (end - started)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    captured = gradients.replays > 0
+    # What a graph holds goes back only with it, and measuring follows.
     model.zero_grad(set_to_none=True)
-    return Trained(model.eval(), curve, finite, end - begin, speed, peak, gradients.captured)
+    del gradients
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Trained(model.eval(), curve, finite, end - begin, speed, peak, captured)
 
 
 def keep_weights(model: Any, folder: Path) -> None:

@@ -97,9 +97,8 @@ def measured(
     plans = {"relations": relation_plans, "capacity": capacity_plans, "text": text_plans}[part](
         settings, arms, options.seeds
     )
-    found, places, left_out = [], [], {}
+    studied = {}
     for plan in plans:
-        rows = plan.rows
         maker = Maker(options.weights_folder("linear") / part, plan.validate, plan.measure)
         sweep = Sweep(
             options.folder("linear") / part,
@@ -111,13 +110,14 @@ def measured(
             say,
             maker.identity(),
         )
-        if options.workers > 1:
-            title = f"{part} {plan.group}".strip()
-            begin = {name: (sweep, row) for name, row in rows.items()}
-            failed = run_rows(begin, Workers(options.workers, options.device), title, say)
-            left_out |= {f"{plan.group}, {name}": why for name, why in failed.items()}
-            rows = {name: row for name, row in rows.items() if name not in failed}
-        for name, row in rows.items():
+        studied |= {f"{plan.group}, {name}": (plan, name, sweep, row) for name, row in plan.rows.items()}
+    left_out = {}
+    if options.workers > 1:
+        begin = {title: (sweep, row) for title, (_plan, _name, sweep, row) in studied.items()}
+        left_out = run_rows(begin, Workers(options.workers, options.device), part, say)
+    found, places = [], []
+    for title, (plan, name, sweep, row) in studied.items():
+        if title not in left_out:
             rate, tried = sweep.rate(row)
             runs = [sweep.run(row, seed) for seed in options.seeds]
             found.append(summarised(plan, name, rate, tried, runs))

@@ -65,8 +65,8 @@ def test_the_package_exports_what_it_lists():
 
 
 def test_gradients_of_hope_do_not_explode_along_a_text() -> None:
-    """With write steps that start at 1/2 the norm after one update is 10^13: an error in a key goes into what
-    makes the next ones."""
+    """With write steps that start at 1/2 the norm after one update of this seed is 10^13: an error in a key
+    goes into what makes the next ones."""
     text = tokenize(open_corpus("classics"), ByteTokenizer()).document(0)[5000:7048]
     ids = torch.from_numpy(text.astype("int64"))[None]
     torch.manual_seed(2)
