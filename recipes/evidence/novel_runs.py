@@ -18,7 +18,7 @@ from nestor.errors import ConfigError
 from nestor.evaluation.plots import short_count
 
 #: Learning rates that are tried, by size.
-RATES = {"5m": (1e-3, 2e-3, 4e-3), "60m": (5e-4, 1e-3, 2e-3)}
+RATES = {"5m": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "60m": (5e-4, 1e-3, 2e-3)}
 #: Positions of a long document from which on a table takes them together.
 STRETCHES = (0, 2048, 16_384)
 
@@ -32,9 +32,11 @@ class NovelOptions(Options):
     size: str = "5m"
     """quick, 5m, 60m ..."""
     learning_rates: tuple[float, ...] | None = None
-    """Tried once for every model; none given: three by the size."""
+    """Tried once for every model; none given: some by the size."""
     tokens: int = 2**24
-    """Bytes that a run reads; a run that tries a learning rate reads a quarter of them."""
+    """Bytes that a run reads."""
+    tuning_share: float = 0.5
+    """Of these, what a run that tries a learning rate reads."""
     batch_size: int = 16
     """Rows of an update."""
     context: int = 2048
@@ -59,17 +61,28 @@ class NovelOptions(Options):
         check_size(self.size)
         if min(self.batch_size, self.context, self.long_documents, *self.rates) <= 0:
             raise ConfigError("batch size, context, long documents and learning rates must be above 0")
-        if self.tokens < 4 * self.batch_size * self.context:
+        if not 0 < self.tuning_share <= 1:
+            raise ConfigError(f"--tuning-share is {self.tuning_share}; it must be above 0 and at most 1")
+        if self.tuning_steps < 1:
             raise ConfigError(
-                f"--tokens is {self.tokens}; a step reads {self.batch_size * self.context}, and a quarter "
-                f"of the tokens must be at least one"
+                f"--tokens is {self.tokens} and --tuning-share {self.tuning_share}; a step reads "
+                f"{self.batch_size * self.context}, and the share must be at least one"
             )
+
+    @property
+    def steps(self) -> int:
+        """Updates of a run."""
+        return self.tokens // (self.batch_size * self.context)
+
+    @property
+    def tuning_steps(self) -> int:
+        """Updates of a run that tries a learning rate."""
+        return int(self.steps * self.tuning_share)
 
     def row(self, name: str, model: Model) -> Row:
         """The runs of a model."""
-        steps = self.tokens // (self.batch_size * self.context)
-        run = Run(model, novels(self.data), 0.0, steps, self.batch_size, self.context, 0)
-        tuning = replace(run, seed=TUNING_SEED, steps=steps // 4)
+        run = Run(model, novels(self.data), 0.0, self.steps, self.batch_size, self.context, 0)
+        tuning = replace(run, seed=TUNING_SEED, steps=self.tuning_steps)
         return Row(name, tuning, {seed: replace(run, seed=seed) for seed in self.seeds})
 
     def sweep(self, title: str, say: Callable[[str], None], *more: Measure) -> Sweep:
@@ -143,8 +156,8 @@ def about_training(settings: Mapping[str, Any]) -> str:
     )
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     tried = (
-        f"learning rates {rates} tried once for each model on a quarter of that, and chosen by other "
-        f"held-out novels (* at an end of those tried)"
+        f"learning rates {rates} tried once for each model on {settings['tuning_share']:g} of that, and "
+        f"chosen by other held-out novels (* at an end of those tried)"
         if len(settings["learning_rates"]) > 1
         else f"learning rate {rates}"
     )
