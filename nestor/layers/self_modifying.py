@@ -59,8 +59,8 @@ class SelfModifyingMemory(nn.Module):
         adaptive: which of "k", "v", "q", "eta", "alpha" are memories; the others are static projections.
         momentum: "none", "fixed" (S keeps `momentum_keep` of itself) or "gated" (a projection says how much).
             A gradient that persists is then followed by steps of up to eta / (1 - keep).
-        inner_loss, targets, dgd, dgd_hidden, read_mode, step_cap, activation, recompute: see
-            `SelfModifyingSpec`. The paper's targets are "self".
+        inner_loss, targets, dgd, dgd_hidden, read_mode, step_cap, decay, activation, recompute: see
+            `SelfModifyingSpec`. The paper's targets are "self". With `decay="initial"` there are no kernels.
         max_step: largest share of a token's error that a write takes away, to first order and at the initial
             weights: eta over the square of the length of a hidden row.
         step_bias: of the sigmoid of eta; None: such that at first `projection_chunk_size` decays of the same
@@ -98,6 +98,7 @@ class SelfModifyingMemory(nn.Module):
         dgd_hidden: bool = True,
         read_mode: str = "running",
         step_cap: str = "spectral",
+        decay: str = "zero",
         max_step: float = 1.0,
         step_bias: float | None = None,
         horizon: float = 4096.0,
@@ -145,7 +146,7 @@ class SelfModifyingMemory(nn.Module):
         self.spec = SelfModifyingSpec(
             chunk_size=chunk_size, projection_chunk_size=projection_chunk_size, inner_loss=inner_loss,
             targets=targets, dgd=dgd, dgd_hidden=dgd_hidden, read_mode=read_mode, step_cap=step_cap,
-            max_step=max_step / curvature, horizon=horizon, activation=activation,
+            decay=decay, max_step=max_step / curvature, horizon=horizon, activation=activation,
             recompute=recompute,
         )  # fmt: skip
         self.momentum, self.momentum_keep = momentum, momentum_keep

@@ -131,6 +131,18 @@ def test_a_period_of_one_key_leaves_half_of_the_answer_at_first(period, max_step
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("decay", ["zero", "initial"])
+def test_what_is_forgotten_of_the_start_comes_back_only_from_it(decay) -> None:
+    """Targets that memories make for themselves restore nothing: towards zero keys fade to nothing."""
+    torch.manual_seed(0)
+    layer = SelfModifyingMemory(32, 2, horizon=64.0, decay=decay)
+    x = torch.randn(8, 32)[torch.randint(0, 8, (1, 4096))]
+    _, state = layer(x)
+    left = state["weights.k.0"].norm() / layer.initial["k"][0].norm()
+    assert left > 0.3 if decay == "initial" else left < 1e-3
+
+
+@torch.no_grad()
 def test_queries_are_static_and_all_other_memories_change() -> None:
     """Invariant 21: W_q is read and learned from outside, and never changes inside of a sequence."""
     layer = draw()

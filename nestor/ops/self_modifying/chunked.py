@@ -10,7 +10,7 @@ Sequences and heads are one axis m; N chunks of C tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -158,9 +158,14 @@ class Written(NamedTuple):
 
 
 def write(
-    group: Group, state: Carried, tokens: Projected, mu: Tensor | None, valid: Tensor | None
+    group: Group,
+    state: Carried,
+    tokens: Projected,
+    targets: Sequence[Tensor | None],
+    mu: Tensor | None,
+    valid: Tensor | None,
 ) -> Written:
-    """Write a chunk into all memories of a group, with gradients at the anchor."""
+    """Write a chunk into all memories of a group, with gradients at the anchor. targets: of their decay."""
     spec = group.spec
     inner = group.inner(state.anchor, tokens.k, tokens.v)
     eta = capped(spec, tokens.eta, tokens.alpha, tokens.k, inner.size)
@@ -173,7 +178,7 @@ def write(
             None if valid is None else rows(valid), dgd=spec.dgd and (spec.dgd_hidden or not layer),
         )  # fmt: skip
         s = state.momentum[layer] if state.momentum else None
-        w, s, a = advance(t, state.weights[layer], s, errors)
+        w, s, a = advance(t, state.weights[layer], s, errors, targets[layer])
         weights.append(w)
         momentum += [] if s is None else [s]
         transitions.append(t)
@@ -203,10 +208,12 @@ def _walk_projections(
 ) -> tuple[Projected, Carried]:
     """All that the memories but "mem" make ``[m, N, C, ...]``, and their state after the last chunk."""
 
+    targets = decay_targets(group, edges)
+
     def chunk(n: int, state: Carried) -> tuple[Projected, Carried]:
         state = edges.enter(n, state)
         tokens = project(group, gates, state.anchor, Inputs(*at_chunk(inputs, n)))
-        written = write(group, state, tokens, *at_chunk((mu, valid), n))
+        written = write(group, state, tokens, targets, *at_chunk((mu, valid), n))
         return tokens, edges.leave(n, written.after, state.anchor)
 
     found, state = _in_turn(chunk, len(edges.resets), state, group.spec.recompute)
@@ -223,14 +230,16 @@ def _walk_memory(
 ) -> tuple[Tensor, Tensor, Carried]:
     """Outputs ``[m, N, C, p]``, the strengths of writes ``[m, N, C]`` and the state after the last chunk."""
 
+    targets = decay_targets(group, edges)
+
     def chunk(n: int, state: Carried) -> tuple[tuple[Tensor, ...], Carried]:
         state = edges.enter(n, state)
         own = Projected(*at_chunk(tokens, n))
-        written = write(group, state, own, *at_chunk((mu, valid), n))
+        written = write(group, state, own, targets, *at_chunk((mu, valid), n))
         if group.spec.read_mode == "anchor":
             y = group.value(state.anchor, "mem", own.q)
         else:
-            y = _read(group, state, written, own.q)
+            y = _read(group, state, written, own.q, targets)
         return (y, written.strength), edges.leave(n, written.after, state.anchor)
 
     found, state = _in_turn(chunk, len(edges.resets), state, group.spec.recompute)
@@ -240,7 +249,16 @@ def _walk_memory(
     return y, strength, state
 
 
-def _read(group: Group, state: Carried, written: Written, q: Tensor) -> Tensor:
+def decay_targets(group: Group, edges: Edges) -> Sequence[Tensor | None]:
+    """For each matrix of a group what it decays to: what documents start with, or None for zero."""
+    if group.spec.decay == "initial":
+        return edges.start.weights
+    return [None] * group.depth
+
+
+def _read(
+    group: Group, state: Carried, written: Written, q: Tensor, targets: Sequence[Tensor | None]
+) -> Tensor:
     """M_{t-1}(q_t) of the one memory of a group, for the tokens of a chunk."""
 
     def product(layer: int, x: Tensor) -> Tensor:
@@ -251,7 +269,8 @@ def _read(group: Group, state: Carried, written: Written, q: Tensor) -> Tensor:
         s = state.momentum[layer] if state.momentum else None
         if layer:
             x = x.unsqueeze(1)
-        return of_one(read_running(t, x, state.weights[layer], s, a, written.inner.errors[layer]))
+        errors = written.inner.errors[layer]
+        return of_one(read_running(t, x, state.weights[layer], s, a, errors, targets[layer]))
 
     z = Mlp(group.spec.activation, group.depth).value(q, product)
     return z if group.depth == 1 else q + z

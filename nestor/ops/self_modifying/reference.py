@@ -98,6 +98,10 @@ def self_modifying_reference(
             weights[name] = tuple(
                 d @ w + m for d, w, m in zip(decays, state.weights[name], moves, strict=True)
             )
+            if spec.decay == "initial":
+                lost = (1.0 - keep)[..., None, None]
+                pairs = zip(weights[name], start.weights[name], strict=True)
+                weights[name] = tuple(w + lost * w0 for w, w0 in pairs)
 
         read = state.weights if spec.read_mode == "running" else anchor
         y = apply_memory(spec, query, read["mem"])

@@ -24,7 +24,8 @@ from nestor.ops.self_modifying.transitions import (
 def is_linear(group: Group) -> bool:
     """Whether what a chunk does to the one memory of a group is linear in its weights."""
     spec = group.spec
-    return group.depth == 1 and spec.step_cap != "soft" and spec.targets != "bounded"
+    plain = spec.step_cap != "soft" and spec.targets != "bounded" and spec.decay == "zero"
+    return group.depth == 1 and plain
 
 
 def linear_walk(

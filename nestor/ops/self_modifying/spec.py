@@ -17,6 +17,7 @@ LOSSES = ("l2", "dot_product")
 READ_MODES = ("running", "anchor")
 TARGETS = ("self", "bounded", "value")
 STEP_CAPS = ("none", "spectral", "soft")
+DECAYS = ("zero", "initial")
 
 Memories = Mapping[str, tuple[Tensor, ...]]  # per memory its matrices
 
@@ -41,6 +42,9 @@ class SelfModifyingSpec:
     step_cap: "none"; "spectral", eta <= alpha / ||k||^2; "soft", as well eta <- s (1 - exp(-eta / s)) with
         s = (1 - alpha) / r and r the norm of the gradient of the memories that share a period: it ties
         what is written to what is forgotten, so that no such norm of weights grows above max(1, its first).
+    decay: what forgetting leads to, "zero" or "initial", the weights that documents start with:
+        W alpha + W_initial (1 - alpha). A memory that makes its own targets cannot learn again what it has
+        forgotten of its start: towards zero it fades, sooner with a shorter horizon. The paper has zero.
     max_step, horizon: of a gate that is a memory, eta = max_step sigmoid(.) and
         alpha = exp(-softplus(.) / horizon).
     activation: of networks of two matrices, "silu" or "gelu".
@@ -56,6 +60,7 @@ class SelfModifyingSpec:
     dgd_hidden: bool = True
     read_mode: str = "running"
     step_cap: str = "spectral"
+    decay: str = "zero"
     max_step: float = 1.0
     horizon: float = 4096.0
     activation: str = "silu"
@@ -77,6 +82,7 @@ class SelfModifyingSpec:
             "targets": TARGETS,
             "read_mode": READ_MODES,
             "step_cap": STEP_CAPS,
+            "decay": DECAYS,
             "activation": tuple(ACTIVATIONS),
         }
         for name, allowed in choices.items():

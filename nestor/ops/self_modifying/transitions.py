@@ -103,17 +103,24 @@ def _delayed(rows: Tensor, first: float = 0.0) -> Tensor:
 
 
 def corrections(
-    t: Transition, start: Tensor | None, momentum: Tensor | None, errors: Tensor
+    t: Transition,
+    start: Tensor | None,
+    momentum: Tensor | None,
+    errors: Tensor,
+    kept: Tensor | None = None,
 ) -> Tensor | None:
     """The rows u, or with momentum a, ``[..., C, o]`` from K W0, K S0 and e, each ``[..., C, o]``. Without
-    keys in the decay K W0 may be None, and a is None."""
+    keys in the decay K W0 may be None, and a is None. kept: what keys find that does not fade, such as
+    K W_initial where W0 is what deviates from it."""
     if t.scores is None:
         if t.solve is None or start is None:
             return -t.eta * errors
-        return -torch.matmul(t.solve, t.A * start + errors)
+        right = t.A * start + errors
+        return -torch.matmul(t.solve, right if kept is None else right + kept)
     if t.solve is None or start is None:
         return None
     right = t.A * start - torch.matmul(t.scores, errors)
+    right = right if kept is None else right + kept
     if t.F is not None and momentum is not None:
         right = right + t.F * momentum
     return -torch.matmul(t.solve, right)
@@ -130,15 +137,23 @@ def added(t: Transition, a: Tensor | None, errors: Tensor) -> Tensor:
 
 
 def advance(
-    t: Transition, weights: Tensor, momentum: Tensor | None, errors: Tensor
+    t: Transition,
+    weights: Tensor,
+    momentum: Tensor | None,
+    errors: Tensor,
+    target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weights, momentum ``[..., i, o]`` at the chunk's end, and the corrections, from those at its start."""
-    on_weights = on_momentum = None
+    """Weights, momentum ``[..., i, o]`` at the chunk's end, and the corrections, from those at its start.
+    target: what weights decay to, None for zero."""
+    fading = weights if target is None else weights - target
+    on_weights = on_momentum = kept = None
     if t.solve is not None:
-        on_weights = torch.matmul(t.keys, weights)
+        on_weights = torch.matmul(t.keys, fading)
         on_momentum = None if momentum is None else torch.matmul(t.keys, momentum)
-    a = corrections(t, on_weights, on_momentum, errors)
-    after = t.A_end * weights + added(t, a, errors)
+        kept = None if target is None else torch.matmul(t.keys, target)
+    a = corrections(t, on_weights, on_momentum, errors, kept)
+    after = t.A_end * fading + added(t, a, errors)
+    after = after if target is None else after + target
     if momentum is not None and t.F_end is not None and t.m_end is not None and t.E_end is not None:
         after = after + t.F_end * momentum
         momentum = t.m_end * momentum - torch.matmul(t.keys.mT, t.E_end * errors)
@@ -152,9 +167,12 @@ def read_running(
     momentum: Tensor | None,
     a: Tensor | None,
     errors: Tensor,
+    target: Tensor | None = None,
 ) -> Tensor:
-    """q_t W_{t-1} for rows q ``[..., C, i]``, from the weights at the chunk's start: ``[..., C, o]``."""
-    y = t.A * torch.matmul(q, weights)
+    """q_t W_{t-1} for rows q ``[..., C, i]``, from the weights at the chunk's start: ``[..., C, o]``. target:
+    what weights decay to, None for zero."""
+    y = t.A * torch.matmul(q, weights if target is None else weights - target)
+    y = y if target is None else y + torch.matmul(q, target)
     if momentum is not None and t.F is not None:
         y = y + t.F * torch.matmul(q, momentum)
     overlap = torch.matmul(q, t.keys.mT)

@@ -38,12 +38,18 @@ CASES = {
     "deep_plain_descent": {"depth": 2, "dgd": False, "memories": ("k", "mem")},
     "deep_shared_targets": {"depth": 2, "targets": "value", "memories": ("k", "mem")},
     "deep_soft": {"depth": 2, "step_cap": "soft"},
+    "to_initial": {"decay": "initial", "targets": "bounded", "memories": ALL},
+    "to_initial_momentum": {"decay": "initial", "momentum": True},
+    "to_initial_plain": {"decay": "initial", "dgd": False, "read_mode": "anchor"},
+    "deep_to_initial": {"decay": "initial", "depth": 2, "momentum": True},
+    "deep_to_initial_plain": {"decay": "initial", "depth": 2, "dgd_hidden": False},
 }
 
 # Those in which a gradient takes another way.
 OUTER = [
     "usual", "adaptive_queries", "momentum", "plain_descent", "anchor", "shared_targets_momentum", "some",
     "bounded", "gate_rows", "soft_momentum", "deep_momentum", "deep_bounded", "deep_soft",
+    "to_initial", "deep_to_initial",
 ]  # fmt: skip
 
 

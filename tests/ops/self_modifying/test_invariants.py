@@ -141,6 +141,21 @@ def test_19_a_static_memory_without_dgd_is_that_of_titans(
 # --- 20: bounds -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@torch.no_grad()
+def test_19_what_is_forgotten_leads_to_where_documents_start(draw_problem, depth) -> None:
+    """Without steps W_t - W_0 is what it was times all that was kept, from whatever state."""
+    p = draw_problem(2, memories=("mem",), depth=depth, length=9, decay="initial")
+    p = p.replace(eta=torch.zeros_like(p.eta), alpha=torch.full_like(p.alpha, 0.8))
+    other = draw_problem(3, memories=("mem",), depth=depth, length=9, decay="initial").run()[1]
+    after = p.replace(state=other).run()[1]
+    for first, before, now in zip(p.initial["mem"], other.weights["mem"], after.weights["mem"], strict=True):
+        torch.testing.assert_close(now - first, 0.8**9 * (before - first))
+    # From the start itself nothing moves at all, where forgetting to zero leaves 0.8^9.
+    for first, now in zip(p.initial["mem"], p.run()[1].weights["mem"], strict=True):
+        torch.testing.assert_close(now, first.expand_as(now))
+
+
 @torch.no_grad()
 def test_20_a_transition_never_enlarges_a_memory(draw_problem) -> None:
     """||alpha I - eta k k^T|| <= alpha for eta <= alpha, which the spectral cap sees to."""
