@@ -18,8 +18,8 @@ RATES = (1e-7, 1e-2)
 def args(evidence, some_novels, tmp_path):
     return evidence.language.Args(
         models=("transformer", "titans-lmm"), seeds=(0, 1), size="quick", data=some_novels, tokens=1024,
-        context=64, batch_size=4, long=256, long_documents=2, learning_rates=RATES, out=tmp_path / "out",
-        results=tmp_path / "results",
+        context=64, batch_size=4, long=256, long_documents=2, learning_rates=RATES, tuning_share=0.25,
+        out=tmp_path / "out", results=tmp_path / "results",
     )  # fmt: skip
 
 
