@@ -183,7 +183,8 @@ def test_what_a_machine_cannot_run_is_left_out_and_said(evidence, args) -> None:
         ({"models": ("hop",)}, "Did you mean 'hope'"),
         ({"size": "6m"}, "--size is '6m'"),
         ({"seeds": (1, 1)}, r"--seeds are \[1, 1\]; give some, each once"),
-        ({"tokens": 1000}, "--tokens is 1000; a step reads 256"),
+        ({"tokens": 1000}, "--tokens is 1000 and --tuning-share 0.25; a step reads 256"),
+        ({"tuning_share": 1.5}, "--tuning-share is 1.5"),
         ({"learning_rates": (0.0, 1.0)}, "must be above 0"),
     ],
 )
