@@ -26,6 +26,16 @@ from nestor.models.state import State
 STORIES = str(Path(__file__).parents[2] / "checkpoints" / "stories260K")
 
 
+def llama(vocab: int, width: int, layers: int, heads: int, positions: int) -> LlamaForCausalLM:
+    """Of random weights, large enough for attention to be none of a mean."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=width, max_position_embeddings=positions, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
 @pytest.fixture
 def model():
     """In float64, with branches that are open."""
@@ -171,12 +181,7 @@ def test_memories_that_are_to_forget_begin_anew_with_each_window(model) -> None:
 
 def test_training_teaches_a_memory_what_the_window_before_said() -> None:
     """Which of two words a text has, 16 times, is asked for in the next window: attention cannot know."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=16, initializer_range=0.3,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = llama(vocab=8, width=16, layers=2, heads=2, positions=16)
     attached = Branches(layers=(0, 1), memory={"chunk_size": 8, "expansion": 1}).attach(model)
     decoder = WindowedDecoder(model, 16)
     words = torch.tensor([2, 5]).repeat(4)
@@ -228,12 +233,7 @@ def test_a_first_state_is_of_the_dtype_that_the_model_has_now(plain) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_sliding_window_of_half_precision_is_what_is_left_of_the_text() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=500, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64,
-        max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().bfloat16().cuda().requires_grad_(False)
+    model = llama(vocab=500, width=64, layers=1, heads=1, positions=512).bfloat16().cuda()
     ids = tokens(400).cuda()
     found = WindowedDecoder(model, 200, 8, sinks=2)(ids).logits[:, -8:]
     expected = model(torch.cat((ids[:, :2], ids[:, -198:]), 1)).logits[:, -8:]
