@@ -118,9 +118,12 @@ def attention_reach(config: Any) -> Reach:
     segment = getattr(config, "segment_size", None) or 1
     windowed = sum(kind in _WINDOWED for kind in kinds)
     segmented = sum(kind in _SEGMENTED for kind in kinds)
-    widest = max(window if windowed else 1, segment if segmented else 1)
+    # A key of attention alone may have a few tokens before it in it.
+    before = max(0, getattr(config, "attention_conv_kernel", 0) - 1)
+    convolved = kinds.count("sliding_attention") * before
+    widest = max(window + (before if convolved else 0) if windowed else 1, segment if segmented else 1)
     steps = windowed * (window - 1) + (segmented if windowed else min(segmented, 1)) * (segment - 1)
-    return Reach(widest, steps + 1)
+    return Reach(widest, convolved + steps + 1)
 
 
 def same_tokenizer(subjects: Sequence[Subject]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.errors import ConfigError, ShapeError
+from nestor.layers.convolution import ShortConvolution
 from nestor.layers.norm import RMSNorm
 from nestor.layers.registry import register_mixer
 from nestor.layers.rotary import rotary_table, rotate
@@ -233,7 +234,8 @@ class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions: `y = softmax(q k^T / sqrt(p)) v W_o`.
 
     State: `cache.key`, `cache.value` `[B, n, Hkv, p]` (keys after rotation), `clock` `[B]` int64, the tokens
-    of the current document read so far; the last `min(clock, n)` cache entries are theirs.
+    of the current document read so far; the last `min(clock, n)` cache entries are theirs. With convolutions
+    their tails `tail.q|k|v` `[B, conv_kernel - 1, H p or Hkv p]`.
 
     Args:
         hidden_size: width `d`.
@@ -242,6 +244,8 @@ class Attention(nn.Module):
         window: tokens a query sees, itself included; None: all.
         persistent_tokens: learned key-value pairs visible from everywhere, without positions.
         qk_norm: RMSNorm on each query and key head before the rotation.
+        conv_kernel: tokens seen by a short convolution of queries, of keys and of values, as memories have
+            them, from 2 on; 0: none.
         implementation: `sdpa` or `flex_attention` (CUDA only; elsewhere it runs as `sdpa`).
 
     Raises:
@@ -258,6 +262,7 @@ class Attention(nn.Module):
         persistent_tokens: int = 0,
         rope_theta: float = 10_000.0,
         qk_norm: bool = False,
+        conv_kernel: int = 0,
         norm_eps: float = 1e-6,
         implementation: str = "sdpa",
     ) -> None:
@@ -277,6 +282,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
+        widths = {"q": heads, "k": kv_heads, "v": kv_heads} if conv_kernel else {}
+        self.convolutions = nn.ModuleDict(
+            {name: ShortConvolution(count * self.head_dim, conv_kernel) for name, count in widths.items()}
+        )
         self.prefix_key: nn.Parameter | None = None
         self.prefix_value: nn.Parameter | None = None
         if persistent_tokens:
@@ -302,8 +311,17 @@ class Attention(nn.Module):
         prefix: `[N, d]` persistent tokens given by the caller instead of learned here: input vectors whose
         keys and values are visible from everywhere, without positions.
         """
-        out, after = self.mix(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, span, prefix)
-        return self.o_proj(out), after
+        streams = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
+        tails: dict[str, Tensor] = {}
+        if self.convolutions:
+            if span is None:
+                batch, length, _ = x.shape
+                span = Span.build(None if state is None else state["clock"], batch, length, x.device)
+            for name, convolution in self.convolutions.items():
+                tail = None if state is None else state[f"tail.{name}"]
+                streams[name], tails[f"tail.{name}"] = convolution(streams[name], tail, span)
+        out, after = self.mix(streams["q"], streams["k"], streams["v"], state, span, prefix)
+        return self.o_proj(out), after | tails
 
     def mix(
         self,
@@ -314,7 +332,7 @@ class Attention(nn.Module):
         span: Span | None = None,
         prefix: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`forward` between the projections: query, key, value `[B, T, H p]` to `[B, T, d]`."""
+        """`forward` from queries, keys and values `[B, T, H p]` to what is projected out, `[B, T, d]`."""
         batch, length, _ = query.shape
         if span is None:
             span = Span.build(None if state is None else state["clock"], batch, length, query.device)
@@ -355,16 +373,20 @@ class Attention(nn.Module):
 @register_mixer("full_attention")
 def build_full_attention(config: Any, layer_index: int) -> Attention:
     """Attention on the whole document."""
-    return attention_from_config(config, window=None)
+    return attention_from_config(config, window=None, conv_kernel=config.attention_conv_kernel)
 
 
 @register_mixer("sliding_attention")
 def build_sliding_attention(config: Any, layer_index: int) -> Attention:
     """Attention on the last `sliding_window` tokens."""
-    return attention_from_config(config, window=config.sliding_window)
+    return attention_from_config(
+        config, window=config.sliding_window, conv_kernel=config.attention_conv_kernel
+    )
 
 
-def attention_from_config(config: Any, window: int | None, persistent_tokens: int | None = None) -> Attention:
+def attention_from_config(
+    config: Any, window: int | None, persistent_tokens: int | None = None, conv_kernel: int = 0
+) -> Attention:
     """The attention of a layer, by the configuration's head counts, rotation, norms and persistent tokens."""
     return Attention(
         config.hidden_size,
@@ -374,6 +396,7 @@ def attention_from_config(config: Any, window: int | None, persistent_tokens: in
         persistent_tokens=config.persistent_tokens if persistent_tokens is None else persistent_tokens,
         rope_theta=config.rope_theta,
         qk_norm=config.qk_norm,
+        conv_kernel=conv_kernel,
         norm_eps=config.rms_norm_eps,
         implementation=getattr(config, "_attn_implementation", None) or "sdpa",
     )

@@ -37,6 +37,8 @@ class NestorConfig(PreTrainedConfig):
         continuum: of feed-forwards called "continuum": `periods`, for each block, from the fastest to the
             slowest, how many tokens lie between its updates where the model learns from what it reads (None:
             never, for the last), and `wiring`, "sequential", "independent" or "nested".
+        attention_conv_kernel: tokens seen by short convolutions of the queries, keys and values of layers
+            that are attention alone, from 2 on; 0: none. Memories have `conv_kernel` in `memory`.
         qk_norm: normalise queries and keys of attention per head.
         rope_theta: base of the rotary embedding.
         rms_norm_eps: epsilon of the normalisations.
@@ -64,6 +66,7 @@ class NestorConfig(PreTrainedConfig):
     segment_size: int | None = None
     memory: dict[str, Any] | None = None
     continuum: dict[str, Any] | None = None
+    attention_conv_kernel: int = 0
     qk_norm: bool = False
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
@@ -115,6 +118,8 @@ class NestorConfig(PreTrainedConfig):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("persistent_tokens", self.persistent_tokens, 0)
+        if self.attention_conv_kernel:
+            _at_least("attention_conv_kernel", self.attention_conv_kernel, 2)
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value <= 0:

@@ -35,6 +35,7 @@ ARCHITECTURE = (
     "segment_size",
     "memory",
     "continuum",
+    "attention_conv_kernel",
     "qk_norm",
     "rope_theta",
     "rms_norm_eps",
@@ -283,7 +284,8 @@ def _check_fingerprint(path: str | os.PathLike[str], stored: dict[str, Any], wan
     differences = [
         f"{name} is {saved.get(name)!r} in the file and {model.get(name)!r} in the model"
         for name in sorted({*saved, *model})
-        if saved.get(name) != model.get(name)
+        # What a file of an older version does not name was off then.
+        if saved.get(name) != model.get(name) and (name in saved or model[name])
     ]
     if differences:
         raise StateMismatchError(f"{os.fspath(path)} is the State of another model: {'; '.join(differences)}")

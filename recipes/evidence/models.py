@@ -42,8 +42,14 @@ CHUNKS = {"memory": {"chunk_size": 64}}
 
 MODELS = {
     "transformer": Entry("transformer", "softmax attention with rotary positions", ATTENTION),
+    "transformer-conv": Entry(
+        "transformer",
+        "the same with short convolutions of queries, keys and values, as memories have them",
+        ATTENTION,
+        overrides={"attention_conv_kernel": 4},
+    ),
     "sliding-window": Entry(
-        "transformer", "the same over a window, that of the memory models", ATTENTION, windowed=True
+        "transformer", "the transformer over a window, that of the memory models", ATTENTION, windowed=True
     ),
     "hope-attention": Entry(
         "hope-attention", "attention, and a feed-forward of blocks for levels (Nested Learning)", ATTENTION

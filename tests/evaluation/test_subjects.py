@@ -9,11 +9,13 @@ from nestor.evaluation import Subject, attention_reach
 from nestor.evaluation.subjects import check_names
 
 
-@pytest.mark.parametrize(("layers", "window"), [(1, 5), (2, 5), (3, 4)])
-def test_the_reach_of_stacked_windows_is_what_a_token_depends_on(make_tiny, layers, window):
-    model = make_tiny(num_hidden_layers=layers, sliding_window=window)
+@pytest.mark.parametrize(("layers", "window", "conv"), [(1, 5, 0), (2, 5, 0), (3, 4, 0), (2, 5, 3)])
+def test_the_reach_of_stacked_windows_is_what_a_token_depends_on(make_tiny, layers, window, conv):
+    """A convolution of `conv` tokens has as many less one before each key in it."""
+    model = make_tiny(num_hidden_layers=layers, sliding_window=window, attention_conv_kernel=conv)
     reach = attention_reach(model.config)
-    assert reach.window == window and reach.tokens == layers * (window - 1) + 1
+    own = window + max(0, conv - 1)
+    assert reach.window == own and reach.tokens == layers * (own - 1) + 1
     ids = torch.randint(0, 256, (1, 30))
     last = model(ids).logits[0, -1]
     for back, changes in ((reach.tokens - 1, True), (reach.tokens, False)):

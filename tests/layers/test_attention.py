@@ -43,9 +43,9 @@ def naive(query, keys, values, first_visible=None, window=None, prefix=None):
     return out
 
 
-def make(heads=4, kv_heads=2, window=None, persistent=0, qk_norm=False):
+def make(heads=4, kv_heads=2, window=None, persistent=0, qk_norm=False, conv=0):
     layer = Attention(
-        16, heads, kv_heads, window=window, persistent_tokens=persistent, qk_norm=qk_norm
+        16, heads, kv_heads, window=window, persistent_tokens=persistent, qk_norm=qk_norm, conv_kernel=conv
     ).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -99,8 +99,9 @@ def test_a_long_window_call_takes_the_blocked_path(monkeypatch):
 @pytest.mark.parametrize("window", [None, 3, 16])
 @pytest.mark.parametrize("persistent", [0, 2])
 @pytest.mark.parametrize("with_resets", [False, True])
-def test_changing_a_token_leaves_earlier_outputs_bitwise_equal(window, persistent, with_resets):
-    layer = make(window=window, persistent=persistent, qk_norm=True).float()
+@pytest.mark.parametrize("conv", [0, 4])
+def test_changing_a_token_leaves_earlier_outputs_bitwise_equal(window, persistent, with_resets, conv):
+    layer = make(window=window, persistent=persistent, qk_norm=True, conv=conv).float()
     x = torch.randn(2, 12, 16)
     resets = torch.zeros(2, 12, dtype=torch.bool)
     resets[1, 5] = True
@@ -115,13 +116,30 @@ def test_changing_a_token_leaves_earlier_outputs_bitwise_equal(window, persisten
 
 
 @pytest.mark.parametrize("window", [1, 4])
-def test_a_query_sees_itself_and_the_window_before_it_only(window):
-    layer = make(window=window)
+@pytest.mark.parametrize("conv", [0, 3])
+def test_a_query_sees_itself_and_the_window_before_it_only(window, conv):
+    """And, with a convolution, the tokens before these that their keys and values have in them."""
+    layer = make(window=window, conv=conv)
     x = normal(1, 10, 16).requires_grad_()
     y, _ = layer(x)
     (gradient,) = torch.autograd.grad(y[0, 7].sum(), x)
     reached = gradient[0].abs().sum(-1).nonzero()[:, 0].tolist()
-    assert reached == list(range(7 - window + 1, 8))
+    assert reached == list(range(7 - window + 1 - max(0, conv - 1), 8))
+
+
+def test_convolutions_are_of_what_is_projected():
+    layer, plain = make(conv=3, persistent=2), make(persistent=2)
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "convolutions" not in k})
+    x = normal(2, 9, 16)
+    streams = []
+    for name in "qkv":
+        z = F.pad(getattr(layer, f"{name}_proj")(x), (0, 0, 2, 0))
+        weight = layer.convolutions[name].weight
+        streams.append(sum(z[:, i : i + 9] * weight[:, i] for i in range(3)))
+    expected, _ = plain.mix(*streams)
+    torch.testing.assert_close(layer(x)[0], plain.o_proj(expected), **EXACT)
+    assert not torch.allclose(layer(x)[0], plain(x)[0])
+    assert set(layer(x)[1]) - set(plain(x)[1]) == {"tail.q", "tail.k", "tail.v"}
 
 
 @pytest.mark.parametrize("persistent", [0, 3])
@@ -145,11 +163,11 @@ def test_a_window_as_long_as_the_call_equals_full_attention(window):
     torch.testing.assert_close(windowed(x)[0], full(x)[0], **EXACT)
 
 
-@given(st.data(), st.sampled_from([None, 1, 3, 30]), st.integers(0, 2))
-@settings(max_examples=30)
-def test_cutting_a_stream_anywhere_changes_neither_outputs_nor_state(data, window, persistent):
+@given(st.data(), st.sampled_from([None, 1, 3, 30]), st.integers(0, 2), st.sampled_from([0, 2, 4]))
+@settings(max_examples=40)
+def test_cutting_a_stream_anywhere_changes_neither_outputs_nor_state(data, window, persistent, conv):
     torch.manual_seed(0)
-    layer = make(window=window, persistent=persistent)
+    layer = make(window=window, persistent=persistent, conv=conv)
     x = normal(2, 14, 16)
     resets = torch.zeros(2, 14, dtype=torch.bool)
     for row in range(2):
@@ -169,8 +187,9 @@ def test_cutting_a_stream_anywhere_changes_neither_outputs_nor_state(data, windo
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_padding_is_never_stored_and_gives_no_nan(window):
-    layer = make(window=window)
+@pytest.mark.parametrize("conv", [0, 3])
+def test_padding_is_never_stored_and_gives_no_nan(window, conv):
+    layer = make(window=window, conv=conv)
     x = normal(3, 8, 16)
     x[0, 5:] = 1e30
     lengths = torch.tensor([5, 8, 0])
@@ -188,8 +207,9 @@ def test_padding_is_never_stored_and_gives_no_nan(window):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_after_a_reset_the_row_goes_on_as_a_fresh_one(window):
-    layer = make(window=window)
+@pytest.mark.parametrize("conv", [0, 3])
+def test_after_a_reset_the_row_goes_on_as_a_fresh_one(window, conv):
+    layer = make(window=window, conv=conv)
     _, state = layer(normal(1, 7, 16))
     x = normal(1, 3, 16)
     resets = torch.tensor([[True, False, False]])
@@ -216,8 +236,9 @@ def test_a_windowed_cache_does_not_hold_on_to_the_whole_call():
     assert state["cache.key"].shape[1] == 2
 
 
-def test_gradients_reach_tokens_through_the_cache():
-    layer = make()
+@pytest.mark.parametrize("conv", [0, 3])
+def test_gradients_reach_tokens_through_the_cache(conv):
+    layer = make(conv=conv)
     x = normal(1, 6, 16).requires_grad_()
     y, _ = layer(x)
     (whole,) = torch.autograd.grad(y.square().sum(), x)

@@ -23,6 +23,7 @@ def test_defaults_are_filled_in():
         ({"hidden_size": 12, "num_attention_heads": 4}, "even width"),
         ({"num_key_value_heads": 3}, "4 does not divide into 3 key-value heads"),
         ({"sliding_window": 0}, "sliding_window is 0; .* at least 1"),
+        ({"attention_conv_kernel": 1}, "attention_conv_kernel is 1; .* at least 2"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"vocab_size": 1.5}, "vocab_size is 1.5"),
         ({"rope_theta": 0}, "rope_theta is 0"),

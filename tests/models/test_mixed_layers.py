@@ -16,7 +16,12 @@ KINDS = (
 
 @pytest.fixture
 def mixed(tiny):
-    settings = {"segment_size": 8, "num_hidden_layers": len(KINDS), "layer_types": list(KINDS)}
+    settings = {
+        "segment_size": 8,
+        "attention_conv_kernel": 3,
+        "num_hidden_layers": len(KINDS),
+        "layer_types": list(KINDS),
+    }
     return tiny("titans-mag", **settings)
 
 
