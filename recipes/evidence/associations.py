@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from gradients import precision
 
 from nestor.data import Batch
 from nestor.data.tasks import MqarTask, TaskDocument, TaskStream
-from nestor.errors import NonFiniteError
+from nestor.errors import ConfigError, NonFiniteError
 from nestor.evaluation.scoring import PIECE, Row, score_rows
 from nestor.evaluation.statistics import ratio_intervals
 
@@ -20,6 +21,10 @@ from nestor.evaluation.statistics import ratio_intervals
 VALIDATION, TEST = 1, 2
 #: Tokens that are read in one call when models are scored, about.
 AT_ONCE = 1 << 16
+#: Short rows of a batch for one long one.
+SHORT_ROWS = 4
+#: The first seed of short documents.
+SHORT_SEEDS = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -48,18 +53,39 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Associations:
-    """The mixture as a `runs.Reading`: a document a row."""
+    """The mixture as a `runs.Reading`: a document a row.
+
+    The first `short_steps` batches have `SHORT_ROWS` times as many rows of `short_length` tokens, with those
+    numbers of pairs that these have room for: what recall is, is learned much sooner where pairs are near.
+    """
 
     pairs: tuple[int, ...]
     vocabulary: int
+    short_steps: int = 0
+    short_length: int = 64
 
     def batches(self, seed: int, batch_size: int, length: int) -> Iterator[Batch]:
         """Raises ConfigError: rows are too short for the pairs."""
-        return TaskStream(Mixture(self.pairs, self.vocabulary, length), batch_size, length, seed=seed)
+        long = TaskStream(Mixture(self.pairs, self.vocabulary, length), batch_size, length, seed=seed)
+        if not self.short_steps:
+            return long
+        pairs = tuple(count for count in self.pairs if 4 * count <= self.short_length)
+        if not pairs:
+            raise ConfigError(
+                f"documents of {self.short_length} tokens have room for {self.short_length // 4} pairs, and "
+                f"there are {list(self.pairs)}; give longer ones, or none"
+            )
+        mixture = Mixture(pairs, self.vocabulary, self.short_length)
+        # Beside the seeds of long documents, so that these are the same after any number of short ones.
+        short = TaskStream(mixture, SHORT_ROWS * batch_size, self.short_length, seed=SHORT_SEEDS + seed)
+        return chain(islice(short, self.short_steps), long)
 
     def identity(self) -> dict[str, Any]:
         """The rows' length is a setting of the run."""
-        return {"kind": "mqar", "pairs": list(self.pairs), "vocabulary": self.vocabulary}
+        short = {"short_steps": self.short_steps, "short_length": self.short_length}
+        return {"kind": "mqar", "pairs": list(self.pairs), "vocabulary": self.vocabulary} | (
+            short if self.short_steps else {}
+        )
 
 
 @dataclass(frozen=True)

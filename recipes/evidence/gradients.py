@@ -1,8 +1,8 @@
 """The loss and the gradient of a training step, which a GPU does as one CUDA graph.
 
 One operation after another, a small model's step takes several times as long to launch as to compute, and a
-memory without a kernel of its own launches some hundred thousand. A graph is captured once, in the shapes
-and at the addresses of then, and takes one launch.
+memory without a kernel of its own launches some hundred thousand. A graph is captured in the shapes and at
+the addresses of then, and takes one launch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from nestor.data import IGNORED, Batch
-from nestor.errors import ShapeError
 from nestor.training.loop import to_device
 
 #: Kinds of layers that a graph cannot hold: they ask the GPU for numbers that decide what comes next, or try
@@ -28,10 +27,10 @@ class Gradients:
     """Computes the loss of a batch, and leaves its gradient in the parameters.
 
     On a GPU, called in a queue besides the default one, it replays a graph from the batch after `EAGER`
-    others on, unless the model has layers of `ASKING`. All batches must then be alike.
+    others on, unless the model has layers of `ASKING`. Where batches become others in shape, it begins anew.
 
     Attributes:
-        replays: how often it has.
+        replays: how often it has replayed a graph.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -41,27 +40,22 @@ class Gradients:
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, Tensor] = {}
+        self._kind: dict[str, tuple[int, ...]] = {}
         self._loss = torch.empty(())
         self.replays = 0
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Nats a token of a batch, each by its weight, from fresh States; the next call may overwrite it.
-
-        Raises:
-            ShapeError: the batch is not like those before, and a graph knows only these.
-        """
+        """Nats a token of a batch, each by its weight, from fresh States; the next call may overwrite it."""
         inputs = {name: to_device(tensor, self._device) for name, tensor in of_batch(batch).items()}
+        kind = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        if kind != self._kind:
+            self._kind, self._calls, self._graph = kind, 0, None
         self._calls += 1
         if not self._captures or self._calls <= EAGER:
             return self._differentiate(inputs)
         if self._graph is None:
             self._capture(inputs)
         assert self._graph is not None
-        given, wanted = (
-            {name: tuple(x.shape) for name, x in each.items()} for each in (inputs, self._inputs)
-        )
-        if given != wanted:
-            raise ShapeError(f"a batch has {given}, and the graph of the steps was captured with {wanted}")
         for name, tensor in inputs.items():
             self._inputs[name].copy_(tensor)
         self._graph.replay()

@@ -7,9 +7,9 @@
 Two tasks, for each of which models are trained from the start: multi-query associative recall of 4 to 256
 pairs, asked for again in longer documents (associations.py), and needles in novels, trained at 2,048 bytes
 and asked for at up to 16 times that (needles.py). All models of a task have the same non-embedding parameters
-and read the same documents in the same order, without a curriculum. For each, every learning rate is tried
-once, and the best, by validation documents of the training length, goes into a run for each seed. Each run is
-a file in the folder --out, and the same command goes on where it was stopped. A task is written as
+and read the same documents in the same order, short ones of pairs first. For each, every learning rate is
+tried once, and the best, by validation documents of the training length, goes into a run for each seed. Each
+run is a file in the folder --out, and the same command goes on where it was stopped. A task is written as
 recall-TASK.json, with a table and plots.
 """
 
@@ -52,7 +52,7 @@ from nestor.jobs import Workers
 TASKS = ("mqar", "needles")
 #: Rows of the tables: to add a model, add an entry here or in models.py.
 MODELS = {
-    **{name: EVIDENCE[name] for name in ("transformer", "sliding-window")},
+    **{name: EVIDENCE[name] for name in ("transformer", "transformer-conv", "sliding-window")},
     "linear-attention": Entry(
         "titans-lmm", "one matrix to which v k^T is added, without decay or norm", OTHERS,
         overrides={
@@ -80,7 +80,7 @@ class Args(Options):
     """Folder with novels-train-a, -train-b and -heldout-long."""
     mqar_size: str = "quick"
     """Of the models."""
-    mqar_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    mqar_rates: tuple[float, ...] = (5e-4, 1e-3, 3e-3)
     """Learning rates, tried once for every model."""
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     """Of a document; training draws them evenly."""
@@ -88,8 +88,12 @@ class Args(Options):
     """A third of these are keys and a third values."""
     mqar_context: int = 1024
     """Tokens of a document of training."""
-    mqar_steps: int = 2000
+    mqar_steps: int = 2500
     """Updates of a run."""
+    mqar_short_steps: int = 500
+    """Of these, the first, which read documents of --mqar-short-context tokens."""
+    mqar_short_context: int = 64
+    """Tokens of a short document."""
     mqar_batch: int = 64
     """Documents of an update."""
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16_384, 32_768)
@@ -136,6 +140,12 @@ class Args(Options):
         if least <= 0 or min(self.mqar_steps, self.mqar_batch, self.needle_steps // 2, self.needle_batch) < 1:
             raise ConfigError(
                 "learning rates, steps and batches must be above 0, with 4 documents and 2 needles at least"
+            )
+        if not 0 <= self.mqar_short_steps < self.mqar_steps or self.mqar_short_context > self.mqar_context:
+            raise ConfigError(
+                f"--mqar-short-steps is {self.mqar_short_steps} of {self.mqar_steps} updates, on documents "
+                f"of {self.mqar_short_context} tokens, where later ones have {self.mqar_context}; give fewer "
+                f"updates, and documents that are not longer"
             )
 
 
@@ -221,7 +231,8 @@ def measured(args: Args, task: str, say: Callable[[str], None]) -> dict[str, Any
 def mqar_plan(args: Args) -> Plan:
     """Multi-query associative recall."""
     run = Run(
-        MODELS[args.models[0]].model(args.mqar_size), Associations(args.pairs, args.vocabulary), 0.0,
+        MODELS[args.models[0]].model(args.mqar_size),
+        Associations(args.pairs, args.vocabulary, args.mqar_short_steps, args.mqar_short_context), 0.0,
         args.mqar_steps, args.mqar_batch, args.mqar_context, 0,
     )  # fmt: skip
     near = tuple(Question(pairs, args.mqar_context) for pairs in args.pairs)

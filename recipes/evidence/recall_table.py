@@ -46,10 +46,11 @@ def mqar_parts(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     words = (
         f"Right answers. Models of the size {settings['mqar_size']} are trained on documents of {context:,} "
         f"tokens with {', '.join(map(str, settings['pairs']))} pairs, mixed, {settings['mqar_batch']} an "
-        f"update for {settings['mqar_steps']:,} updates; only answers are learned. A guess among all values "
-        f"is right in {100 / (settings['vocabulary'] // 3):.1f} %. {settings['documents']} documents for "
-        f"each number of pairs, {settings['documents'] // 4} of the longer ones, where keys are asked for in "
-        f"the second half only."
+        f"update for {settings['mqar_steps']:,} updates, of which the first {settings['mqar_short_steps']:,} "
+        f"have documents of {settings['mqar_short_context']} tokens; only answers are learned. A guess "
+        f"among all values is right in {100 / (settings['vocabulary'] // 3):.1f} %. "
+        f"{settings['documents']} documents for each number of pairs, {settings['documents'] // 4} of the "
+        f"longer ones, where keys are asked for in the second half only."
     )
     tables = [grid("By the number of pairs", rows, "answers", lambda one: f"{one['pairs']} pairs")]
     for pairs in settings["long_pairs"]:

@@ -6,8 +6,6 @@ from itertools import islice
 import pytest
 import torch
 
-from nestor.errors import ShapeError
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"),
@@ -73,10 +71,18 @@ def test_layers_that_ask_the_gpu_are_not_captured(evidence, run) -> None:
     assert not evidence.runs.train(replace(run, model=model, steps=6, batch_size=2), "cuda").captured
 
 
-def test_batches_of_another_kind_are_refused(evidence, run) -> None:
-    gradients = evidence.gradients.Gradients(run.model.build(0).to(CUDA), CUDA)
+def test_batches_of_another_shape_have_a_graph_of_their_own(evidence, run) -> None:
+    """First on short rows, as documents of a curriculum are, then on long ones."""
+    model = run.model.build(0).to(CUDA)
+    gradients = evidence.gradients.Gradients(model, CUDA)
+    short, long = (list(islice(run.reading.batches(0, *size), 5)) for size in ((8, 128), (4, 256)))
     with evidence.runs.own_queue(CUDA):
-        for batch in islice(run.reading.batches(0, 4, 256), 4):
-            gradients(batch)
-        with pytest.raises(ShapeError, match="captured with"):
-            gradients(next(run.reading.batches(0, 2, 256)))
+        for batch in (*short, *long):
+            loss = gradients(batch)
+        assert gradients.replays == 2 * (5 - evidence.gradients.EAGER)
+        kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        expected = evidence.gradients.Gradients(model, CUDA)(long[-1])
+    assert float(loss) == pytest.approx(float(expected), rel=1e-3)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert (kept[name] - parameter.grad).norm() <= 0.03 * parameter.grad.norm() + 1e-4, name

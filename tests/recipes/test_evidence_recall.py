@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,9 +75,9 @@ def books(tmp_path_factory):
 def args(evidence, books, tmp_path):
     return evidence.recall.Args(
         models=("transformer", "linear-attention"), seeds=(0,), mqar_rates=(1e-3,), needle_rates=(1e-3,),
-        pairs=(2, 4), vocabulary=30, mqar_context=32, mqar_steps=2, mqar_batch=2, lengths=(64,),
-        long_pairs=(4,), documents=4, needle_size="quick", needle_context=700, needle_lengths=(700,),
-        needle_steps=2, needle_batch=1, needles=2, data=books, out=tmp_path / "out",
+        pairs=(2, 4), vocabulary=30, mqar_context=32, mqar_steps=2, mqar_short_steps=1, mqar_short_context=16,
+        mqar_batch=2, lengths=(64,), long_pairs=(4,), documents=4, needle_size="quick", needle_context=700,
+        needle_lengths=(700,), needle_steps=2, needle_batch=1, needles=2, data=books, out=tmp_path / "out",
         results=tmp_path / "results",
     )  # fmt: skip
 
@@ -117,6 +118,22 @@ def test_only_answers_are_learned_and_documents_count_the_same(evidence) -> None
         assert min(asked) >= 2 * len(asked) and len(set(ids[asked].tolist())) == len(asked)
         assert float(weights[asked].sum()) == pytest.approx(1)
     assert seen == set(PAIRS)
+
+
+def test_short_documents_come_first_and_leave_the_long_ones_as_they_are(evidence) -> None:
+    plain = evidence.associations.Associations(PAIRS, VOCABULARY)
+    stages = replace(plain, short_steps=2, short_length=24)
+    first, second, third = islice(stages.batches(3, 6, 80), 3)
+    assert first["input_ids"].shape == second["input_ids"].shape == (4 * 6, 24)
+    assert not torch.equal(first["input_ids"], second["input_ids"])
+    # 24 tokens have room for 6 pairs and their questions.
+    assert {int(row.sum()) for row in first["labels"] != -100} == {2, 5}
+    assert torch.equal(third["input_ids"], next(plain.batches(3, 6, 80))["input_ids"])
+    assert stages.identity() == plain.identity() | {"short_steps": 2, "short_length": 24}
+    with pytest.raises(
+        ConfigError, match=r"documents of 7 tokens have room for 1 pairs, and there are \[2, "
+    ):
+        replace(stages, short_length=7).batches(3, 6, 80)
 
 
 def test_secrets_are_told_before_they_are_asked_for_and_told_once(evidence, books) -> None:
@@ -211,6 +228,8 @@ def test_scores_of_one_seed_have_the_interval_over_documents(evidence) -> None:
         ({"tasks": ("mqa",)}, "there is no task 'mqa'.*Did you mean 'mqar'"),
         ({"models": ("titans",)}, "there is no model 'titans'"),
         ({"needles": 1}, "must be above 0"),
+        ({"mqar_short_steps": 2}, "--mqar-short-steps is 2 of 2 updates"),
+        ({"mqar_short_context": 64}, "documents of 64 tokens, where later ones have 32"),
         ({"seeds": ()}, "--seeds"),
     ],
 )
