@@ -37,7 +37,7 @@ from variants import (
     variants_of,
 )  # fmt: skip
 
-from nestor.errors import ConfigError, NestorError, NonFiniteError
+from nestor.errors import ConfigError, NestorError, NonFiniteError, suggest
 from nestor.jobs import Workers
 
 
@@ -51,6 +51,8 @@ class Args(NovelOptions):
     """Chunk sizes of training."""
     run_chunks: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
     """Chunk sizes that models are run with."""
+    leave_out: tuple[str, ...] = ()
+    """Models of these tables that are not run; the table names them."""
     name: str | None = None
     """Of the results; none given: ablations-SIZE."""
 
@@ -64,6 +66,13 @@ class Args(NovelOptions):
         super().check()
         self.check_options("tables", "chunks", "run_chunks")
         check_tables(self.tables)
+        models = variants_of(self.tables)
+        for name in self.leave_out:
+            if name not in models:
+                raise ConfigError(
+                    f"--leave-out has {name!r}, which is no model of these tables; they have "
+                    f"{', '.join(models)}. {suggest(name, models)}".rstrip()
+                )
         if min(*self.chunks, *self.run_chunks) < 1:
             raise ConfigError("chunk sizes must be at least 1")
 
@@ -103,7 +112,8 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
 def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     """The results of runs, those that are missing made now."""
     args.check()
-    rows = {name: args.row(name, VARIANTS[name].model(args.size)) for name in variants_of(args.tables)}
+    names = [name for name in variants_of(args.tables) if name not in args.leave_out]
+    rows = {name: args.row(name, VARIANTS[name].model(args.size)) for name in names}
     by_chunk = {chunk: chunk_name(chunk, args.size) for chunk in args.chunks if "chunks" in args.tables}
     rows |= {name: args.row(name, chunk_model(chunk, args.size)) for chunk, name in by_chunk.items()}
     plain = args.sweep(args.title, say)
@@ -112,9 +122,9 @@ def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     # The ablations' memory is one of the chunk-size law, so it is run with other chunks in any case.
     measured_at = (CHUNKED, *by_chunk.values())
     studied = {name: (at_chunks if name in measured_at else plain, row) for name, row in rows.items()}
-    left_out = {}
+    left_out = dict.fromkeys(args.leave_out, "not run")
     if args.workers > 1:
-        left_out = run_rows(studied, Workers(args.workers, args.device), args.title, say)
+        left_out |= run_rows(studied, Workers(args.workers, args.device), args.title, say)
     found, at = {}, {}
     for name, (sweep, row) in studied.items():
         if name in left_out:
@@ -154,7 +164,7 @@ def compared(one: Comparison, found: dict[str, dict[str, Any]]) -> dict[str, Any
         "base": one.base,
         "change": relative(variant["bits_per_byte"], base["bits_per_byte"]),
         "long_change": relative(far(variant), far(base)),
-        "paper": {"full": full, "without": one.paper, "change": log_change(one.paper, full)},
+        "paper": one.paper and {"full": full, "without": one.paper, "change": log_change(one.paper, full)},
     }
 
 

@@ -39,11 +39,9 @@ def comparisons(name: str, results: dict[str, Any]) -> str:
     for one in results["comparisons"]:
         if one["table"] == name:
             bits = results["models"][one["variant"]]["bits_per_byte"]
-            paper = one["paper"]
             lines.append(
                 f"| {one['part']} | {one['base']} | {with_interval(bits)} | {share(one['change'])} | "
-                f"{share(one['long_change'])} | {paper['without']:.2f} for {paper['full']:.2f} | "
-                f"{100 * paper['change']:+.1f} % |"
+                f"{share(one['long_change'])} | {of_paper(one['paper'])} |"
             )
     return (
         f"## {name}\n\n"
@@ -51,6 +49,13 @@ def comparisons(name: str, results: dict[str, Any]) -> str:
         f"long documents. Paper: {SOURCES[name]}; its change is that of the logarithm of the perplexity.\n\n"
         + "\n".join(lines)
     )
+
+
+def of_paper(paper: dict[str, Any] | None) -> str:
+    """Two cells: the paper's perplexities, and the change of their logarithm."""
+    if paper is None:
+        return "- | -"
+    return f"{paper['without']:.2f} for {paper['full']:.2f} | {100 * paper['change']:+.1f} %"
 
 
 def models(results: dict[str, Any]) -> str:
@@ -106,7 +111,7 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
         mine = [
             one
             for one in results["comparisons"]
-            if one["table"] == name and one["change"]["estimate"] is not None
+            if one["table"] == name and one["paper"] and one["change"]["estimate"] is not None
         ]
         if mine:
             found[name.lower()] = scatter(

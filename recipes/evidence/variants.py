@@ -45,12 +45,19 @@ def _hope(about: str, without: str = "", **choices: Any) -> Variant:
 
 
 VARIANTS = {
-    # The slowest first: momentum in self-modifying memories has no kernel, so its two models have fewer steps
-    # one after another, and their own base.
+    # The slowest first: momentum in self-modifying memories, and forgetting towards their start, have no
+    # kernel, so their models have fewer steps one after another, and their own base.
     "hope-momentum": _hope(
         "Hope in chunks of 64 throughout, with a momentum that a gate keeps",
         projection_chunk_size=64,
         momentum="gated",
+        recompute=True,
+    ),
+    "hope-towards-start": _hope(
+        "Hope in chunks of 64 throughout, which forgets towards its learned start with a horizon of 128",
+        projection_chunk_size=64,
+        decay="initial",
+        horizon=128.0,
         recompute=True,
     ),
     "hope-64": _hope("Hope in chunks of 64 throughout", projection_chunk_size=64),
@@ -79,14 +86,15 @@ VARIANTS = {
 class Comparison:
     """A row: a variant that lacks a part, and the model that has it.
 
-    paper: perplexity of the paper's model without the part; `PAPER_FULL` has that of the whole.
+    paper: perplexity of the paper's model without the part, None where it has none; `PAPER_FULL` has that of
+        the whole.
     """
 
     table: str
     part: str
     variant: str
     base: str
-    paper: float
+    paper: float | None
 
 
 #: Perplexities of the full models. Titans, arXiv 2501.00663, table 5: mean of Wikitext and LAMBADA, about
@@ -106,6 +114,7 @@ COMPARISONS = (
     Comparison("Hope", "adaptive k", "hope-static-k", "hope", 13.77),
     Comparison("Hope", "adaptive v", "hope-static-v", "hope", 13.90),
     Comparison("Hope", "adaptive q", "hope-static-q", "hope", 12.19),
+    Comparison("Hope", "forgetting towards zero", "hope-towards-start", "hope-64", None),
 )  # fmt: skip
 
 #: TNT, arXiv 2511.07343: perplexity of a Titans of 550 M parameters by the chunk that it is run with.

@@ -107,6 +107,13 @@ def test_hope_without_a_part_lacks_it(model) -> None:
     periods = {(mixer(one).spec.chunk_size, mixer(one).spec.projection_chunk_size) for one in (base, without)}
     assert periods == {(64, 64)}
 
+    # What fades comes back, and there is more that fades.
+    start, zero = model("hope-towards-start"), model("hope-64")
+    assert (mixer(start).spec.decay, mixer(zero).spec.decay) == ("initial", "zero")
+    assert mixer(start).spec.horizon == 128 and names(start) == names(zero)
+    start.load_state_dict(zero.state_dict())
+    assert not torch.allclose(state(start)[1], state(zero)[1], atol=1e-6)
+
 
 @pytest.mark.parametrize("size", ["5m", "60m"])
 def test_variants_have_the_same_parameters(evidence, size) -> None:
@@ -128,7 +135,7 @@ def test_the_papers_figures_are_those_of_their_tables(evidence) -> None:
         ("Titans", "depth (linear memory)"): 28.49, ("Titans", "persistent tokens"): 27.63,
         ("Hope", "DGD"): 13.41, ("Hope", "momentum"): 13.58, ("Hope", "retention"): 13.71,
         ("Hope", "continuum"): 13.04, ("Hope", "adaptive k"): 13.77, ("Hope", "adaptive v"): 13.90,
-        ("Hope", "adaptive q"): 12.19,
+        ("Hope", "adaptive q"): 12.19, ("Hope", "forgetting towards zero"): None,
     }  # fmt: skip
     chunks = evidence.variants.PAPER_CHUNKS
     assert min(chunks, key=chunks.get) == evidence.variants.PAPER_CHUNK and chunks[8] == 36.45
@@ -152,7 +159,7 @@ def test_rows_compare_seed_by_seed(evidence, args, monkeypatch) -> None:
     args = replace(args, tables=("Titans", "Hope", "chunks"))
     results = evidence.ablations.main(args, say=lambda _: None)
     rows = {(one["table"], one["part"]): one for one in results["comparisons"]}
-    assert len(rows) == 12 and len(results["models"]) == 17
+    assert len(rows) == 13 and len(results["models"]) == 18
     momentum = rows["Titans", "momentum"]
     assert momentum["change"]["by_seed"] == pytest.approx([0.1, 0.1])
     assert momentum["long_change"]["estimate"] == pytest.approx(0.1)
@@ -163,6 +170,9 @@ def test_rows_compare_seed_by_seed(evidence, args, monkeypatch) -> None:
     page = (args.results / "ablations-quick.md").read_text()
     assert "| momentum | titans | 2.310 " in page and "28.98 for 27.01 | +2.1 % |" in page
     assert page.count("| DGD | hope | - | - | ") == 1
+    # A part that the paper has no figure of.
+    assert rows["Hope", "forgetting towards zero"]["paper"] is None
+    assert "| forgetting towards zero | hope-64 | 2.625 " in page and "| - | - |" in page
     assert "| 64 | 3.100" in page and "| paper, 64 | +35 % | +0 % |" in page
     pictures = {path.name for path in args.results.glob("*.png")}
     assert pictures == {f"ablations-quick-{name}.png" for name in ("titans", "hope", "chunks")}
