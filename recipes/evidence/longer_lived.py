@@ -75,6 +75,9 @@ def run(args: Args, jobs: list[Job]) -> None:
 def measure_cost(args: Args, say: Callable[[str], None]) -> None:
     """The cost of each arm that is not there yet, one after another: others would take part of the speed."""
     for arm in args.chosen():
+        if arm.forget:
+            # It costs what its arm costs.
+            continue
         path, settings = args.piece("cost", arm), args.settings("cost", arm)
         if kept(path, settings) is None:
             Reader(args, arm, args.device).piece("cost", path, settings)

@@ -206,13 +206,27 @@ class Args:
     def wanted(self, arm: Arm, documents: int) -> dict[str, list[tuple[Any, ...]]]:
         """By part, all that an arm is to have."""
         found: dict[str, list[tuple[Any, ...]]] = {
-            "cost": [()],
+            "cost": [] if arm.forget else [()],
             "documents": [(index,) for index in range(documents)],
         }
         needles = [(variant, length) for length in self.lengths for variant in self.variants]
         found["needles"] = list(needles) if arm.needles else []
         found["zeroshot"] = [(task,) for task in self.tasks] if arm.zeroshot else []
         return found
+
+    def trained_branches(self) -> str:
+        """A digest of the trained branches, whose file need not be where pieces are only put together.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if self.branch_file.is_file():
+            return blake2b(self.branch_file.read_bytes(), digest_size=16).hexdigest()
+        kept = self.out / "training.json"
+        found = json.loads(kept.read_text(encoding="utf-8")).get("branches") if kept.is_file() else None
+        if found is None:
+            raise ConfigError(f"there is no {self.branch_file}; run --parts train first")
+        return str(found)
 
     def piece(self, part: str, arm: Arm, *which: Any) -> Path:
         """Where a piece is kept."""
@@ -231,9 +245,7 @@ class Args:
             names = (*names, "periods", "rate")
         found = {"arm": asdict(arm), **{name: getattr(self, name) for name in names}}
         if arm.branch:
-            if not self.branch_file.is_file():
-                raise ConfigError(f"there is no {self.branch_file}; run --parts train first")
-            found["branches"] = blake2b(self.branch_file.read_bytes(), digest_size=16).hexdigest()
+            found["branches"] = self.trained_branches()
         return json.loads(json.dumps(found))
 
 

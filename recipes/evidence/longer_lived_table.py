@@ -52,7 +52,7 @@ def collect(args: Args, documents: int) -> dict[str, Any]:
                 "name": name,
                 "about": arm.about,
                 "baseline": arm.baseline if under else None,
-                "cost": next(iter(found[name]["cost"].values())),
+                "cost": next(iter(found[name]["cost"].values()), None),
                 "documents": _documents(found[name], under),
                 "carried": _less(found[name], found.get(arm.control or "")),
                 "needles": _needles(args, found[name], under),
@@ -333,7 +333,7 @@ def _position_plot(result: dict[str, Any], path: Any, short: bool) -> None:
 
 
 def _needles_plot(result: dict[str, Any], path: Any) -> None:
-    """Recall by length of the text."""
+    """Recall by length of the text, but of controls, whose curves would lie on those of their arms."""
     series = [
         Series(
             row["name"],
@@ -343,7 +343,7 @@ def _needles_plot(result: dict[str, Any], path: Any) -> None:
             [one["right"]["high"] for one in row["needles"]],
         )
         for row in result["arms"]
-        if row["needles"] and not row["name"].endswith(", short")
+        if row["needles"] and not row["name"].endswith(", short") and not row["name"].startswith("forgetful")
     ]
     if series:
         axes = Axes("Needles", "tokens of the text", "right answers", y_range=(-0.02, 1.02), percent=True)

@@ -249,6 +249,7 @@ def train(args: Args) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in trainer.parameters.values()),
         **asdict(trainer.at),
         "device": device_name(trainer.decoder.device),
+        "branches": args.trained_branches(),
         "history": trainer.history,
     }
     write_json(kept, found)

@@ -82,7 +82,9 @@ def test_all_parts_but_zero_shot_go_on_where_they_were_stopped(recipe, arguments
     carried = arms["branch"]["carried"]["whole"][0]["estimate"]
     assert carried == pytest.approx(forgetful["whole"][0]["estimate"] - branch["whole"][0]["estimate"])
     assert arms["branch, sliding"]["baseline"] == "sliding" and arms["both"]["baseline"] == "as it is"
-    added = {name: row["cost"]["added"] for name, row in arms.items()}
+    # A control costs what its arm costs.
+    assert [name for name, row in arms.items() if not row["cost"]] == ["forgetful branch"]
+    added = {name: row["cost"]["added"] for name, row in arms.items() if row["cost"]}
     assert added["branch"] == result["training"]["parameters"] > 0 == added["levels"]
     assert [one["right"]["n"] for one in arms["both"]["needles"]] == [2]
     files = {path.name for path in (tmp_path / "results").iterdir()}
@@ -96,6 +98,13 @@ def test_all_parts_but_zero_shot_go_on_where_they_were_stopped(recipe, arguments
         recipe.main(arguments(tokens=128, parts=("documents",)), said.append)
     with pytest.raises(ConfigError, match="of other settings"):
         recipe.main(arguments(training={"steps": 4}), said.append)
+    # Pieces alone, as those that were copied here, make the same result without the weights they are of.
+    (tmp_path / "run" / "branches.safetensors").unlink()
+    again = recipe.main(arguments(parts=("documents",)), said.append)
+    assert again["arms"] == json.loads(json.dumps(result["arms"]))
+    (tmp_path / "run" / "training.json").unlink()
+    with pytest.raises(ConfigError, match="run --parts train first"):
+        recipe.main(arguments(parts=("documents",)), said.append)
 
 
 def test_bits_of_a_document_are_those_of_its_windows(recipe, arguments) -> None:
