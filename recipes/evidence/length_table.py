@@ -14,6 +14,8 @@ from nestor.evaluation.statistics import t_interval
 
 Result = Mapping[str, Any]
 BEFORE = "before"
+#: Names of two numbers of a row.
+RECALL = ("recall within", "recall beyond")
 #: Curves of bits a byte begin here: the first tokens of a text are hard for all and would flatten the rest.
 SHOWN = 32
 
@@ -48,7 +50,7 @@ def numbers(result: Result) -> dict[str, float | None]:
     Bits a byte within the training length, from there to 4 times, and in the last half of the text; the share
     of facts recalled within it and beyond; remembrance without the first sixteenth and the first half.
     """
-    names = ("within", "to 4 times", "last half", "recall within", "recall beyond", "sixteenth", "half")
+    names = ("within", "to 4 times", "last half", *RECALL, "sixteenth", "half")
     if "failed" in result:
         return dict.fromkeys(names)
     context, length = result["context"], result["length"]
@@ -103,15 +105,17 @@ def averaged(results: Sequence[Result]) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> str:
     """The rows as Markdown, with what the columns mean."""
     settings, rows = results["settings"], results["rows"]
-    heads = ["model", "start", "bits/byte within", "to 4 times", "last half", "minus none", "recall within"]
-    heads += ["beyond", "remembrance, 1/16 dropped", "1/2 dropped"]
+    recall = any(row["numbers"][name]["estimate"] for row in rows for name in RECALL)
+    heads = ["model", "start", "bits/byte within", "to 4 times", "last half", "minus none"]
+    heads += ["recall within", "beyond"] if recall else []
+    heads += ["remembrance, 1/16 dropped", "1/2 dropped"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in rows:
         own = row["numbers"]
         cells = [row["model"], row["start"]]
         cells += [with_interval(own[name]) for name in ("within", "to 4 times", "last half")]
         cells.append(with_interval(row["minus_none"]["last half"]) if "minus_none" in row else "")
-        cells += [with_interval(own[name], as_percent=True) for name in ("recall within", "recall beyond")]
+        cells += [with_interval(own[name], as_percent=True) for name in RECALL if recall]
         cells += [with_interval(own[name]) for name in ("sixteenth", "half")]
         lines.append("| " + " | ".join(cells) + " |")
     failed = [f"{row['model']} from {row['start']}: {row['failed'][0]}" for row in rows if row["failed"]]
@@ -123,13 +127,20 @@ def table(results: Mapping[str, Any]) -> str:
         f"from; none: fresh States, with as many steps. Means over {count} seed{'s' if count > 1 else ''} of "
         f"post-training with Student's 95 % intervals. Bits a byte are of held-out text within the training "
         f"length, from there to 4 times, and in the last half of {settings['multiple']} times; minus none is "
-        f"of that half, on the same seeds. Recall: planted facts told right, within the training length and "
-        f"beyond. Remembrance: how far (total variation) the prediction after the whole text moves without "
-        f"its first tokens. Under state passing and noise {100 * settings['fresh_share']:.0f} % of segments "
-        f"start fresh; random noise has a deviation of {settings['noise']:g}.\n\n"
+        f"of that half, on the same seeds. {planted(recall)} Remembrance: how far (total variation) the "
+        f"prediction after the whole text moves without its first tokens. Under state passing and noise "
+        f"{100 * settings['fresh_share']:.0f} % of segments start fresh; random noise has a deviation of "
+        f"{settings['noise']:g}.\n\n"
         + "\n".join(lines)
         + f"{missing}\n\nRun on: {'; '.join(results['places'])}; {results['date']}.\n"
     )
+
+
+def planted(recall: bool) -> str:
+    """What is said of recall: models that learned text alone have none."""
+    if recall:
+        return "Recall: planted facts told right, within the training length and beyond."
+    return "Of planted facts none is told right by any model."
 
 
 def plots(results: Mapping[str, Any]) -> dict[str, Plot]:
@@ -151,14 +162,15 @@ def plots(results: Mapping[str, Any]) -> dict[str, Plot]:
             ),
             f"Bits a byte by position {words}",
         )
-        found[f"{model}-recall"] = curves(
-            [Series(row["start"], row["curves"]["distances"], row["curves"]["right"]) for row in rows],
-            Axes(
-                f"{model}: recall of a planted fact", "distance in tokens (log scale)",
-                "answers exactly right", y_range=(-0.03, 1.05), percent=True, marks=marks,
-            ),
-            f"Recall by distance {words}",
-        )  # fmt: skip
+        if any(right for row in rows for right in row["curves"]["right"]):
+            found[f"{model}-recall"] = curves(
+                [Series(row["start"], row["curves"]["distances"], row["curves"]["right"]) for row in rows],
+                Axes(
+                    f"{model}: recall of a planted fact", "distance in tokens (log scale)",
+                    "answers exactly right", y_range=(-0.03, 1.05), percent=True, marks=marks,
+                ),
+                f"Recall by distance {words}",
+            )  # fmt: skip
         length = rows[0]["curves"]["length"]
         found[f"{model}-remembrance"] = curves(
             [_by_dropped(row) for row in rows],

@@ -1,6 +1,7 @@
 """The recipe for length generalisation: its starts are what they are called, its pieces are kept and its
 numbers are those of the suites."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -64,8 +65,15 @@ def test_all_pieces_are_made_once_and_come_to_a_table_and_plots(evidence, args, 
     assert len(set(ends)) == 6
     page = (args.results / "length.md").read_text()
     assert page.count("\n| lmm | ") == 6 and page.count("\n| attention | ") == 1
-    for name in ("lmm-position", "lmm-recall", "lmm-remembrance", "attention-position"):
+    for name in ("lmm-position", "lmm-remembrance", "attention-position"):
         assert (args.results / f"length-{name}.png").read_bytes().startswith(b"\x89PNG")
+    # Of recall nothing is shown where there is none, and all of it where there is some.
+    assert "Of planted facts none is told right" in page and "recall within" not in page
+    assert not list(args.results.glob("*-recall.png"))
+    some = copy.deepcopy(results)
+    some["rows"][-1]["numbers"]["recall beyond"]["estimate"] = some["rows"][-1]["curves"]["right"][-1] = 0.5
+    assert "| recall within | beyond |" in evidence.length_table.table(some)
+    assert [one for one in evidence.length_table.plots(some) if "recall" in one] == ["attention-recall"]
 
     made = []
     monkeypatch.setattr(
