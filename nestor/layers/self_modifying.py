@@ -60,7 +60,7 @@ class SelfModifyingMemory(nn.Module):
         momentum: "none", "fixed" (S keeps `momentum_keep` of itself) or "gated" (a projection says how much).
             A gradient that persists is then followed by steps of up to eta / (1 - keep).
         inner_loss, targets, dgd, dgd_hidden, read_mode, step_cap, decay, activation, recompute: see
-            `SelfModifyingSpec`. The paper's targets are "self". With `decay="initial"` there are no kernels.
+            `SelfModifyingSpec`. The paper's targets are "self", and its decay is "zero".
         max_step: largest share of a token's error that a write takes away, to first order and at the initial
             weights: eta over the square of the length of a hidden row.
         step_bias: of the sigmoid of eta; None: such that at first `projection_chunk_size` decays of the same

@@ -45,19 +45,12 @@ def _hope(about: str, without: str = "", **choices: Any) -> Variant:
 
 
 VARIANTS = {
-    # The slowest first: momentum in self-modifying memories, and forgetting towards their start, have no
-    # kernel, so their models have fewer steps one after another, and their own base.
+    # The slowest first: momentum in self-modifying memories has no kernel, so its two models have fewer steps
+    # one after another, and their own base.
     "hope-momentum": _hope(
         "Hope in chunks of 64 throughout, with a momentum that a gate keeps",
         projection_chunk_size=64,
         momentum="gated",
-        recompute=True,
-    ),
-    "hope-towards-start": _hope(
-        "Hope in chunks of 64 throughout, which forgets towards its learned start with a horizon of 128",
-        projection_chunk_size=64,
-        decay="initial",
-        horizon=128.0,
         recompute=True,
     ),
     "hope-64": _hope("Hope in chunks of 64 throughout", projection_chunk_size=64),
@@ -68,6 +61,9 @@ VARIANTS = {
     "hope-static-k": _hope("keys from a static projection", "k"),
     "hope-static-v": _hope("values from a static projection", "v"),
     "hope-static-q": _hope("queries from a static projection: the preset", "q"),
+    "hope-towards-start": _hope(
+        "forgets towards its learned start, with a horizon of 128", decay="initial", horizon=128.0
+    ),
     "titans": Variant("titans-lmm", "the memory alone"),
     "titans-no-momentum": Variant("titans-lmm", "each step is that of its token", {"momentum": False}),
     "titans-no-decay": Variant("titans-lmm", "nothing is forgotten", {"forget": False}),
@@ -114,7 +110,7 @@ COMPARISONS = (
     Comparison("Hope", "adaptive k", "hope-static-k", "hope", 13.77),
     Comparison("Hope", "adaptive v", "hope-static-v", "hope", 13.90),
     Comparison("Hope", "adaptive q", "hope-static-q", "hope", 12.19),
-    Comparison("Hope", "forgetting towards zero", "hope-towards-start", "hope-64", None),
+    Comparison("Hope", "forgetting towards zero", "hope-towards-start", "hope", None),
 )  # fmt: skip
 
 #: TNT, arXiv 2511.07343: perplexity of a Titans of 550 M parameters by the chunk that it is run with.

@@ -108,7 +108,7 @@ def test_hope_without_a_part_lacks_it(model) -> None:
     assert periods == {(64, 64)}
 
     # What fades comes back, and there is more that fades.
-    start, zero = model("hope-towards-start"), model("hope-64")
+    start, zero = model("hope-towards-start"), model("hope")
     assert (mixer(start).spec.decay, mixer(zero).spec.decay) == ("initial", "zero")
     assert mixer(start).spec.horizon == 128 and names(start) == names(zero)
     start.load_state_dict(zero.state_dict())
@@ -172,7 +172,7 @@ def test_rows_compare_seed_by_seed(evidence, args, monkeypatch) -> None:
     assert page.count("| DGD | hope | - | - | ") == 1
     # A part that the paper has no figure of.
     assert rows["Hope", "forgetting towards zero"]["paper"] is None
-    assert "| forgetting towards zero | hope-64 | 2.625 " in page and "| - | - |" in page
+    assert "| forgetting towards zero | hope | 2.625 " in page and "| - | - |" in page
     assert "| 64 | 3.100" in page and "| paper, 64 | +35 % | +0 % |" in page
     pictures = {path.name for path in args.results.glob("*.png")}
     assert pictures == {f"ablations-quick-{name}.png" for name in ("titans", "hope", "chunks")}

@@ -36,7 +36,7 @@ def is_fused(groups: tuple[Group, ...], momentum: bool, x: Tensor) -> bool:
         gates = [width for name, width in zip(group.names, group.widths, strict=True) if name in GATES]
         if group.depth != 1 or any(width != 1 for width in gates):
             return False
-    plain = not momentum and spec.step_cap != "soft" and spec.decay == "zero"
+    plain = not momentum and spec.step_cap != "soft"
     return plain and x.shape[-1] <= WIDEST and covered(x)
 
 
@@ -99,7 +99,7 @@ def _walk(
     given += [start, weights, anchor, *(biases[name] if name in group.names else None for name in GATES)]
     rule = (
         spec.inner_loss, spec.targets, "dgd" if spec.dgd else "plain", spec.step_cap, spec.read_mode,
-        "raw" if raw else "unit", "tf32" if half else "tf32x3",
+        spec.decay, "raw" if raw else "unit", "tf32" if half else "tf32x3",
     )  # fmt: skip
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     found = self_modifying_walk(

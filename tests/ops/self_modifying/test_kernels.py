@@ -55,10 +55,25 @@ CASES = {
     "chunks of one token": {"chunk_size": 1, "projection_chunk_size": 1},
     "segments": {"length": 11, "chunk_size": 1, "projection_chunk_size": 1, "documents": True},
     "rows of a whole tile": {"width": 16},
-}
+    "towards the start": {"decay": "initial", "memories": ALL, "horizon": 8.0},
+    "towards the start, documents, in parts": {
+        "decay": "initial", "horizon": 8.0, "masked": True, "documents": True, "parts": (3, 5),
+    },
+    "towards the start, tiles": {
+        "decay": "initial", "horizon": 8.0, "length": 64, "chunk_size": 32, "projection_chunk_size": 16,
+    },
+    "towards the start, no delta rule": {
+        "decay": "initial", "horizon": 8.0, "dgd": False, "inner_loss": "dot_product",
+    },
+    "towards the start, anchor reads": {"decay": "initial", "horizon": 8.0, "read_mode": "anchor"},
+}  # fmt: skip
 # The kernel in CUDA.
 EMULATED = {
-    **{name: choices for name, choices in CASES.items() if name != "rows of a whole tile"},
+    **{
+        name: choices
+        for name, choices in CASES.items()
+        if name != "rows of a whole tile" and "decay" not in choices
+    },
     "masked documents": {"masked": True, "documents": True},
     "every memory, whole chunks": {"memories": ALL, "length": 12},
     "every memory, values as targets": {"memories": ALL_BUT_GATES, "length": 12, "targets": "value"},
@@ -77,7 +92,9 @@ EMULATED = {
 # Of these, copies in the background are done as late as they may be.
 LATE = ("every memory", "documents", "segments of tiles")
 # The interpreter, which is slow, computes these in every run of the tests.
-QUICK = ("masked documents, in parts", "anchor reads, no cap")
+QUICK = (
+    "masked documents, in parts", "anchor reads, no cap", "towards the start, documents, in parts",
+)  # fmt: skip
 QUICK_EMULATED = ("masked documents", "TF32, tiles")
 
 

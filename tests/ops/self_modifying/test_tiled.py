@@ -10,7 +10,7 @@ from nestor.ops import cuda
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-RULE = "l2 bounded dgd spectral running unit tf32"
+RULE = "l2 bounded dgd spectral running zero unit tf32"
 USUAL = ("k", "v", "eta", "alpha")
 
 
@@ -43,6 +43,7 @@ def tiled(monkeypatch):
         (True, {"names": ("mem",), "chunk": 64}),
         (True, {"names": ("k", "v", "q", "eta", "alpha")}),
         (False, {"rule": RULE.replace("tf32", "tf32x3")}),
+        (False, {"rule": RULE.replace("zero", "initial")}),
         (False, {"width": 32}),
         # Anchors of so many memories find no room.
         (False, {"names": ("k", "v", "q", "eta", "alpha"), "is_open": True}),

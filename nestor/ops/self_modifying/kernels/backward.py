@@ -20,6 +20,7 @@ from nestor.ops.self_modifying.kernels.primitives import (
     load_rows,
     one_column,
     part_of_rows,
+    part_of_stack,
     softplus,
     store_rows,
     unit_backward,
@@ -27,12 +28,22 @@ from nestor.ops.self_modifying.kernels.primitives import (
     write_backward,
     written,
 )
-from nestor.ops.self_modifying.kernels.walk import load_stack, store_stack
+from nestor.ops.self_modifying.kernels.walk import load_base, load_stack, store_stack
 
 
 @triton.jit
 def load_part(X, at, inside, column, O: tl.constexpr, P: tl.constexpr):
     return tl.load(part_of_rows(X, at, column, O, P), mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def add_to_start(
+    X, g, column, P: tl.constexpr, O: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr
+):  # fmt: skip
+    """Adds what a tile has of the gradient of what weights are forgotten towards."""
+    if INITIAL:
+        places = part_of_stack(X, column, P, O, N)
+        tl.store(places, tl.load(places) + g)
 
 
 @triton.jit
@@ -46,7 +57,7 @@ def backward_kernel(
     K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     E: tl.constexpr, A: tl.constexpr,
     L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr, CAP: tl.constexpr, RUNNING: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, INITIAL: tl.constexpr,
     OPEN: tl.constexpr, HAS_VALID: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Names as in the walk, G_ for gradients of or with respect to. BEFORE and BEFORE_ANCHOR: the scratch
@@ -96,15 +107,25 @@ def backward_kernel(
                 D, before, end, whole = decays(tl.load(DECAYS + at, mask=inside, other=0.0))
                 k = load_rows(K_OUT, at, inside, P)
                 if K >= 0:
-                    Wk = written(Wk, k, load_part(ROWS, at, inside, K, O, P), end, whole, PRECISION)
+                    base = load_base(START + stack, Wk, K, P, O, P, INITIAL)
+                    u = load_part(ROWS, at, inside, K, O, P)
+                    Wk = written(Wk, base, k, u, end, whole, INITIAL, PRECISION)
                 if V >= 0:
-                    Wv = written(Wv, k, load_part(ROWS, at, inside, V, O, P), end, whole, PRECISION)
+                    base = load_base(START + stack, Wv, V, P, O, P, INITIAL)
+                    u = load_part(ROWS, at, inside, V, O, P)
+                    Wv = written(Wv, base, k, u, end, whole, INITIAL, PRECISION)
                 if Q >= 0:
-                    Wq = written(Wq, k, load_part(ROWS, at, inside, Q, O, P), end, whole, PRECISION)
+                    base = load_base(START + stack, Wq, Q, P, O, P, INITIAL)
+                    u = load_part(ROWS, at, inside, Q, O, P)
+                    Wq = written(Wq, base, k, u, end, whole, INITIAL, PRECISION)
                 if G >= 0:
-                    Wg = written(Wg, k, load_part(ROWS, at, inside, G, O, GATES), end, whole, PRECISION)
+                    base = load_base(START + stack, Wg, G, P, O, GATES, INITIAL)
+                    u = load_part(ROWS, at, inside, G, O, GATES)
+                    Wg = written(Wg, base, k, u, end, whole, INITIAL, PRECISION)
                 if M >= 0:
-                    Wm = written(Wm, k, load_part(ROWS, at, inside, M, O, P), end, whole, PRECISION)
+                    base = load_base(START + stack, Wm, M, P, O, P, INITIAL)
+                    u = load_part(ROWS, at, inside, M, O, P)
+                    Wm = written(Wm, base, k, u, end, whole, INITIAL, PRECISION)
             if OPEN:
                 if tl.load(CLOSES + m * chunks + n) != 0:
                     Ak, Av, Aq, Ag, Am = Wk, Wv, Wq, Wg, Wm
@@ -152,6 +173,8 @@ def backward_kernel(
                     u = load_part(ROWS, at, inside, M, O, P)
                     g_y = tl.where(there[:, None], load_rows(G_Y, at, inside, P), 0.0)
                     g_u = k * 0.0
+                    base = load_base(START + stack, Wm, M, P, O, P, INITIAL)
+                    g_base = gm * 0.0
                     if RUNNING:
                         scores = dot(q, tl.trans(k), PRECISION)
                         g_u = dot(tl.trans(D * scores), g_y, PRECISION)
@@ -159,41 +182,57 @@ def backward_kernel(
                         g_D += by_rows * scores
                         g_scores = by_rows * D
                         g_before += tl.sum(g_y * dot(q, Wm, PRECISION), 1)
+                        g_q = dot(g_scores, k, PRECISION)
+                        if INITIAL:
+                            g_before -= tl.sum(g_y * dot(q, base, PRECISION), 1)
+                            on_base = (1.0 - before)[:, None] * g_y
+                            g_q += dot(on_base, tl.trans(base), PRECISION)
+                            g_base += dot(tl.trans(q), on_base, PRECISION)
                         g_y = before[:, None] * g_y
-                        g_q = dot(g_y, tl.trans(Wm), PRECISION) + dot(g_scores, k, PRECISION)
+                        g_q += dot(g_y, tl.trans(Wm), PRECISION)
                         g_k += dot(tl.trans(g_scores), q, PRECISION)
                     else:
                         g_q = dot(g_y, tl.trans(Am), PRECISION)
                     if UNIT:
                         g_q = unit_backward(g_q, q, length)
                     store_rows(G_XQ, at, inside, g_q, P)
-                    gm, hm, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
-                        gm, hm, g_u, Wm, Am, u, k, v, used, solve, before, end, whole,
+                    gm, hm, g_base, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gm, hm, g_base, g_u, Wm, Am, base, u, k, v, used, solve, before, end, whole,
                         g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
-                        SAME, False, L2, TARGETS, DGD, PRECISION,
+                        SAME, False, L2, TARGETS, DGD, INITIAL, PRECISION,
                     )  # fmt: skip
+                    add_to_start(G_START + stack, g_base, M, P, O, P, INITIAL)
                     gm, hm = add_product(gm, hm, q, g_y, RUNNING or SAME, PRECISION)
                 if K >= 0:
                     u = load_part(ROWS, at, inside, K, O, P)
-                    gk, hk, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
-                        gk, hk, k * 0.0, Wk, Ak, u, k, v, used, solve, before, end, whole,
+                    base = load_base(START + stack, Wk, K, P, O, P, INITIAL)
+                    g_base = gk * 0.0
+                    gk, hk, g_base, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gk, hk, g_base, k * 0.0, Wk, Ak, base, u, k, v, used, solve, before, end, whole,
                         g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
-                        SAME, False, L2, TARGETS, DGD, PRECISION,
+                        SAME, False, L2, TARGETS, DGD, INITIAL, PRECISION,
                     )  # fmt: skip
+                    add_to_start(G_START + stack, g_base, K, P, O, P, INITIAL)
                 if V >= 0:
                     u = load_part(ROWS, at, inside, V, O, P)
-                    gv, hv, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
-                        gv, hv, k * 0.0, Wv, Av, u, k, v, used, solve, before, end, whole,
+                    base = load_base(START + stack, Wv, V, P, O, P, INITIAL)
+                    g_base = gv * 0.0
+                    gv, hv, g_base, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gv, hv, g_base, k * 0.0, Wv, Av, base, u, k, v, used, solve, before, end, whole,
                         g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
-                        SAME, False, L2, TARGETS, DGD, PRECISION,
+                        SAME, False, L2, TARGETS, DGD, INITIAL, PRECISION,
                     )  # fmt: skip
+                    add_to_start(G_START + stack, g_base, V, P, O, P, INITIAL)
                 if Q >= 0:
                     u = load_part(ROWS, at, inside, Q, O, P)
-                    gq, hq, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
-                        gq, hq, k * 0.0, Wq, Aq, u, k, v, used, solve, before, end, whole,
+                    base = load_base(START + stack, Wq, Q, P, O, P, INITIAL)
+                    g_base = gq * 0.0
+                    gq, hq, g_base, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gq, hq, g_base, k * 0.0, Wq, Aq, base, u, k, v, used, solve, before, end, whole,
                         g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
-                        SAME, False, L2, TARGETS, DGD, PRECISION,
+                        SAME, False, L2, TARGETS, DGD, INITIAL, PRECISION,
                     )  # fmt: skip
+                    add_to_start(G_START + stack, g_base, Q, P, O, P, INITIAL)
                     xq = load_rows(XQ, at, inside, P)
                     raw = dot(xq, Aq, PRECISION)
                     q, length = unit_rows(raw, eps)
@@ -202,11 +241,14 @@ def backward_kernel(
                     store_rows(G_XQ, at, inside, dot(g_q, tl.trans(Aq), PRECISION), P)
                 if G >= 0:
                     u = load_part(ROWS, at, inside, G, O, GATES)
-                    gg, hg, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
-                        gg, hg, u * 0.0, Wg, Ag, u, k, v, used, solve, before, end, whole,
+                    base = load_base(START + stack, Wg, G, P, O, GATES, INITIAL)
+                    g_base = gg * 0.0
+                    gg, hg, g_base, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole = write_backward(
+                        gg, hg, g_base, u * 0.0, Wg, Ag, base, u, k, v, used, solve, before, end, whole,
                         g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
-                        SAME, True, L2, TARGETS, DGD, PRECISION,
+                        SAME, True, L2, TARGETS, DGD, INITIAL, PRECISION,
                     )  # fmt: skip
+                    add_to_start(G_START + stack, g_base, G, P, O, GATES, INITIAL)
 
                 if DGD:
                     g_T = tl.where(i[:, None] > i[None, :], g_T, 0.0)
@@ -266,6 +308,8 @@ def backward_kernel(
                 store_rows(G_XK, at, inside, g_k, P)
             if HAS_RESETS:
                 if tl.load(RESETS + m * chunks + n) != 0:
+                    # Tiles may have added to it, an element by another thread than here.
+                    tl.debug_barrier()
                     bk, bv, bq, bg, bm = load_stack(G_START + stack, P, O, K, V, Q, G, M)
                     store_stack(
                         G_START + stack, bk + gk + hk, bv + gv + hv, bq + gq + hq, bg + gg + hg, bm + gm + hm,
@@ -273,6 +317,7 @@ def backward_kernel(
                     )  # fmt: skip
                     gk, gv, gq, gg, gm = gk * 0.0, gv * 0.0, gq * 0.0, gg * 0.0, gm * 0.0
                     hk, hv, hq, hg, hm = hk * 0.0, hv * 0.0, hq * 0.0, hg * 0.0, hm * 0.0
+                    tl.debug_barrier()
         # Scratch memory is written again.
         tl.debug_barrier()
     if OPEN:

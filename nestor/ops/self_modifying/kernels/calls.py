@@ -40,7 +40,7 @@ def _shapes(xk: Tensor, weights: Tensor, names: str, chunk: int, chunks: int) ->
 def _choices(
     xk: Tensor, valid: Tensor | None, resets: Tensor | None, closes: Tensor | None, rule: str
 ) -> dict[str, Any]:
-    loss, targets, dgd, cap, read, queries, precision = rule.split()
+    loss, targets, dgd, cap, read, decay, queries, precision = rule.split()
     return {
         "L2": loss == "l2",
         "TARGETS": targets,
@@ -48,6 +48,7 @@ def _choices(
         "CAP": cap == "spectral",
         "RUNNING": read == "running",
         "UNIT": queries == "raw",
+        "INITIAL": decay == "initial",
         "OPEN": closes is not None,
         "HAS_VALID": valid is not None,
         "HAS_RESETS": resets is not None,
@@ -93,8 +94,8 @@ def self_modifying_walk(
     columns, of which the first are those of the gates. bias_eta, bias_alpha: ``[B H]``. valid: bool
     ``[B, T, H]``; resets, closes: bool ``[B H, chunks]``; no closes: all chunks begin and end in this call.
     All in one piece, float32, or bfloat16 for the x.
-    rule: loss, targets, "dgd" or "plain", cap and read mode of the spec; "raw" if queries of "mem" are not of
-    unit length yet, else "unit"; and the precision of products.
+    rule: loss, targets, "dgd" or "plain", cap, read mode and decay of the spec; "raw" if queries of "mem" are
+    not of unit length yet, else "unit"; and the precision of products.
     keep: backward will be asked for.
 
     Returns q, k, v, eta, alpha as memories made them, y and the strengths of "mem", the stacks after the last

@@ -5,7 +5,8 @@ Names are those of `../transitions.py`: keys k, errors e, the rows
     u = -(I + eta (D- . K K^T))^-1 eta X,   X = A- K W + e
 
 and W' = A_end W + K^T (D_end . u). `la` is the logarithm of alpha; tokens that are not there have eta = 0 and
-la = 0, an identity step.
+la = 0, an identity step. With INITIAL, weights are forgotten towards `base`, what documents start with, which
+X has (1 - A-) K base more of then, and W' (1 - A_end) base.
 """
 
 import triton
@@ -202,23 +203,29 @@ def bounded_backward(g, r, SINGLE: tl.constexpr):
 
 @triton.jit
 def write(
-    W, anchor, k, v, eta, solve, before, end, whole,
+    W, anchor, base, k, v, eta, solve, before, end, whole,
     SAME: tl.constexpr, SINGLE: tl.constexpr, L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W', the rows u and the errors ``[C, N]``. SAME: the anchor is W."""
     on_W, _r, e = answers(W, anchor, k, v, SAME, SINGLE, L2, TARGETS, PRECISION)
     if DGD:
-        u = -dot(solve, eta[:, None] * (before[:, None] * on_W + e), PRECISION)
+        held = before[:, None] * on_W
+        if INITIAL:
+            held += (1.0 - before)[:, None] * dot(k, base, PRECISION)
+        u = -dot(solve, eta[:, None] * (held + e), PRECISION)
     else:
         u = -eta[:, None] * e
-    return written(W, k, u, end, whole, PRECISION), u, e
+    return written(W, base, k, u, end, whole, INITIAL, PRECISION), u, e
 
 
 @triton.jit
-def written(W, k, u, end, whole, PRECISION: tl.constexpr):
+def written(W, base, k, u, end, whole, INITIAL: tl.constexpr, PRECISION: tl.constexpr):
     """W' from the rows."""
-    return whole * W + dot(tl.trans(k), end[:, None] * u, PRECISION)
+    W = whole * W + dot(tl.trans(k), end[:, None] * u, PRECISION)
+    if INITIAL:
+        W += (1.0 - whole) * base
+    return W
 
 
 @triton.jit
@@ -233,19 +240,26 @@ def add_product(g_W, h, x, g, SAME: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def write_backward(
-    g_W, h, g_u, W, anchor, u, k, v, eta, solve, before, end, whole,
+    g_W, h, g_base, g_u, W, anchor, base, u, k, v, eta, solve, before, end, whole,
     g_k, g_v, g_eta, g_T, g_before, g_end, g_whole,
     SAME: tl.constexpr, SINGLE: tl.constexpr, L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of W, from those of W' and of the rows u where they are read; and those of the anchor h,
-    k, v, eta, the triangle, A-, D_end and A_end, added to what they were."""
+    of base, k, v, eta, the triangle, A-, D_end and A_end, added to what they were."""
     on_W, r, x = answers(W, anchor, k, v, SAME, SINGLE, L2, TARGETS, PRECISION)
+    fading = W
+    if INITIAL:
+        fading = W - base
+        g_base += (1.0 - whole) * g_W
     if DGD:
         x += before[:, None] * on_W
+        if INITIAL:
+            on_base = dot(k, base, PRECISION)
+            x += (1.0 - before)[:, None] * on_base
     z = dot(k, g_W, PRECISION)
     g_end += tl.sum(u * z, 1)
-    g_whole += tl.sum(tl.sum(W * g_W, 1), 0)
+    g_whole += tl.sum(tl.sum(fading * g_W, 1), 0)
     g_k += dot(end[:, None] * u, tl.trans(g_W), PRECISION)
     g_u += end[:, None] * z
     if DGD:
@@ -258,6 +272,11 @@ def write_backward(
     if DGD:
         g_before += tl.sum(g_e * on_W, 1)
         along = before[:, None] * g_e
+        if INITIAL:
+            g_before -= tl.sum(g_e * on_base, 1)
+            on_base = (1.0 - before)[:, None] * g_e
+            g_k += dot(on_base, tl.trans(base), PRECISION)
+            g_base += dot(tl.trans(k), on_base, PRECISION)
     if SAME:
         if L2:
             along += g_e
@@ -278,4 +297,4 @@ def write_backward(
     else:
         g_W, h = add_product(g_W, h, v, g_r, SAME, PRECISION)
         g_v += dot(g_r, tl.trans(anchor), PRECISION)
-    return g_W, h, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole
+    return g_W, h, g_base, g_k, g_v, g_eta, g_T, g_before, g_end, g_whole

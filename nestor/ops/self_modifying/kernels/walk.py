@@ -70,14 +70,40 @@ def store_stack(
 
 
 @triton.jit
+def load_base(X, W, column, P: tl.constexpr, O: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr):
+    """What a memory is forgotten towards: its columns of the stack of a start; W, which nobody reads, if that
+    is zero."""
+    base = W
+    if INITIAL:
+        base = tl.load(part_of_stack(X, column, P, O, N))
+    return base
+
+
+@triton.jit
 def write_and_keep(
-    W, anchor, k, v, eta, solve, before, end, whole, rows, inside,
+    W, anchor, base, k, v, eta, solve, before, end, whole, rows, inside,
     SAME: tl.constexpr, SINGLE: tl.constexpr, L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    INITIAL: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`write`; the rows u are kept at the places `rows`."""
     W, u, e = write(
-        W, anchor, k, v, eta, solve, before, end, whole, SAME, SINGLE, L2, TARGETS, DGD, PRECISION
+        W,
+        anchor,
+        base,
+        k,
+        v,
+        eta,
+        solve,
+        before,
+        end,
+        whole,
+        SAME,
+        SINGLE,
+        L2,
+        TARGETS,
+        DGD,
+        INITIAL,
+        PRECISION,
     )
     if KEEP:
         tl.store(rows, u, mask=inside[:, None])
@@ -94,7 +120,7 @@ def walk_kernel(
     K: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     E: tl.constexpr, A: tl.constexpr,
     L2: tl.constexpr, TARGETS: tl.constexpr, DGD: tl.constexpr, CAP: tl.constexpr, RUNNING: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, INITIAL: tl.constexpr,
     OPEN: tl.constexpr, KEEP: tl.constexpr, HAS_VALID: tl.constexpr, HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,13 +203,16 @@ def walk_kernel(
                 q = load_rows(XQ, at, inside, P)
                 if UNIT:
                     q, length = unit_rows(q, eps)
+                base = load_base(START + stack, Wm, M, P, O, P, INITIAL)
                 if RUNNING:
                     y = before[:, None] * dot(q, Wm, PRECISION)
+                    if INITIAL:
+                        y += (1.0 - before)[:, None] * dot(q, base, PRECISION)
                 else:
                     y = dot(q, Am, PRECISION)
                 Wm, u, error = write_and_keep(
-                    Wm, Am, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, M, O, P),
-                    inside, SAME, False, L2, TARGETS, DGD, KEEP, PRECISION,
+                    Wm, Am, base, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, M, O, P),
+                    inside, SAME, False, L2, TARGETS, DGD, INITIAL, KEEP, PRECISION,
                 )  # fmt: skip
                 if RUNNING:
                     y += dot(D * dot(q, tl.trans(k), PRECISION), u, PRECISION)
@@ -193,24 +222,28 @@ def walk_kernel(
             if Q >= 0:
                 q, length = unit_rows(dot(load_rows(XQ, at, inside, P), Aq, PRECISION), eps)
                 store_rows(Q_OUT, at, inside, q, P)
+                base = load_base(START + stack, Wq, Q, P, O, P, INITIAL)
                 Wq, u, error = write_and_keep(
-                    Wq, Aq, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, Q, O, P),
-                    inside, SAME, False, L2, TARGETS, DGD, KEEP, PRECISION,
+                    Wq, Aq, base, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, Q, O, P),
+                    inside, SAME, False, L2, TARGETS, DGD, INITIAL, KEEP, PRECISION,
                 )  # fmt: skip
             if K >= 0:
+                base = load_base(START + stack, Wk, K, P, O, P, INITIAL)
                 Wk, u, error = write_and_keep(
-                    Wk, Ak, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, K, O, P),
-                    inside, SAME, False, L2, TARGETS, DGD, KEEP, PRECISION,
+                    Wk, Ak, base, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, K, O, P),
+                    inside, SAME, False, L2, TARGETS, DGD, INITIAL, KEEP, PRECISION,
                 )  # fmt: skip
             if V >= 0:
+                base = load_base(START + stack, Wv, V, P, O, P, INITIAL)
                 Wv, u, error = write_and_keep(
-                    Wv, Av, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, V, O, P),
-                    inside, SAME, False, L2, TARGETS, DGD, KEEP, PRECISION,
+                    Wv, Av, base, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, V, O, P),
+                    inside, SAME, False, L2, TARGETS, DGD, INITIAL, KEEP, PRECISION,
                 )  # fmt: skip
             if G >= 0:
+                base = load_base(START + stack, Wg, G, P, O, GATES, INITIAL)
                 Wg, u, error = write_and_keep(
-                    Wg, Ag, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, G, O, GATES),
-                    inside, SAME, True, L2, TARGETS, DGD, KEEP, PRECISION,
+                    Wg, Ag, base, k, v, eta, solve, before, end, whole, part_of_rows(ROWS, at, G, O, GATES),
+                    inside, SAME, True, L2, TARGETS, DGD, INITIAL, KEEP, PRECISION,
                 )  # fmt: skip
         if OPEN:
             if tl.load(CLOSES + m * chunks + n) != 0:

@@ -33,7 +33,9 @@ def covers(sizes: dict[str, int], choices: dict[str, Any], tensors: Sequence[Ten
     """Whether the kernel takes such memories, and what a walk is given, here. Sizes and choices as the walk's
     in Triton have them."""
     alone = sizes["M"] < 0 or sizes["O"] == WIDTH
-    if not (ENABLED and alone and sizes["P"] == WIDTH and choices["PRECISION"] == "tf32"):
+    if choices["INITIAL"] or not (
+        ENABLED and alone and sizes["P"] == WIDTH and choices["PRECISION"] == "tf32"
+    ):
         return False
     given = [x for x in tensors if x is not None]
     # Kernels read and write pieces of 16 bytes.
