@@ -11,13 +11,12 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from gradients import Gradients
+from gradients import Gradients, own_queue
 from torch import Tensor
 
 from nestor import NestorForCausalLM, preset
@@ -202,20 +201,6 @@ def with_settings(model: Any, **overrides: Any) -> Any:
     other = NestorForCausalLM(config)
     other.load_state_dict(model.state_dict())
     return other.to(model.device).train(model.training)
-
-
-@contextmanager
-def own_queue(device: torch.device) -> Iterator[None]:
-    """On a GPU a queue besides the default one, in which nothing can be captured."""
-    if device.type != "cuda":
-        yield
-        return
-    default = torch.cuda.current_stream(device)
-    queue = torch.cuda.Stream(device)
-    queue.wait_stream(default)
-    with torch.cuda.stream(queue):
-        yield
-    default.wait_stream(queue)
 
 
 def now(device: torch.device) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,10 @@ from nestor.data.tasks.formal_languages import (
     formal_batch,
     formal_language,
 )
+
+# Beside the folders of the recipes lies what they share.
+sys.path.append(str(Path(__file__).parents[1]))
+from captured import CapturedLoss, own_queue
 
 #: What a generator of random numbers is for, so that none is used twice.
 TRAINING, VALIDATION, TEST = 1, 2, 3
@@ -90,30 +96,39 @@ def train(model: Any, language: FormalLanguage, trial: Trial) -> float:
         optimizer, lambda step: min((step + 1) / warm, (trial.steps - step) / max(1, trial.steps - warm))
     )
     model.train()
+    loss_of = SetLoss(model, model.device)
+    # A graph is of one shape; on a CPU what is read beyond the longest string takes time.
+    width = 1 + trial.bins[0][1] if model.device.type == "cuda" else None
     last = []
-    for step in range(trial.steps):
-        rng = np.random.default_rng((trial.seed, TRAINING, step))
-        batch = formal_batch(language, draw_strings(language, rng, trial.bins[0], trial.batch_size))
-        loss = set_loss(model, batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        # The one wait for a GPU in a step.
-        last = [*last, loss.item()][-max(1, trial.steps // 10) :]
-        if not math.isfinite(last[-1]):
-            return math.nan
+    with own_queue(model.device):
+        for step in range(trial.steps):
+            rng = np.random.default_rng((trial.seed, TRAINING, step))
+            strings = draw_strings(language, rng, trial.bins[0], trial.batch_size)
+            loss = loss_of(formal_batch(language, strings, width))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            # The one wait for a GPU in a step.
+            last = [*last, loss.item()][-max(1, trial.steps // 10) :]
+            if not math.isfinite(last[-1]):
+                return math.nan
     return float(np.mean(last))
 
 
-def set_loss(model: Any, batch: FormalBatch) -> Tensor:
+class SetLoss(CapturedLoss):
     """Nats of binary cross-entropy, the mean over symbols and the places of strings."""
-    counted = torch.from_numpy(batch.counted).to(model.device)
-    logits = logits_of(model, batch)[counted]
-    return F.binary_cross_entropy_with_logits(
-        logits, torch.from_numpy(batch.legal).to(logits)[counted], reduction="mean"
-    )
+
+    def __call__(self, batch: FormalBatch) -> Tensor:
+        """Of a batch; the next call may overwrite it."""
+        parts = {"ids": batch.ids, "legal": batch.legal, "counted": batch.counted}
+        return self.of({name: torch.from_numpy(part) for name, part in parts.items()})
+
+    def loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        """In float32."""
+        counted = inputs["counted"].unsqueeze(-1).float()
+        logits = self.model(inputs["ids"], use_cache=False).logits.float()
+        each = F.binary_cross_entropy_with_logits(logits, inputs["legal"].float(), reduction="none")
+        return (each * counted).sum() / (counted.sum() * logits.shape[-1])
 
 
 def logits_of(model: Any, batch: FormalBatch) -> Tensor:

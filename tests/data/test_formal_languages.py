@@ -18,7 +18,7 @@ from nestor.data.tasks.formal_languages import (
     formal_batch,
     formal_language,
 )
-from nestor.errors import ConfigError, DataError
+from nestor.errors import ConfigError, DataError, ShapeError
 
 
 def balanced(text, pair):
@@ -150,6 +150,10 @@ def test_an_oracle_solves_every_string_and_a_constant_none(name) -> None:
 
 def test_one_wrong_place_spoils_a_string_and_padding_does_not_count() -> None:
     batch = formal_batch(formal_language("aa"), ["aa", "aaaa"])
+    wide = formal_batch(formal_language("aa"), ["aa", "aaaa"], 9)
+    assert wide.ids.shape == (2, 9) and (wide.ids[:, :5] == batch.ids).all() and not wide.counted[:, 5:].any()
+    with pytest.raises(ShapeError, match="rows have 4 tokens, and the longest string needs 5"):
+        formal_batch(formal_language("aa"), ["aa", "aaaa"], 4)
     assert batch.ids.tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
     assert batch.counted.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert batch.legal[1].tolist() == [[True, True], [False, True], [True, True], [False, True], [True, True]]

@@ -17,7 +17,7 @@ def evidence():
     """The modules of recipes/evidence by name. Their names are common ones."""
     folder = RECIPES / "evidence"
     names = ("study", *(path.stem for path in sorted(folder.glob("*.py")) if path.stem != "study"))
-    kept = {name: sys.modules.pop(name) for name in (*names, "sweep") if name in sys.modules}
+    kept = {name: sys.modules.pop(name) for name in (*names, "sweep", "captured") if name in sys.modules}
     sys.path.insert(0, str(folder))
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(folder))

@@ -27,7 +27,9 @@ def run(evidence, some_novels):
 def compare(evidence, run):
     """Loss and gradients of the batch after the captured one, replayed and one operation after another."""
     model = run.model.build(0).to(CUDA)
-    batches = list(islice(run.reading.batches(0, run.batch_size, run.context), evidence.gradients.EAGER + 2))
+    batches = list(
+        islice(run.reading.batches(0, run.batch_size, run.context), evidence.gradients.Gradients.eager + 2)
+    )
     found = []
     with evidence.runs.own_queue(CUDA):
         for captures in (False, True):
@@ -59,7 +61,7 @@ def test_weights_of_targets_are_those_of_the_batch(evidence, run) -> None:
 
 def test_training_by_a_graph_is_training(evidence, run, monkeypatch) -> None:
     graph = evidence.runs.train(run, "cuda")
-    monkeypatch.setattr(evidence.gradients, "EAGER", run.steps)
+    monkeypatch.setattr(evidence.gradients.Gradients, "eager", run.steps)
     one_by_one = evidence.runs.train(run, "cuda")
     assert graph.captured and not one_by_one.captured
     # The mean loss of 12 steps of which each depends on the gradients of those before.
@@ -79,7 +81,7 @@ def test_batches_of_another_shape_have_a_graph_of_their_own(evidence, run) -> No
     with evidence.runs.own_queue(CUDA):
         for batch in (*short, *long):
             loss = gradients(batch)
-        assert gradients.replays == 2 * (5 - evidence.gradients.EAGER)
+        assert gradients.replays == 2 * (5 - evidence.gradients.Gradients.eager)
         kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         expected = evidence.gradients.Gradients(model, CUDA)(long[-1])
     assert float(loss) == pytest.approx(float(expected), rel=1e-3)

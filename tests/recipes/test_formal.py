@@ -12,7 +12,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nestor.data.tasks.formal_languages import LANGUAGES, distinct_strings, formal_language
+from nestor.data.tasks.formal_languages import (
+    LANGUAGES,
+    distinct_strings,
+    formal_batch,
+    formal_language,
+)
 from nestor.errors import ConfigError, DataError
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "formal"
@@ -207,9 +212,42 @@ def test_the_learning_rate_is_chosen_without_a_look_at_longer_strings_or_test_se
     assert all(len(trial.bins) == 2 for trial in tried[3:])
 
 
+def test_the_loss_is_of_the_places_of_strings_alone(recipe) -> None:
+    language = formal_language("anbn")
+    model = recipe.entries.build("transformer", 3, width=16, layers=1, chunk_size=1, seed=0)
+    strings = ["ab", "aaabbb"]
+    losses = []
+    for width in (None, 20):
+        batch = formal_batch(language, strings, width)
+        losses.append(recipe.trial.SetLoss(model, torch.device("cpu"))(batch))
+        found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    logits = model(torch.from_numpy(batch.ids)).logits.sigmoid()
+    right = torch.where(torch.from_numpy(batch.legal), logits, 1 - logits)
+    # Of the first string the places are those of its two symbols and of the end symbol before them.
+    wanted = -torch.cat((right[0, :3], right[1, :7])).log().mean()
+    torch.testing.assert_close(losses[0], wanted.detach())
+    torch.testing.assert_close(losses[1], wanted.detach())
+    for parameter, name in zip(torch.autograd.grad(wanted, list(model.parameters())), found, strict=True):
+        torch.testing.assert_close(found[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are captured on a GPU alone")
+@pytest.mark.parametrize("name", ["transformer", "linear-attention", "deltanet", "titans-lmm", "hope"])
+def test_training_on_a_gpu_is_that_on_a_cpu(recipe, args, name) -> None:
+    trial = replace(args.trial(name, "anbn", 0, 1e-2), steps=20, batch_size=8, width=64)
+    language = formal_language("anbn")
+    losses = []
+    for device in ("cpu", "cuda"):
+        model = recipe.entries.build(name, 3, width=64, layers=1, chunk_size=1, seed=0).to(device)
+        losses.append(recipe.trial.train(model, language, trial))
+    # The mean of two losses, after steps each of which depends on those before.
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
 def test_a_loss_that_is_no_number_scores_nothing(recipe, args, monkeypatch) -> None:
     monkeypatch.setattr(
-        recipe.trial, "set_loss", lambda model, batch: torch.tensor(float("nan"), requires_grad=True)
+        recipe.trial.SetLoss, "loss", lambda loss, inputs: torch.tensor(float("nan"), requires_grad=True)
     )
     result = recipe.trial.run_trial(args.trial("transformer", "aa", 0, 1e-3))
     assert result["loss"] is None and [one["right"] for one in result["bins"]] == [0, 0]

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nestor.errors import ConfigError, DataError, suggest
+from nestor.errors import ConfigError, DataError, ShapeError, suggest
 
 #: Stands before a string, and is legal where it may end; id 0.
 END = "$"
@@ -326,7 +326,7 @@ def _possible(language: FormalLanguage, lengths: tuple[int, int]) -> list[int]:
 
 @dataclass(frozen=True)
 class FormalBatch:
-    """Strings as arrays. T is one more than the longest.
+    """Strings as arrays. T is at least one more than the longest.
 
     ids: int64 `[B, T]`, each string behind an end symbol, filled up with 0. legal: bool `[B, T, V]`, what may
     follow token t. counted: bool `[B, T]`, whether there is a token t.
@@ -342,13 +342,18 @@ class FormalBatch:
         return (right | ~self.counted).all(axis=-1)
 
 
-def formal_batch(language: FormalLanguage, strings: Sequence[str]) -> FormalBatch:
+def formal_batch(language: FormalLanguage, strings: Sequence[str], width: int | None = None) -> FormalBatch:
     """Strings of a language as a batch.
 
+    width: tokens of a row; None: as many as the longest string needs.
+
     Raises:
-        DataError: one of them is no prefix of a string of the language.
+        DataError: one of them is no prefix of a string of the language. ShapeError: one is too long.
     """
-    width = 1 + max(map(len, strings))
+    longest = 1 + max(map(len, strings))
+    width = longest if width is None else width
+    if width < longest:
+        raise ShapeError(f"rows have {width} tokens, and the longest string needs {longest}")
     ids = np.zeros((len(strings), width), dtype=np.int64)
     legal = np.zeros((len(strings), width, language.vocab_size), dtype=bool)
     counted = np.zeros((len(strings), width), dtype=bool)
