@@ -25,7 +25,8 @@ class CapturedLoss:
     """Computes a loss, and leaves its gradient in the parameters of a model. Subclasses say which loss.
 
     On a GPU, called in a queue besides the default one, it replays a graph from the call after `eager` others
-    on, unless the model has layers of `ASKING`. Where inputs become others in shape, it begins anew.
+    on, unless the model has layers of `ASKING`. Where inputs become others in shape, it begins anew: those
+    whose shapes alternate are not for it.
 
     Attributes:
         eager: calls before the one with which a graph is captured: kernels are compiled in them.
@@ -41,7 +42,7 @@ class CapturedLoss:
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, Tensor] = {}
-        self._kind: dict[str, tuple[int, ...]] = {}
+        self._kind: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._loss = torch.empty(())
         self.replays = 0
 
@@ -52,7 +53,7 @@ class CapturedLoss:
     def of(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of inputs on the CPU, without a gradient of its own; the next call may overwrite it."""
         there = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
-        kind = {name: tuple(tensor.shape) for name, tensor in there.items()}
+        kind = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in there.items()}
         if kind != self._kind:
             self._kind, self._calls, self._graph = kind, 0, None
         self._calls += 1
@@ -93,6 +94,8 @@ def own_queue(device: torch.device) -> Iterator[None]:
     default = torch.cuda.current_stream(device)
     queue = torch.cuda.Stream(device)
     queue.wait_stream(default)
-    with torch.cuda.stream(queue):
-        yield
-    default.wait_stream(queue)
+    try:
+        with torch.cuda.stream(queue):
+            yield
+    finally:
+        default.wait_stream(queue)

@@ -244,8 +244,7 @@ class Attention(nn.Module):
         window: tokens a query sees, itself included; None: all.
         persistent_tokens: learned key-value pairs visible from everywhere, without positions.
         qk_norm: RMSNorm on each query and key head before the rotation.
-        conv_kernel: tokens seen by a short convolution of queries, of keys and of values, as memories have
-            them, from 2 on; 0: none.
+        conv_kernel: tokens seen by a short convolution of queries, of keys and of values, from 2 on; 0: none.
         implementation: `sdpa` or `flex_attention` (CUDA only; elsewhere it runs as `sdpa`).
 
     Raises:

@@ -57,6 +57,10 @@ def unrolled_loss(
     return (nats * counted).sum() / counted.sum()
 
 
+#: Kinds of layers of Nestor's models whose gradients can be differentiated once more.
+TWICE = {"full_attention", "sliding_attention"}
+
+
 class Unrolled:
     """Streams that learn as those of a `Learner`, all in step, with every update in the graph.
 
@@ -75,7 +79,8 @@ class Unrolled:
             as soon as its update is out of reach.
 
     Raises:
-        ConfigError: levels that do not fit the model, several streams of one of Nestor's, or a reach below 0.
+        ConfigError: levels that do not fit the model, several streams of one of Nestor's, a reach below 0, or
+            one beyond 0 for layers with a memory.
     """
 
     def __init__(
@@ -95,6 +100,12 @@ class Unrolled:
             raise ConfigError(
                 f"{streams} streams of a model of Nestor's cannot be unrolled together, for it looks at the "
                 f"values of its tokens; give one at a time"
+            )
+        kinds = set(model.config.layer_types or ()) - TWICE if isinstance(model, NestorForCausalLM) else set()
+        if kinds and reach != 0:
+            raise ConfigError(
+                f"reach is {reach} and the model has layers {', '.join(sorted(kinds))}, whose gradients have "
+                f"none themselves; give 0, updates as given, or a model of attention alone"
             )
         self.model, self.streams = model, streams
         self._begin = {**dict(model.named_parameters()), **dict(initial or {})}

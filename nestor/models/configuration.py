@@ -118,6 +118,7 @@ class NestorConfig(PreTrainedConfig):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("persistent_tokens", self.persistent_tokens, 0)
+        _at_least("attention_conv_kernel", self.attention_conv_kernel, 0)
         if self.attention_conv_kernel:
             _at_least("attention_conv_kernel", self.attention_conv_kernel, 2)
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):

@@ -35,12 +35,13 @@ ARCHITECTURE = (
     "segment_size",
     "memory",
     "continuum",
-    "attention_conv_kernel",
     "qk_norm",
     "rope_theta",
     "rms_norm_eps",
     "tie_word_embeddings",
 )
+#: Others, which are off by default.
+OPTIONAL = ("attention_conv_kernel",)
 
 
 @dataclass
@@ -233,6 +234,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """
     config = getattr(model, "config", None)
     architecture = {name: getattr(config, name, None) for name in ARCHITECTURE}
+    # Not named where they are off, so that digests and files of older versions stay those of the same model.
+    architecture |= {name: value for name in OPTIONAL if (value := getattr(config, name, None))}
     architecture |= getattr(model, "state_settings", {})
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.named_parameters()):
@@ -284,8 +287,7 @@ def _check_fingerprint(path: str | os.PathLike[str], stored: dict[str, Any], wan
     differences = [
         f"{name} is {saved.get(name)!r} in the file and {model.get(name)!r} in the model"
         for name in sorted({*saved, *model})
-        # What a file of an older version does not name was off then.
-        if saved.get(name) != model.get(name) and (name in saved or model[name])
+        if saved.get(name) != model.get(name)
     ]
     if differences:
         raise StateMismatchError(f"{os.fspath(path)} is the State of another model: {'; '.join(differences)}")

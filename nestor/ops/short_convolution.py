@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nestor.errors import ShapeError
 
@@ -27,9 +28,11 @@ class _DepthwiseConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         x, tail, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Gradients of this gradient are asked for.
+            return _differentiable_backward(grad, x, tail, weight)
         taps = weight.t().contiguous()
         grad_x, grad_taps = grad * taps[-1], torch.empty_like(taps)
         grad_tail = torch.zeros_like(tail)
@@ -41,6 +44,20 @@ class _DepthwiseConvolution(torch.autograd.Function):
             within = (grad[:, split:] * x[:, inside]).sum((0, 1))
             grad_taps[-1 - lag] = within + (grad[:, :split] * tail[:, outside]).sum((0, 1))
         return grad_x, grad_tail, grad_taps.t()
+
+
+def _differentiable_backward(
+    grad: Tensor, x: Tensor, tail: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, tail and weight, in operations that have gradients themselves."""
+    before, length = tail.shape[1], x.shape[1]
+    inputs = torch.cat([tail, x], 1)
+    spread, taps = [], []
+    for place in range(before + 1):
+        spread.append(F.pad(grad * weight[:, place], (0, 0, place, before - place)))
+        taps.append((grad * inputs[:, place : place + length]).sum((0, 1)))
+    grad_inputs = torch.stack(spread).sum(0)
+    return grad_inputs[:, before:], grad_inputs[:, :before], torch.stack(taps, 1)
 
 
 def _reach(lag: int, kernel: int, length: int) -> tuple[int, slice, slice]:

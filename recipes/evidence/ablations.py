@@ -112,10 +112,10 @@ def main(args: Args, say: Callable[[str], None] = print) -> dict[str, Any]:
 def measured(args: Args, say: Callable[[str], None]) -> dict[str, Any]:
     """The results of runs, those that are missing made now."""
     args.check()
-    names = [name for name in variants_of(args.tables) if name not in args.leave_out]
-    rows = {name: args.row(name, VARIANTS[name].model(args.size)) for name in names}
+    rows = {name: args.row(name, VARIANTS[name].model(args.size)) for name in variants_of(args.tables)}
     by_chunk = {chunk: chunk_name(chunk, args.size) for chunk in args.chunks if "chunks" in args.tables}
     rows |= {name: args.row(name, chunk_model(chunk, args.size)) for chunk, name in by_chunk.items()}
+    rows = {name: row for name, row in rows.items() if name not in args.leave_out}
     plain = args.sweep(args.title, say)
     _, report = valid(args.data, args.context)
     at_chunks = args.sweep(args.title, say, AtChunks(report, args.run_chunks))

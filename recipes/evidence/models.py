@@ -44,7 +44,7 @@ MODELS = {
     "transformer": Entry("transformer", "softmax attention with rotary positions", ATTENTION),
     "transformer-conv": Entry(
         "transformer",
-        "the same with short convolutions of queries, keys and values, as memories have them",
+        "the same with short convolutions of queries, keys and values",
         ATTENTION,
         overrides={"attention_conv_kernel": 4},
     ),

@@ -141,7 +141,8 @@ class Args(Options):
             raise ConfigError(
                 "learning rates, steps and batches must be above 0, with 4 documents and 2 needles at least"
             )
-        if not 0 <= self.mqar_short_steps < self.mqar_steps or self.mqar_short_context > self.mqar_context:
+        too_long = self.mqar_short_steps and self.mqar_short_context > self.mqar_context
+        if not 0 <= self.mqar_short_steps < self.mqar_steps or too_long:
             raise ConfigError(
                 f"--mqar-short-steps is {self.mqar_short_steps} of {self.mqar_steps} updates, on documents "
                 f"of {self.mqar_short_context} tokens, where later ones have {self.mqar_context}; give fewer "

@@ -105,7 +105,7 @@ class Trained:
     peak_memory: int | None
     """Bytes of all tensors on the GPU at most; None: on a CPU."""
     captured: bool
-    """Whether steps were replayed from a CUDA graph."""
+    """Whether most steps were replayed from a CUDA graph."""
 
     @property
     def loss(self) -> float | None:
@@ -165,7 +165,7 @@ def train(run: Run, device: str | torch.device = "cpu", model: Any = None) -> Tr
     if started is not None:
         speed = (curve[-1][0] - WARM) * run.batch_size * run.context / (end - started)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    captured = gradients.replays > 0
+    captured = gradients.replays > run.steps // 2
     # What a graph holds goes back only with it, and measuring follows.
     model.zero_grad(set_to_none=True)
     del gradients

@@ -110,7 +110,7 @@ COMPARISONS = (
     Comparison("Hope", "adaptive k", "hope-static-k", "hope", 13.77),
     Comparison("Hope", "adaptive v", "hope-static-v", "hope", 13.90),
     Comparison("Hope", "adaptive q", "hope-static-q", "hope", 12.19),
-    Comparison("Hope", "forgetting towards zero", "hope-towards-start", "hope", None),
+    Comparison("Hope", "a horizon of 4,096 towards zero", "hope-towards-start", "hope", None),
 )  # fmt: skip
 
 #: TNT, arXiv 2511.07343: perplexity of a Titans of 550 M parameters by the chunk that it is run with.

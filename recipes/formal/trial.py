@@ -125,10 +125,10 @@ class SetLoss(CapturedLoss):
 
     def loss(self, inputs: dict[str, Tensor]) -> Tensor:
         """In float32."""
-        counted = inputs["counted"].unsqueeze(-1).float()
+        counted = inputs["counted"].unsqueeze(-1)
         logits = self.model(inputs["ids"], use_cache=False).logits.float()
         each = F.binary_cross_entropy_with_logits(logits, inputs["legal"].float(), reduction="none")
-        return (each * counted).sum() / (counted.sum() * logits.shape[-1])
+        return torch.where(counted, each, 0.0).sum() / (counted.sum() * logits.shape[-1])
 
 
 def logits_of(model: Any, batch: FormalBatch) -> Tensor:

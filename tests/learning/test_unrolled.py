@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nestor import preset
 from nestor.errors import ConfigError, ShapeError
 from nestor.learning import Learner, Level, Unrolled, unrolled_loss
 from nestor.models import NestorConfig, NestorForCausalLM
@@ -13,12 +14,12 @@ from nestor.models import NestorConfig, NestorForCausalLM
 FAST, SLOW = "layers.0.feed_forward.down_proj.weight", "layers.1.feed_forward.up_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[0, 3], ids="convolutions of {}".format)
+def model(request):
     torch.manual_seed(0)
     config = NestorConfig(
         vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8,
-        initializer_range=0.4,
+        initializer_range=0.4, attention_conv_kernel=request.param,
     )  # fmt: skip
     return NestorForCausalLM(config).double().eval()
 
@@ -81,6 +82,16 @@ def test_invariant_21_the_outer_gradient_is_that_of_finite_differences(model, ch
         tolerance = 0.05 if "largest_update" in choices else 1e-5
         assert float(g[place]) == pytest.approx(float((up - down).detach()) / 2e-5, rel=tolerance), name
         assert abs(float(g[place])) > 1e-3
+
+
+def test_memories_have_gradients_once_and_are_refused(model) -> None:
+    memory = preset("titans-lmm", "quick", vocab_size=11, hidden_size=8, num_attention_heads=2)
+    memory = NestorForCausalLM(memory)
+    with pytest.raises(ConfigError, match="reach is None and the model has layers neural_memory"):
+        Unrolled(memory, levels())
+    with pytest.raises(ConfigError, match="reach is 2 and"):
+        Unrolled(memory, levels(), reach=2)
+    unrolled_loss(memory, levels(), stream(6), reach=0)
 
 
 def test_invariant_21_without_reach_updates_count_as_given(model) -> None:

@@ -135,7 +135,7 @@ def test_the_papers_figures_are_those_of_their_tables(evidence) -> None:
         ("Titans", "depth (linear memory)"): 28.49, ("Titans", "persistent tokens"): 27.63,
         ("Hope", "DGD"): 13.41, ("Hope", "momentum"): 13.58, ("Hope", "retention"): 13.71,
         ("Hope", "continuum"): 13.04, ("Hope", "adaptive k"): 13.77, ("Hope", "adaptive v"): 13.90,
-        ("Hope", "adaptive q"): 12.19, ("Hope", "forgetting towards zero"): None,
+        ("Hope", "adaptive q"): 12.19, ("Hope", "a horizon of 4,096 towards zero"): None,
     }  # fmt: skip
     chunks = evidence.variants.PAPER_CHUNKS
     assert min(chunks, key=chunks.get) == evidence.variants.PAPER_CHUNK and chunks[8] == 36.45
@@ -171,8 +171,8 @@ def test_rows_compare_seed_by_seed(evidence, args, monkeypatch) -> None:
     assert "| momentum | titans | 2.310 " in page and "28.98 for 27.01 | +2.1 % |" in page
     assert page.count("| DGD | hope | - | - | ") == 1
     # A part that the paper has no figure of.
-    assert rows["Hope", "forgetting towards zero"]["paper"] is None
-    assert "| forgetting towards zero | hope | 2.625 " in page and "| - | - |" in page
+    assert rows["Hope", "a horizon of 4,096 towards zero"]["paper"] is None
+    assert "| a horizon of 4,096 towards zero | hope | 2.625 " in page and "| - | - |" in page
     assert "| 64 | 3.100" in page and "| paper, 64 | +35 % | +0 % |" in page
     pictures = {path.name for path in args.results.glob("*.png")}
     assert pictures == {f"ablations-quick-{name}.png" for name in ("titans", "hope", "chunks")}

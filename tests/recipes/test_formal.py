@@ -233,7 +233,9 @@ def test_the_loss_is_of_the_places_of_strings_alone(recipe) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are captured on a GPU alone")
-@pytest.mark.parametrize("name", ["transformer", "linear-attention", "deltanet", "titans-lmm", "hope"])
+@pytest.mark.parametrize(
+    "name", ["transformer", "linear-attention", "deltanet", "ttt-linear", "titans-lmm", "hope"]
+)
 def test_training_on_a_gpu_is_that_on_a_cpu(recipe, args, name) -> None:
     trial = replace(args.trial(name, "anbn", 0, 1e-2), steps=20, batch_size=8, width=64)
     language = formal_language("anbn")

@@ -66,6 +66,14 @@ CASES = {
         "decay": "initial", "horizon": 8.0, "dgd": False, "inner_loss": "dot_product",
     },
     "towards the start, anchor reads": {"decay": "initial", "horizon": 8.0, "read_mode": "anchor"},
+    "towards the start, segments": {
+        "decay": "initial", "horizon": 8.0, "length": 11, "chunk_size": 1, "projection_chunk_size": 1,
+        "documents": True,
+    },
+    "towards the start, tiles in parts": {
+        "decay": "initial", "horizon": 8.0, "length": 45, "chunk_size": 40, "projection_chunk_size": 20,
+        "parts": (23,),
+    },
 }  # fmt: skip
 # The kernel in CUDA.
 EMULATED = {
@@ -274,10 +282,13 @@ def test_walks_on_a_gpu_equal_the_chunked_form(draw_problem, flatten, covered, c
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
 @pytest.mark.parametrize(("width", "half"), [(32, False), (64, False), (64, True)])
 @pytest.mark.parametrize("length", [768, 777])
+@pytest.mark.parametrize("decay", ["zero", "initial"])
 def test_long_walks_on_a_gpu_equal_the_chunked_form(
-    draw_problem, flatten, covered, length, width, half
+    draw_problem, flatten, covered, length, width, half, decay
 ) -> None:
-    choices = {"length": length, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0}
+    choices = {
+        "length": length, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0, "decay": decay,
+    }  # fmt: skip
     if half:  # Where memories make keys or gates, what is rounded does not stay small over so many tokens.
         choices["memories"] = ("v", "mem")
     _compare(draw_problem, flatten, covered, width=width, heads=3, half=half, **choices, **_tame(width))
@@ -286,7 +297,13 @@ def test_long_walks_on_a_gpu_equal_the_chunked_form(
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU and Triton")
 @pytest.mark.parametrize("width", [32, 64])
-@pytest.mark.parametrize("case", ["plain", "every memory", "in parts, not at the ends", "tiles"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "plain", "every memory", "in parts, not at the ends", "tiles", "towards the start",
+        "towards the start, documents, in parts", "towards the start, tiles",
+    ],
+)  # fmt: skip
 def test_walks_under_autocast_equal_the_chunked_form(
     draw_problem, flatten, covered, monkeypatch, case, width
 ) -> None:

@@ -185,9 +185,9 @@ def backward_kernel(
                         g_q = dot(g_scores, k, PRECISION)
                         if INITIAL:
                             g_before -= tl.sum(g_y * dot(q, base, PRECISION), 1)
-                            on_base = (1.0 - before)[:, None] * g_y
-                            g_q += dot(on_base, tl.trans(base), PRECISION)
-                            g_base += dot(tl.trans(q), on_base, PRECISION)
+                            g_on_base = (1.0 - before)[:, None] * g_y
+                            g_q += dot(g_on_base, tl.trans(base), PRECISION)
+                            g_base += dot(tl.trans(q), g_on_base, PRECISION)
                         g_y = before[:, None] * g_y
                         g_q += dot(g_y, tl.trans(Wm), PRECISION)
                         g_k += dot(tl.trans(g_scores), q, PRECISION)

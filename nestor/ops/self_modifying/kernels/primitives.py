@@ -274,9 +274,9 @@ def write_backward(
         along = before[:, None] * g_e
         if INITIAL:
             g_before -= tl.sum(g_e * on_base, 1)
-            on_base = (1.0 - before)[:, None] * g_e
-            g_k += dot(on_base, tl.trans(base), PRECISION)
-            g_base += dot(tl.trans(k), on_base, PRECISION)
+            g_on_base = (1.0 - before)[:, None] * g_e
+            g_k += dot(g_on_base, tl.trans(base), PRECISION)
+            g_base += dot(tl.trans(k), g_on_base, PRECISION)
     if SAME:
         if L2:
             along += g_e

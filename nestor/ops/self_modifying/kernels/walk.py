@@ -87,24 +87,9 @@ def write_and_keep(
 ):  # fmt: skip
     """`write`; the rows u are kept at the places `rows`."""
     W, u, e = write(
-        W,
-        anchor,
-        base,
-        k,
-        v,
-        eta,
-        solve,
-        before,
-        end,
-        whole,
-        SAME,
-        SINGLE,
-        L2,
-        TARGETS,
-        DGD,
-        INITIAL,
-        PRECISION,
-    )
+        W, anchor, base, k, v, eta, solve, before, end, whole,
+        SAME, SINGLE, L2, TARGETS, DGD, INITIAL, PRECISION,
+    )  # fmt: skip
     if KEEP:
         tl.store(rows, u, mask=inside[:, None])
     return W, u, e
