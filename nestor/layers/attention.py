@@ -8,14 +8,14 @@ index: the tokens of a call are 0 .. T-1, cached ones are negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.errors import ConfigError, ShapeError
-from nestor.layers.convolution import ShortConvolution
+from nestor.layers.convolution import ShortConvolution, look_back
 from nestor.layers.norm import RMSNorm
 from nestor.layers.registry import register_mixer
 from nestor.layers.rotary import rotary_table, rotate
@@ -245,6 +245,8 @@ class Attention(nn.Module):
         persistent_tokens: learned key-value pairs visible from everywhere, without positions.
         qk_norm: RMSNorm on each query and key head before the rotation.
         conv_kernel: tokens seen by a short convolution of queries, of keys and of values, from 2 on; 0: none.
+            With as many key heads as query heads attention then starts as memories do: a query finds what
+            followed the same few tokens before.
         implementation: `sdpa` or `flex_attention` (CUDA only; elsewhere it runs as `sdpa`).
 
     Raises:
@@ -293,7 +295,13 @@ class Attention(nn.Module):
         self.initialize(0.02)
 
     def initialize(self, std: float) -> None:
-        """Draw the persistent pairs; the projections draw their own weights."""
+        """Draw the persistent pairs; without convolutions the projections draw their own weights."""
+        if self.convolutions and self.heads == self.kv_heads:
+            for projection in (self.q_proj, self.k_proj, self.v_proj):
+                # As wide as its inputs, so that queries find keys that are like them.
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+            q, k, v = (cast(ShortConvolution, self.convolutions[name]) for name in "qkv")
+            look_back(self.q_proj, self.k_proj, q, k, v)
         if self.prefix_key is not None and self.prefix_value is not None:
             nn.init.normal_(self.prefix_key, std=std)
             nn.init.normal_(self.prefix_value, std=std)

@@ -38,7 +38,8 @@ class NestorConfig(PreTrainedConfig):
             slowest, how many tokens lie between its updates where the model learns from what it reads (None:
             never, for the last), and `wiring`, "sequential", "independent" or "nested".
         attention_conv_kernel: tokens seen by short convolutions of the queries, keys and values of layers
-            that are attention alone, from 2 on; 0: none. Memories have `conv_kernel` in `memory`.
+            that are attention alone, from 2 on, with the start of a memory; 0: none. Memories have
+            `conv_kernel` in `memory`.
         qk_norm: normalise queries and keys of attention per head.
         rope_theta: base of the rotary embedding.
         rms_norm_eps: epsilon of the normalisations.

@@ -44,7 +44,7 @@ MODELS = {
     "transformer": Entry("transformer", "softmax attention with rotary positions", ATTENTION),
     "transformer-conv": Entry(
         "transformer",
-        "the same with short convolutions of queries, keys and values",
+        "the same with short convolutions, and the start that memories have with them",
         ATTENTION,
         overrides={"attention_conv_kernel": 4},
     ),

@@ -163,6 +163,24 @@ def test_a_window_as_long_as_the_call_equals_full_attention(window):
     torch.testing.assert_close(windowed(x)[0], full(x)[0], **EXACT)
 
 
+def test_with_convolutions_a_query_starts_by_finding_what_followed_the_same_tokens():
+    """Of a text in which two tokens come again, a query sees most what followed them the first time."""
+    torch.manual_seed(0)
+    layer = Attention(256, 1, conv_kernel=3, rope_theta=1e12).double()
+    x = normal(1, 12, 256)
+    x[:, 10:] = x[:, 3:5]
+    q, k = (
+        layer.convolutions[name](getattr(layer, f"{name}_proj")(x), None, Span.build(None, 1, 12, "cpu"))[0]
+        for name in "qk"
+    )
+    # The key of token 5 has tokens 3 and 4 in it, as the query of token 11 has 10 and 11.
+    assert int((k[0] @ q[0, 11]).argmax()) == 5
+    assert torch.equal(layer.q_proj.weight, layer.k_proj.weight)
+    # Groups of queries with one key cannot all be equal to it.
+    grouped = Attention(256, 4, 2, conv_kernel=3)
+    assert grouped.q_proj.weight.shape != grouped.k_proj.weight.shape
+
+
 @given(st.data(), st.sampled_from([None, 1, 3, 30]), st.integers(0, 2), st.sampled_from([0, 2, 4]))
 @settings(max_examples=40)
 def test_cutting_a_stream_anywhere_changes_neither_outputs_nor_state(data, window, persistent, conv):
