@@ -10,8 +10,8 @@ from models import ATTENTION
 from nestor.evaluation.plots import Axes, Mark, Plot, Series, curves, heatmap, short_count
 from nestor.evaluation.report import with_interval
 
-#: Models that every plot of curves shows: the ceiling and the floor.
-BASE = ("transformer", "sliding-window")
+#: Models that every plot of curves shows: ceilings, without and with convolutions, and the floor.
+BASE = ("transformer", "transformer-conv", "sliding-window")
 Scores = list[dict[str, Any]]
 
 
@@ -169,7 +169,7 @@ def mean_by_length(scores: Scores) -> Scores:
 
 
 def groups(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Each group with the two transformers in front; alone they are a group where there is no other."""
+    """Each group with the transformers in front; alone they are a group where there is no other."""
     base = [row for row in rows if row["model"] in BASE]
     others = [row for row in rows if row["model"] not in BASE]
     names = list(dict.fromkeys(row["group"] for row in others))
