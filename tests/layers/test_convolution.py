@@ -100,6 +100,18 @@ def test_gradients_equal_finite_differences(packed, length):
         return torch.func.functional_call(layer, {"weight": weight}, (x, tail, span, start))
 
     assert torch.autograd.gradcheck(run, leaves)
+    # And those of the gradients, which an outer gradient through updates asks for.
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+    def gradients(differentiable):
+        out, _ = run(*leaves)
+        weights = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).reshape(out.shape)
+        return torch.autograd.grad(
+            (out * weights).sum(), leaves, create_graph=differentiable, materialize_grads=True
+        )
+
+    for again, once in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(again.detach(), once)
 
 
 def test_torch_compile_takes_it_whole_with_its_backward():
