@@ -7,6 +7,7 @@ the addresses of then, and takes one launch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from nestor.training.loop import to_device
 ASKING = ("memory_as_context", "kda", "gated_deltanet")
 
 
-class CapturedLoss:
+class CapturedLoss(ABC):
     """Computes a loss, and leaves its gradient in the parameters of a model. Subclasses say which loss.
 
     On a GPU, called in a queue besides the default one, it replays a graph from the call after `eager` others
@@ -46,9 +47,9 @@ class CapturedLoss:
         self._loss = torch.empty(())
         self.replays = 0
 
+    @abstractmethod
     def loss(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of inputs on the device, a number. Nothing in it may wait for a GPU."""
-        raise NotImplementedError
 
     def of(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of inputs on the CPU, without a gradient of its own; the next call may overwrite it."""

@@ -8,14 +8,14 @@ index: the tokens of a call are 0 .. T-1, cached ones are negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.errors import ConfigError, ShapeError
-from nestor.layers.convolution import ShortConvolution, look_back
+from nestor.layers.convolution import ShortConvolution, start_projections
 from nestor.layers.norm import RMSNorm
 from nestor.layers.registry import register_mixer
 from nestor.layers.rotary import rotary_table, rotate
@@ -297,11 +297,7 @@ class Attention(nn.Module):
     def initialize(self, std: float) -> None:
         """Draw the persistent pairs; without convolutions the projections draw their own weights."""
         if self.convolutions and self.heads == self.kv_heads:
-            for projection in (self.q_proj, self.k_proj, self.v_proj):
-                # As wide as its inputs, so that queries find keys that are like them.
-                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-            q, k, v = (cast(ShortConvolution, self.convolutions[name]) for name in "qkv")
-            look_back(self.q_proj, self.k_proj, q, k, v)
+            start_projections(self.q_proj, self.k_proj, self.v_proj, self.convolutions)
         if self.prefix_key is not None and self.prefix_value is not None:
             nn.init.normal_(self.prefix_key, std=std)
             nn.init.normal_(self.prefix_value, std=std)

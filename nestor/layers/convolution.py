@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -53,14 +55,21 @@ class ShortConvolution(nn.Module):
 
 
 @torch.no_grad()
-def look_back(
-    q_proj: nn.Linear, k_proj: nn.Linear, q: ShortConvolution, k: ShortConvolution, v: ShortConvolution
+def start_projections(
+    q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear, convolutions: nn.ModuleDict | None
 ) -> None:
-    """Let queries and keys start as one projection and convolution, keys one token late; values as they are.
+    """Draw projections that keep the variance of normalised inputs. With convolutions "q", "k" and "v" after
+    them, queries and keys start as one projection and convolution, keys one token late, and values as they
+    are.
 
     A memory then starts as one of what came next: a query finds the values of the tokens that followed the
     same few tokens earlier.
     """
+    for projection in (q_proj, k_proj, v_proj):
+        nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+    if convolutions is None or "q" not in convolutions:
+        return
+    q, k, v = (cast(ShortConvolution, convolutions[name]) for name in "qkv")
     k_proj.weight.copy_(q_proj.weight)
     for convolution in (q, k, v):
         convolution.weight.zero_()

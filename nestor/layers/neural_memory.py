@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestor.errors import ConfigError, suggest
-from nestor.layers.convolution import ShortConvolution, look_back
+from nestor.layers.convolution import ShortConvolution, start_projections
 from nestor.layers.norm import RMSNorm
 from nestor.layers.projections import project_together, project_wide, stacked
 from nestor.layers.registry import register_mixer
@@ -162,11 +162,7 @@ class NeuralMemory(nn.Module):
         learn that before any recall can pay. Projections keep the variance of normalised inputs, gates start
         mild, and the memory network starts with pre-activations of unit variance for unit keys.
         """
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=self.dim**-0.5)
-        if self.convolutions is not None:
-            q, k, v = (cast(ShortConvolution, self.convolutions[name]) for name in "qkv")
-            look_back(self.q_proj, self.k_proj, q, k, v)
+        start_projections(self.q_proj, self.k_proj, self.v_proj, self.convolutions)
         self._open_gates(std)
         self._draw_network()
         if self.memory_gamma is not None and self.memory_beta is not None:

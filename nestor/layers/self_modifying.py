@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nestor.errors import ConfigError, suggest
-from nestor.layers.convolution import ShortConvolution, look_back
+from nestor.layers.convolution import ShortConvolution, start_projections
 from nestor.layers.neural_memory import HIDDEN_SQUARE, OUTPUT_STD
 from nestor.layers.norm import RMSNorm
 from nestor.layers.projections import project_together, project_wide
@@ -185,14 +185,10 @@ class SelfModifyingMemory(nn.Module):
         """Start as a memory of what came next, with targets that are the values.
 
         Projections keep the variance of normalised inputs; with a convolution after each, keys look one token
-        further back than queries (see `look_back`). Linear memories start about as the unit matrix, which the
-        residual of the networks is.
+        further back than queries (see `start_projections`). Linear memories start about as the unit matrix,
+        which the residual of the networks is.
         """
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=self.dim**-0.5)
-        if "q" in self.convolutions:
-            q, k, v = (cast(ShortConvolution, self.convolutions[name]) for name in "qkv")
-            look_back(self.q_proj, self.k_proj, q, k, v)
+        start_projections(self.q_proj, self.k_proj, self.v_proj, self.convolutions)
         for name, matrices in self.initial.items():
             self._draw(name, cast(nn.ParameterList, matrices))
         for name, bias in self.gate_bias.items():

@@ -7,10 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from study import over_seeds
 
 from nestor.evaluation.plots import Axes, Mark, Plot, Series, curves
 from nestor.evaluation.report import with_interval
-from nestor.evaluation.statistics import t_interval
 
 Result = Mapping[str, Any]
 BEFORE = "before"
@@ -76,13 +76,6 @@ def numbers(result: Result) -> dict[str, float | None]:
         remembered(1 / 16), remembered(1 / 2),
     )  # fmt: skip
     return dict(zip(names, found, strict=True))
-
-
-def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
-    """Student's interval over seeds; no mean where a seed has no number."""
-    if any(value is None for value in values):
-        return {"estimate": None, "low": None, "high": None, "by_seed": list(values)}
-    return t_interval(values).as_dict() | {"by_seed": list(values)}
 
 
 def averaged(results: Sequence[Result]) -> dict[str, Any]:

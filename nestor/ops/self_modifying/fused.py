@@ -36,8 +36,7 @@ def is_fused(groups: tuple[Group, ...], momentum: bool, x: Tensor) -> bool:
         gates = [width for name, width in zip(group.names, group.widths, strict=True) if name in GATES]
         if group.depth != 1 or any(width != 1 for width in gates):
             return False
-    plain = not momentum and spec.step_cap != "soft"
-    return plain and x.shape[-1] <= WIDEST and covered(x)
+    return not momentum and spec.step_cap != "soft" and x.shape[-1] <= WIDEST and covered(x)
 
 
 def fused_walks(
