@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -63,8 +63,10 @@ class SelfModifyingMemory(nn.Module):
             `SelfModifyingSpec`. The paper's targets are "self", and its decay is "zero".
         max_step: largest share of a token's error that a write takes away, to first order and at the initial
             weights: eta over the square of the length of a hidden row.
-        step_bias: of the sigmoid of eta; None: such that at first `projection_chunk_size` decays of the same
-            key leave half of it (eta = 1/2 in chunks of one token), but eta at most half of its greatest.
+        step_bias: of the sigmoid of eta, one number or one for each head; None: such that at first
+            `projection_chunk_size` decays of the same key leave half of it (eta = 1/2 in chunks of one
+            token), but eta at most half of its greatest. Heads with small steps add up, those with large ones
+            write over what they hold.
             Memories that make the keys of each other's writes can amplify errors from chunk to chunk where
             writes are much larger: gradients then grow with the length of the text.
         horizon: tokens that a memory lasts; at first it loses 1 / 4 of a part in `horizon` at each token.
@@ -100,7 +102,7 @@ class SelfModifyingMemory(nn.Module):
         step_cap: str = "spectral",
         decay: str = "zero",
         max_step: float = 1.0,
-        step_bias: float | None = None,
+        step_bias: float | Sequence[float] | None = None,
         horizon: float = 4096.0,
         conv_kernel: int = 4,
         convolution: str = "projections",
@@ -153,7 +155,12 @@ class SelfModifyingMemory(nn.Module):
         if step_bias is None:
             share = min(0.5, (1.0 - 0.5 ** (1.0 / projection_chunk_size)) / max_step)
             step_bias = math.log(share / (1.0 - share))
-        self.biases = {"eta": step_bias, "alpha": RETENTION_BIAS}
+        each = [step_bias] * heads if isinstance(step_bias, int | float) else list(step_bias)
+        if len(each) != heads:
+            raise ConfigError(
+                f"step_bias has {len(each)} numbers for {heads} heads; give one number, or one for each head."
+            )
+        self.biases = {"eta": each, "alpha": [RETENTION_BIAS] * heads}
 
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         names = [] if not conv_kernel else ["x"] if convolution == "input" else ["q", "k", "v"]
@@ -192,13 +199,13 @@ class SelfModifyingMemory(nn.Module):
         for name, matrices in self.initial.items():
             self._draw(name, cast(nn.ParameterList, matrices))
         for name, bias in self.gate_bias.items():
-            nn.init.constant_(bias, self.biases[name])
+            bias.copy_(torch.tensor(self.biases[name]))
         for read in self.gate_read.values():
             nn.init.normal_(read, std=GATE_STD)
         if self.gate_proj is not None:
             for index, name in enumerate(self.static_gates):
                 part = self.gate_proj.bias[index * self.heads : (index + 1) * self.heads]
-                nn.init.constant_(part, self.biases.get(name, 0.0))
+                part.copy_(torch.tensor(self.biases.get(name, [0.0] * self.heads)))
 
     def _draw(self, name: str, matrices: nn.ParameterList) -> None:
         if self.depth == 2:

@@ -23,6 +23,9 @@ from nestor.models.padding import Padding
 from nestor.models.state import LayerState, State
 from nestor.ops.neural_memory.layout import shared_grids
 
+#: What transformers marks parameters with that are loaded, and modules that it is done with.
+LOADED = "_is_hf_initialized"
+
 
 class Block(GradientCheckpointingLayer):
     """A layer: `x + mixer(norm(x))`, then `x + feed_forward(norm(x))`.
@@ -98,7 +101,20 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         elif hasattr(module, "initialize"):
+            loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, LOADED, False)]
             module.initialize(std)
+            for parameter, value in loaded:
+                parameter.copy_(value)
+
+    def _initialize_weights(self, module: nn.Module, *options: Any) -> None:
+        # Transformers takes a module without parameters of its own for loaded, whatever its parts are; these
+        # would keep the start of any linear layer.
+        if not hasattr(module, "initialize") or next(module.parameters(recurse=False), None) is not None:
+            super()._initialize_weights(module, *options)
+        elif not getattr(module, LOADED, False):
+            if not all(getattr(p, LOADED, False) for p in module.parameters()):
+                self._init_weights(module)
+            setattr(module, LOADED, True)
 
     def initial_state(self, batch_size: int) -> State:
         """The State of rows that have read nothing, with every tensor in place.

@@ -1,12 +1,13 @@
 """The self-modifying memory as a layer: its formula, its start, and what it is in a decoder."""
 
+import json
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from nestor import NestorForCausalLM, State
+from nestor import NestorForCausalLM, State, preset
 from nestor.errors import ConfigError
 from nestor.layers.registry import build_mixer
 from nestor.layers.self_modifying import SelfModifyingMemory
@@ -249,9 +250,23 @@ def test_a_small_model_learns_to_recall_what_it_reads_once() -> None:
     assert (answers == ids[:, places + 1]).float().mean() > 0.5
 
 
+@pytest.mark.parametrize("adaptive", [["eta"], []])
+def test_heads_may_start_with_steps_of_their_own(adaptive) -> None:
+    steps = []
+    for bias in ([0.0, -5.0], -5.0):
+        torch.manual_seed(0)
+        layer = SelfModifyingMemory(8, 2, adaptive=adaptive, step_bias=bias)
+        found = layer.gate_bias["eta"] if adaptive else layer.gate_proj.bias[: layer.heads]
+        steps.append(found.tolist())
+    assert steps == [[0.0, -5.0], [-5.0, -5.0]]
+    config = preset("hope", "quick", num_attention_heads=2, memory={"step_bias": [0.0, -5.0]})
+    assert NestorConfig.from_dict(json.loads(json.dumps(config.to_dict()))).memory == config.memory
+
+
 def test_impossible_settings_are_refused() -> None:
     cases = [
         ({"heads": 3}, "does not divide into 3 heads"),
+        ({"heads": 2, "step_bias": [0.0, -1.0, -2.0]}, "step_bias has 3 numbers for 2 heads"),
         ({"depth": 3}, "depth is 3"),
         ({"max_step": 0}, "max_step 0"),
         ({"momentum": "fix"}, "momentum is 'fix'; .* Did you mean 'fixed'"),
