@@ -98,7 +98,7 @@ def averaged(results: Sequence[Result]) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> str:
     """The rows as Markdown, with what the columns mean."""
     settings, rows = results["settings"], results["rows"]
-    recall = any(row["numbers"][name]["estimate"] != 0 for row in rows for name in RECALL)
+    recall = any(row["numbers"][name]["estimate"] for row in rows for name in RECALL)
     heads = ["model", "start", "bits/byte within", "to 4 times", "last half", "minus none"]
     heads += ["recall within", "beyond"] if recall else []
     heads += ["remembrance, 1/16 dropped", "1/2 dropped"]

