@@ -54,6 +54,23 @@ MODELS = {
         # Of the memory that is read, and of those that make its keys, values and gates.
         chunks=("chunk_size", "projection_chunk_size"),
     ),
+    "hope-self-targets": Entry(
+        "hope",
+        "Hope's memory, which makes its targets and nothing else: M_t = M_{t-1} (alpha_t I + eta_t v k^T), "
+        "but M_{t-1} v at most of length 1; eta_t in (0, 2) and alpha_t are gates; q, k and v are static",
+        # What delta gradient descent takes along a key is taken from a count, and a memory that makes keys or
+        # values changes with what it counts. Short convolutions cost length on these languages as well.
+        {
+            "adaptive": [],
+            "inner_loss": "dot_product",
+            "dgd": False,
+            "step_cap": "none",
+            "max_step": 2.0,
+            "step_bias": 0.0,
+            "conv_kernel": 0,
+        },
+        chunks=("chunk_size", "projection_chunk_size"),
+    ),
 }
 
 
