@@ -105,11 +105,16 @@ def load_model(
 
     import nestor  # noqa: F401  (registers the Nestor models with the Auto classes)
     from nestor.data.tokenizers import check_vocabulary, load_tokenizer
+    from nestor.training.model import check_complete
 
     logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True
+        model, loading = loader.from_pretrained(
+            name,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except SafetensorError as error:
         raise FileFormatError(f"the weights in {name} are truncated or damaged ({error}).") from error
@@ -120,9 +125,10 @@ def load_model(
         raise DataError(
             f"{name!r} is no folder here, and was not found on the Hugging Face hub: {reason}"
         ) from error
+    check_complete(name, loading["missing_keys"])
     words = load_tokenizer(tokenizer or name)
     check_vocabulary(words, model.config.vocab_size)
-    return model.to(place).eval(), words  # type: ignore[arg-type]
+    return model.to(place).eval(), words
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,17 @@ NOISE_STD = 0.02
 GATE_STD = 0.1
 
 
+def _for_heads(value: float | Sequence[float], heads: int) -> list[float]:
+    """A number for each head. Raises ConfigError: other than one finite number, or one for each head."""
+    each: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * heads
+    finite = (isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in each)
+    if len(each) != heads or not all(finite):
+        raise ConfigError(
+            f"step_bias is {value!r}; give one finite number, or a list of one for each of {heads} heads."
+        )
+    return [float(x) for x in each]
+
+
 class SelfModifyingMemory(nn.Module):
     """Memories that make their own keys, values, gates and targets, and rewrite themselves with them.
 
@@ -155,12 +166,7 @@ class SelfModifyingMemory(nn.Module):
         if step_bias is None:
             share = min(0.5, (1.0 - 0.5 ** (1.0 / projection_chunk_size)) / max_step)
             step_bias = math.log(share / (1.0 - share))
-        each = [step_bias] * heads if isinstance(step_bias, int | float) else list(step_bias)
-        if len(each) != heads:
-            raise ConfigError(
-                f"step_bias has {len(each)} numbers for {heads} heads; give one number, or one for each head."
-            )
-        self.biases = {"eta": each, "alpha": [RETENTION_BIAS] * heads}
+        self.biases = {"eta": _for_heads(step_bias, heads), "alpha": [RETENTION_BIAS] * heads}
 
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         names = [] if not conv_kernel else ["x"] if convolution == "input" else ["q", "k", "v"]
@@ -199,13 +205,13 @@ class SelfModifyingMemory(nn.Module):
         for name, matrices in self.initial.items():
             self._draw(name, cast(nn.ParameterList, matrices))
         for name, bias in self.gate_bias.items():
-            bias.copy_(torch.tensor(self.biases[name]))
+            bias.copy_(bias.new_tensor(self.biases[name]))
         for read in self.gate_read.values():
             nn.init.normal_(read, std=GATE_STD)
         if self.gate_proj is not None:
             for index, name in enumerate(self.static_gates):
                 part = self.gate_proj.bias[index * self.heads : (index + 1) * self.heads]
-                part.copy_(torch.tensor(self.biases.get(name, [0.0] * self.heads)))
+                part.copy_(part.new_tensor(self.biases.get(name, [0.0] * self.heads)))
 
     def _draw(self, name: str, matrices: nn.ParameterList) -> None:
         if self.depth == 2:

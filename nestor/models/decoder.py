@@ -107,9 +107,9 @@ class NestorForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
                 parameter.copy_(value)
 
     def _initialize_weights(self, module: nn.Module, *options: Any) -> None:
-        # Transformers takes a module without parameters of its own for loaded, whatever its parts are; these
-        # would keep the start of any linear layer.
-        if not hasattr(module, "initialize") or next(module.parameters(recurse=False), None) is not None:
+        # Transformers takes a module for loaded if all parameters of its own are, even if it has none. Its
+        # parts would then keep the start of any linear layer, or what lay in memory before.
+        if not hasattr(module, "initialize"):
             super()._initialize_weights(module, *options)
         elif not getattr(module, LOADED, False):
             if not all(getattr(p, LOADED, False) for p in module.parameters()):

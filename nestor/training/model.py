@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,22 @@ def open_model(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | 
         raise FileFormatError(f"{folder} does not hold a model that can be read: {reason}") from error
     if overrides:
         _check_weights_fit(folder, overrides, loading)
+    check_complete(str(folder), loading["missing_keys"])
     for parameter in model.parameters():
         # In a mapped file tensors lie at any address, and on a CPU the rounding of a matrix product depends
         # on how its operands are aligned; fresh memory is always aligned alike.
         parameter.data = parameter.data.clone()
     return model
+
+
+def check_complete(name: str, missing: Iterable[str]) -> None:
+    """Raises FileFormatError: a model's files lack some of its weights."""
+    lacking = sorted(missing)
+    if lacking:
+        raise FileFormatError(
+            f"the weights in {name} lack {lacking[0]}{f' and {len(lacking) - 1} more' * (len(lacking) > 1)}, "
+            f"which would start anew; get all files of the model, or save it again."
+        )
 
 
 def _changed_config(folder: Path, overrides: Mapping[str, Any]) -> Any:

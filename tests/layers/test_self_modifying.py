@@ -1,6 +1,5 @@
 """The self-modifying memory as a layer: its formula, its start, and what it is in a decoder."""
 
-import json
 import math
 
 import pytest
@@ -259,14 +258,32 @@ def test_heads_may_start_with_steps_of_their_own(adaptive) -> None:
         found = layer.gate_bias["eta"] if adaptive else layer.gate_proj.bias[: layer.heads]
         steps.append(found.tolist())
     assert steps == [[0.0, -5.0], [-5.0, -5.0]]
-    config = preset("hope", "quick", num_attention_heads=2, memory={"step_bias": [0.0, -5.0]})
-    assert NestorConfig.from_dict(json.loads(json.dumps(config.to_dict()))).memory == config.memory
+
+
+def test_steps_of_heads_are_saved_with_a_model(tmp_path) -> None:
+    model = NestorForCausalLM(preset("hope", "quick", memory={"step_bias": [0, -1, -2, -3]}))
+    model.config.save_pretrained(tmp_path)
+    loaded = NestorForCausalLM(NestorConfig.from_pretrained(tmp_path))
+    for layer in loaded.layers:
+        assert layer.mixer.gate_bias["eta"].tolist() == [0.0, -1.0, -2.0, -3.0]
 
 
 def test_impossible_settings_are_refused() -> None:
     cases = [
         ({"heads": 3}, "does not divide into 3 heads"),
-        ({"heads": 2, "step_bias": [0.0, -1.0, -2.0]}, "step_bias has 3 numbers for 2 heads"),
+        *(
+            ({"heads": 2, "step_bias": bias}, r"step_bias is .*; give one finite number, or .* of 2 heads")
+            for bias in (
+                [0.0, -1.0, -2.0],
+                [],
+                "-5",
+                math.nan,
+                True,
+                [0.0, None],
+                [[0.0, 1.0]] * 2,
+                {0: 1, 1: 2},
+            )
+        ),
         ({"depth": 3}, "depth is 3"),
         ({"max_step": 0}, "max_step 0"),
         ({"momentum": "fix"}, "momentum is 'fix'; .* Did you mean 'fixed'"),
