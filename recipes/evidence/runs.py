@@ -142,13 +142,15 @@ def train(run: Run, device: str | torch.device = "cpu", model: Any = None) -> Tr
     gradients = Gradients(model, device)
     curve: list[tuple[int, float]] = []
     pending: list[Tensor] = []
-    started, finite = None, True
+    started, finite, read = None, True, 0
     with own_queue(device):
         for step in range(run.steps):
             if step == WARM:
-                started = now(device)
+                started, read = now(device), 0
             set_lr(optimizers, lr_factor(step, run.steps, run.schedule))
-            loss = gradients(next(batches))
+            batch = next(batches)
+            read += batch["input_ids"].numel()
+            loss = gradients(batch)
             norm = clip_gradient(model, run.optimizer.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -161,9 +163,7 @@ def train(run: Run, device: str | torch.device = "cpu", model: Any = None) -> Tr
                 if not finite:
                     break
     end = now(device)
-    speed = None
-    if started is not None:
-        speed = (curve[-1][0] - WARM) * run.batch_size * run.context / (end - started)
+    speed = None if started is None else read / (end - started)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     captured = gradients.replays > run.steps // 2
     # What a graph holds goes back only with it, and measuring follows.

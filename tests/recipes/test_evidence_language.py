@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 import torch
@@ -39,6 +39,21 @@ def test_a_run_learns_and_is_the_same_again(evidence, run) -> None:
     # A model that is given is trained on, from where it is.
     on = evidence.runs.train(replace(run, steps=5, learning_rate=1e-4), model=trained.model)
     assert on.model is trained.model and on.loss < trained.curve[0][1]
+
+
+def test_speed_is_that_of_the_tokens_read_after_the_first_steps(evidence, run, monkeypatch) -> None:
+    class Growing:
+        """Rows of 64 tokens in the first ten batches, then of 32."""
+
+        def batches(self, *settings):
+            for step, batch in enumerate(run.reading.batches(*settings)):
+                length = 64 if step < 10 else 32
+                yield {name: part[:, :length] for name, part in batch.items()}
+
+    clock = count()
+    monkeypatch.setattr(evidence.runs, "now", lambda device: next(clock))
+    trained = evidence.runs.train(replace(run, reading=Growing(), steps=20))
+    assert evidence.runs.WARM == 5 and trained.tokens_per_second == 4 * (5 * 64 + 10 * 32)
 
 
 def test_what_is_read_is_a_function_of_seed_and_step(evidence, run, some_novels) -> None:
