@@ -77,9 +77,8 @@ class SelfModifyingMemory(nn.Module):
         step_bias: of the sigmoid of eta, one number or one for each head; None: such that at first
             `projection_chunk_size` decays of the same key leave half of it (eta = 1/2 in chunks of one
             token), but eta at most half of its greatest. Heads with small steps add up, those with large ones
-            write over what they hold.
-            Memories that make the keys of each other's writes can amplify errors from chunk to chunk where
-            writes are much larger: gradients then grow with the length of the text.
+            write over what they hold. Memories that make the keys of each other's writes can amplify errors
+            from chunk to chunk where writes are much larger: gradients then grow with the text's length.
         horizon: tokens that a memory lasts; at first it loses 1 / 4 of a part in `horizon` at each token.
         conv_kernel: tokens seen by the short convolution; 0: none. convolution: "projections", after each
             static projection, or "input", one before them all.

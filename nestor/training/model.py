@@ -88,9 +88,10 @@ def check_complete(name: str, missing: Iterable[str]) -> None:
     """Raises FileFormatError: a model's files lack some of its weights."""
     lacking = sorted(missing)
     if lacking:
+        others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise FileFormatError(
-            f"the weights in {name} lack {lacking[0]}{f' and {len(lacking) - 1} more' * (len(lacking) > 1)}, "
-            f"which would start anew; get all files of the model, or save it again."
+            f"the weights in {name} lack {lacking[0]}{others}, which would start anew; get all files of the "
+            f"model, or save it again."
         )
 
 

@@ -269,20 +269,12 @@ def test_steps_of_heads_are_saved_with_a_model(tmp_path) -> None:
 
 
 def test_impossible_settings_are_refused() -> None:
+    biases = ([0.0, -1.0, -2.0], [], "-5", math.nan, True, [0.0, None], [[0.0, 1.0]] * 2, {0: 1, 1: 2})
     cases = [
         ({"heads": 3}, "does not divide into 3 heads"),
         *(
             ({"heads": 2, "step_bias": bias}, r"step_bias is .*; give one finite number, or .* of 2 heads")
-            for bias in (
-                [0.0, -1.0, -2.0],
-                [],
-                "-5",
-                math.nan,
-                True,
-                [0.0, None],
-                [[0.0, 1.0]] * 2,
-                {0: 1, 1: 2},
-            )
+            for bias in biases
         ),
         ({"depth": 3}, "depth is 3"),
         ({"max_step": 0}, "max_step 0"),

@@ -11,17 +11,9 @@ from nestor.training.model import open_model
 
 # A preset of each kind of layer that starts its parts itself.
 NAMES = (
-    "transformer",
-    "titans-mac",
-    "titans-mag",
-    "titans-mal",
-    "tnt",
-    "moneta",
-    "atlas",
-    "lact",
-    "ttt-mlp",
+    "transformer", "titans-mac", "titans-mag", "titans-mal", "tnt", "moneta", "atlas", "lact", "ttt-mlp",
     "hope",
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
